@@ -1,0 +1,480 @@
+"""Data: rows of LongVideo-Reason, frames of a video, and a toy data set that a CPU can learn.
+
+The data set (section 3 of the paper; hub name LongVideo-Reason/longvideo-reason) is a JSON-lines
+file, one question a line, with these fields:
+
+    problem_id     unique name of the question
+    problem        question, then its options one a line: "Which ...?\\nA. red\\nB. blue"
+    data_type      "video" (or "image", "text")
+    problem_type   category: temporal, goal, plot, spatial
+    reasoning      the chain of thought that SFT learns from
+    videos         path of the media file, relative to a video directory
+    answer         "<answer>B</answer>"
+
+and, as our additions, optional: response (a verbatim SFT target instead of reasoning + answer),
+num_frames (instead of the run's setting) and segment ([start, end] in seconds).
+
+                 load_rows                   load_media
+    rows.jsonl ------------> list[Example] ------------> frames (F, H, W, 3) uint8, times (F,) s
+                 checks every field           decord / PIL
+
+F frames, H x W pixels. Frame indices follow VILA: linspace(0, N - 1, F), truncated to int.
+
+What other systems do: a video that does not decode is replaced by another one under the same
+question, or dropped. Here bad input is a DataError that names the row or the file, and the caller
+decides; nothing is replaced.
+
+The toy (second half of the file) stands for the whole data pipeline of the paper. Its videos are
+real mp4 files of 256 frames with short coloured flashes in them, so that fewer sampled frames
+really lose information; its questions come in the paper's four categories; its splits never share
+a video. Check this file alone:  python data.py /tmp/toy   (writes a small toy, prints its rows)
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+FIELDS = ("problem_id", "problem", "data_type", "problem_type", "reasoning", "videos", "answer")
+TYPES = ("video", "image", "text")
+
+
+class DataError(ValueError):
+    """Bad input: the message names the file or row and the field, and says what is wrong."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question. `options` is () for an open-ended one; `answer` is a letter if there are
+    options, else free text; `media` is an absolute path, or "" for text only."""
+
+    id: str
+    problem: str
+    options: tuple[str, ...]
+    answer: str
+    category: str
+    media: str
+    data_type: str
+    response: str  # what SFT trains on
+    num_frames: int | None = None
+    segment: tuple[float, float] | None = None
+
+
+# ---------------------------------------------------------------------------------------- rows
+
+
+def parse_options(problem: str) -> tuple[str, ...]:
+    """The texts of the option lines of a problem, in the order A, B, C ...
+
+    >>> parse_options("Which?\\nA. red\\nB. blue sky")
+    ('red', 'blue sky')
+    """
+    lines = re.findall(r"^\(?([A-Z])[.):]\s*(.+?)\s*$", problem, flags=re.MULTILINE)
+    expected = [chr(ord("A") + i) for i in range(len(lines))]
+    if [letter for letter, _ in lines] != expected:
+        raise DataError(f"option letters {[x for x, _ in lines]} are not {expected}")
+    return tuple(text for _, text in lines)
+
+
+def parse_row(row: dict, video_dir: str, where: str = "row") -> Example:
+    """One JSON object to an Example, or a DataError that names the row and the field."""
+    name = f"{where} (problem_id {row.get('problem_id', '?')!r})"
+    for field in FIELDS:
+        if not isinstance(row.get(field), str):
+            raise DataError(f"{name}: field {field!r} is missing or not a string")
+    if row["data_type"] not in TYPES:
+        raise DataError(f"{name}: data_type {row['data_type']!r} is not one of {', '.join(TYPES)}")
+    if (row["data_type"] == "text") != (row["videos"] == ""):
+        raise DataError(f"{name}: field 'videos' must be a path, and empty for data_type text")
+    response, answer = row.get("response", ""), row["answer"]
+    try:
+        options = parse_options(row["problem"])
+    except DataError as error:
+        raise DataError(f"{name}: field 'problem': {error}") from None
+    if not response:  # a question with a gold answer; rows with a verbatim target need none
+        span = re.fullmatch(r"\s*<answer>(.+?)</answer>\s*", answer, flags=re.DOTALL)
+        if span is None:
+            raise DataError(f"{name}: field 'answer' is {answer!r}, not <answer>...</answer>")
+        answer = span.group(1).strip()
+        if options and answer not in [chr(ord("A") + i) for i in range(len(options))]:
+            raise DataError(
+                f"{name}: answer {answer!r} is not the letter of one of its {len(options)} options"
+            )
+        think = row["reasoning"].strip()
+        think = think if "<think>" in think else f"<think> {think} </think>"
+        response = f"{think} <answer> {answer} </answer>"
+    return Example(
+        id=row["problem_id"],
+        problem=row["problem"],
+        options=options,
+        answer=answer,
+        category=row["problem_type"],
+        media=str(Path(video_dir, row["videos"]).absolute()) if row["videos"] else "",
+        data_type=row["data_type"],
+        response=response,
+        num_frames=row.get("num_frames"),
+        segment=tuple(row["segment"]) if row.get("segment") else None,
+    )
+
+
+def load_rows(path: str, video_dir: str | None = None) -> list[Example]:
+    """All rows of a .jsonl file. video_dir defaults to the file's own folder.
+
+    Raises DataError for a missing or empty file, a line that is not a JSON object, a missing
+    field, a malformed gold answer, or an id that occurs twice.
+    """
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: no such file; give a .jsonl file with one row a line")
+    examples, seen = [], set()
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}:{number}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{number}: not a JSON object")
+            example = parse_row(row, video_dir or os.path.dirname(path), f"{path}:{number}")
+            if example.id in seen:
+                raise DataError(f"{path}:{number}: problem_id {example.id!r} occurs twice")
+            seen.add(example.id)
+            examples.append(example)
+    if not examples:
+        raise DataError(f"{path}: the file has no rows")
+    return examples
+
+
+# --------------------------------------------------------------------------------------- media
+
+
+def frame_indices(total: int, n: int, first: int = 0, last: int | None = None) -> np.ndarray:
+    """Indices of n frames spread evenly over first..last of a video of `total` frames (VILA's
+    rule). A shorter video gives all its frames, each once.
+
+    >>> frame_indices(100, 4), frame_indices(3, 8), frame_indices(100, 1)
+    (array([ 0, 33, 66, 99]), array([0, 1, 2]), array([0]))
+    """
+    last = total - 1 if last is None else min(last, total - 1)
+    if total < 1 or n < 1 or not 0 <= first <= last:
+        raise DataError(f"cannot take {n} frames from {first}..{last} of {total}")
+    return np.linspace(first, last, min(n, last - first + 1), dtype=int)
+
+
+def load_media(example: Example, num_frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """The frames of an example: (F, H, W, 3) uint8 and their times in seconds (F,) float64.
+
+    An image is one frame at time 0; text has F = 0. The row's own num_frames and segment win over
+    `num_frames`. Raises DataError, naming the file, if it is missing, empty or does not decode.
+    """
+    if example.data_type == "text":
+        return np.zeros((0, 1, 1, 3), np.uint8), np.zeros(0)
+    path = example.media
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: no such file (question {example.id}); check the video directory")
+    if os.path.getsize(path) == 0:
+        raise DataError(f"{path}: the file is empty (question {example.id}); download it again")
+    try:
+        if example.data_type == "image":
+            from PIL import Image
+
+            with Image.open(path) as image:
+                return np.array(image.convert("RGB"))[None], np.zeros(1)
+        return decode(path, example.num_frames or num_frames, example.segment)
+    except Exception as error:  # decord and PIL raise their own types; keep one line of theirs
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+        raise DataError(
+            f"{path}: does not decode as {example.data_type} (question {example.id}): {reason}"
+        ) from None
+
+
+def decode(path: str, num_frames: int, segment=None) -> tuple[np.ndarray, np.ndarray]:
+    """num_frames frames of a video file with decord, and their times; segment = (start, end) s."""
+    import decord
+
+    # One thread: decord's own pool fights with the ranks, and threads of it have hung in the field.
+    reader = decord.VideoReader(path, num_threads=1)
+    total, fps = len(reader), float(reader.get_avg_fps())
+    first, last = 0, total - 1
+    if segment is not None:  # frames whose time lies in [start, end)
+        first, last = int(np.ceil(segment[0] * fps - 1e-6)), int(np.ceil(segment[1] * fps - 1e-6)) - 1
+    indices = frame_indices(total, num_frames, first, last)
+    frames = reader.get_batch(indices).asnumpy()
+    return frames, indices / fps
+
+
+# ------------------------------------------------------------------------------------- the toy
+#
+# A video: T = 256 frames of 32 x 32 pixels at 4 frames a second. On a noisy grey ground
+#   - 2 to 5 flashes of different colours, one after the other, each at one side, 5 to 12 frames
+#     long: 64 sampled frames (stride 4) see every one, 32 miss some, 8 miss most;
+#   - a white dot drifts from the middle to a corner;  - a grey square wanders about (distractor).
+# A question is of one of four categories: temporal (first, last, right after), spatial (side of a
+# flash), plot (how many flashes), goal (the dot's corner). Right letter: uniform over A-D; wrong
+# options: drawn without looking at the video, so that guessing without it stays at 25 %.
+
+T, SIZE, FPS = 256, 32, 4
+COLORS = {
+    "red": (220, 30, 30),
+    "green": (30, 200, 30),
+    "blue": (40, 60, 230),
+    "yellow": (225, 215, 30),
+    "cyan": (30, 210, 215),
+    "magenta": (220, 40, 210),
+}
+SIDES = {"left": (16, 5), "right": (16, 26), "top": (5, 16), "bottom": (26, 16)}  # centre y, x
+CORNERS = {"northwest": (3, 3), "northeast": (3, 28), "southwest": (28, 3), "southeast": (28, 28)}
+COUNTS = ("2", "3", "4", "5")
+QUESTIONS = {
+    "first": ("temporal", "Which color came first?"),
+    "last": ("temporal", "Which color came last?"),
+    "after": ("temporal", "Which color came right after {}?"),
+    "side": ("spatial", "Which side was {} on?"),
+    "count": ("plot", "How many flashes?"),
+    "corner": ("goal", "Which corner did the dot reach?"),
+}
+
+
+def toy_scene(rng: np.random.Generator) -> dict:
+    """What happens in one video: flashes [(color, side, start, end)] and the dot's corner."""
+    n = int(rng.integers(2, 6))
+    length = rng.integers(5, 13, n)
+    # Free frames are dealt at random to the n + 1 gaps; inner gaps are at least 5 frames.
+    free = T - length.sum() - 5 * (n - 1)
+    cuts = np.sort(rng.integers(0, free + 1, n))
+    gaps = np.diff(cuts, prepend=0) + np.where(np.arange(n) > 0, 5, 0)
+    starts = np.cumsum(gaps) + np.concatenate([[0], np.cumsum(length)[:-1]])
+    colors, sides = rng.permutation(list(COLORS))[:n], rng.choice(list(SIDES), n)
+    flashes = [
+        (str(c), str(s), int(a), int(a + k)) for c, s, a, k in zip(colors, sides, starts, length)
+    ]
+    return {"flashes": flashes, "corner": str(rng.choice(list(CORNERS)))}
+
+
+def toy_frames(scene: dict, rng: np.random.Generator, other: bool = False) -> np.ndarray:
+    """Paint a scene: (T, SIZE, SIZE, 3) uint8. `other` is the other environment of the last test:
+    a tinted and striped ground, other sizes."""
+    ground = rng.uniform(30, 70) + rng.normal(0, 4, (SIZE, SIZE, 1)) + np.zeros(3)
+    if other:
+        ground = ground + rng.uniform(-15, 35, 3)
+        ground[:: int(rng.integers(3, 6))] += rng.uniform(10, 25)
+    video = np.repeat(ground[None], T, axis=0)
+
+    def square(t, center, half, color):
+        y, x = (int(round(c)) for c in center)
+        y0, x0 = max(y - half[0], 0), max(x - half[1], 0)
+        video[t, y0 : y + half[0] + 1, x0 : x + half[1] + 1] = color
+
+    flash, dot = ((5, 3), (1, 1)) if not other else ((int(rng.integers(3, 6)), 4), (2, 1))
+    phase, speed = rng.uniform(0, 6.3, 2), rng.uniform(0.01, 0.04, 2)
+    target = np.array(CORNERS[scene["corner"]])
+    gray = rng.uniform(100, 150)
+    for t in range(T):
+        square(t, 16 + 9 * np.sin(phase + speed * t), (2, 2), gray)
+        square(t, 16 + (target - 16) * t / (T - 1), dot, 250)
+        for color, side, start, end in scene["flashes"]:
+            if start <= t < end:
+                half = flash if side in ("left", "right") else flash[::-1]
+                square(t, SIDES[side], half, COLORS[color])
+    return np.clip(video, 0, 255).astype(np.uint8)
+
+
+def write_mp4(path: str, frames: np.ndarray, fps: int = FPS) -> None:
+    """(F, H, W, 3) uint8 to an mpeg4 file, a key frame every 32 frames; written, then renamed."""
+    import av
+
+    part = f"{path}.{os.getpid()}.mp4"
+    with av.open(part, "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps, options={"qscale": "2", "g": "32"})
+        stream.codec_context.thread_count = 1  # frames this small: threads cost 6 times the work
+        stream.codec_context.flags |= 1 << 1  # AV_CODEC_FLAG_QSCALE: constant quality
+        stream.codec_context.global_quality = 2 * 118  # FF_QP2LAMBDA
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    os.replace(part, path)
+
+
+def toy_question(kind: str, scene: dict, seen: list, rng, careful: bool = True) -> dict | None:
+    """A question about the flashes in `seen`, with options, gold letter and chain of thought.
+
+    Careful reasoning cites its evidence (the flashes in order, numbered), then the answer's word,
+    then its letter. Hasty reasoning has no evidence and is wrong 60 % of the time: a model that
+    imitates a mixture of both (as SFT on real, noisy chains of thought does) leaves RL something
+    to find. Returns None where the question makes no sense.
+    """
+    listing = " ".join(f"{i} {color}" for i, (color, *_) in enumerate(seen, 1))
+    key = ""
+    if kind in ("first", "last"):
+        pool, word, evidence = COLORS, seen[0 if kind == "first" else -1][0] if seen else "", listing
+    elif kind == "after":
+        if len(seen) < 2:
+            return None
+        i = int(rng.integers(1, len(seen)))
+        key, word, evidence = seen[i - 1][0], seen[i][0], listing
+        pool = [c for c in COLORS if c != key]
+    elif kind == "side":
+        if not seen:
+            return None
+        key, word = seen[int(rng.integers(len(seen)))][:2]
+        pool, evidence = SIDES, f"{key} {word}"
+    elif kind == "count":
+        pool, word, evidence = COUNTS, str(len(seen)), listing
+    else:
+        pool, word, evidence = CORNERS, scene["corner"], f"dot {scene['corner']}"
+    if word not in pool:
+        return None
+    wrong = [w for w in rng.permutation(list(pool)) if w != word][:3]
+    options = [str(w) for w in rng.permutation([*wrong, word])]
+    letter = "ABCD"[options.index(word)]
+    category, text = QUESTIONS[kind]
+    reasoning = f"seen {evidence} so {word} {letter}"
+    if not careful:
+        letter = letter if rng.random() < 0.4 else str(rng.choice([c for c in "ABCD" if c != letter]))
+        reasoning = f"guess {letter}"
+    lines = [text.format(key), *(f"{a}. {w}" for a, w in zip("ABCD", options))]
+    return {
+        "problem": "\n".join(lines),
+        "problem_type": category,
+        "reasoning": reasoning,
+        "answer": f"<answer>{letter}</answer>",
+    }
+
+
+def toy_clip_rows(scene: dict, rng: np.random.Generator, clip: tuple, texts: int) -> list[dict]:
+    """Pretraining rows of one clip (first, last, n): two captions, and questions about what the n
+    sampled frames show, each with the evidence before the answer."""
+    indices = frame_indices(T, clip[2], clip[0], clip[1])
+    seen = [f for f in scene["flashes"] if ((indices >= f[2]) & (indices < f[3])).any()]
+    full = " ".join(f"{i} {c} {s}" for i, (c, s, *_) in enumerate(seen, 1))
+    short = " ".join(f"{i} {c}" for i, (c, *_) in enumerate(seen, 1))
+    rows = [{"problem": "Describe.", "response": f"{full} dot {scene['corner']}".strip()}]
+    rows.append({"problem": "List the flashes.", "response": short or "nothing"})
+    while len(rows) < texts:
+        kinds = ("first", "last", "after", "side", "count", "corner")
+        kind = str(rng.choice(kinds, p=(0.12, 0.14, 0.22, 0.3, 0.12, 0.1)))
+        row = toy_question(kind, scene, seen, rng)
+        if row is not None:
+            rows.append({"problem": row["problem"], "response": row["reasoning"]})
+    where = {"num_frames": clip[2], "segment": [clip[0] / FPS, (clip[1] + 1) / FPS]}
+    return [row | where | {"problem_type": "base"} for row in rows]
+
+
+def toy_text_row(rng: np.random.Generator) -> dict:
+    """Text only: find the letters of words; or of one word, in the answer format."""
+    pools = (list(COLORS), list(SIDES), list(CORNERS), list(COUNTS))
+    options = [str(w) for w in rng.permutation(pools[int(rng.choice(4, p=(0.55, 0.15, 0.15, 0.15)))])[:4]]
+    lines = [f"{a}. {w}" for a, w in zip("ABCD", options)]
+    order = rng.permutation(4)
+    if rng.random() < 0.7:
+        problem, response = "Find the letters.", " ".join(f"{options[i]} {'ABCD'[i]}" for i in order)
+    else:
+        word, letter = options[order[0]], "ABCD"[order[0]]
+        problem = f"Choose {word}."
+        response = f"<think> so {word} {letter} </think> <answer> {letter} </answer>"
+    return {"problem": "\n".join([problem, *lines]), "response": response, "problem_type": "base"}
+
+
+def toy_image_rows(scene: dict, t: int) -> list[dict]:
+    """Captions of the single frame t."""
+    now = [f for f in scene["flashes"] if f[2] <= t < f[3]]
+    rows = [("Describe.", f"{now[0][0]} {now[0][1]}" if now else "nothing")]
+    if t > 40:  # by then the dot has left the middle
+        rows.append(("Where is the dot?", f"dot {scene['corner']}"))
+    return [{"problem": p, "response": r, "problem_type": "base"} for p, r in rows]
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    """How much toy data to make: videos per split, and texts per video."""
+
+    base: int = 1200  # videos of base pretraining
+    sft: int = 300  # videos of chain-of-thought SFT
+    rl: int = 800  # videos of GRPO
+    test: int = 200  # videos never trained on, 5 questions each
+    other: int = 100  # videos never trained on, in another environment
+    images: int = 6  # single frames per base video
+    clips: int = 3  # clips per base video
+    texts: int = 4  # texts per clip
+    careful: float = 0.45  # share of SFT rows whose reasoning cites its evidence
+
+
+def toy_build(folder: str, config: ToyConfig, seed: int, rank: int = 0, world: int = 1, bar=iter):
+    """Write the toy's videos and rows under folder. Each rank paints every world-th video; rank 0
+    writes the .jsonl files. Everything is a function of (seed, split, video), never of the rank.
+
+    Files: base_images, base, sft, rl, test, test_other (.jsonl); videos/ (.mp4); images/ (.png).
+    `bar` wraps the loop over videos, e.g. tqdm. The caller puts a barrier behind it.
+    """
+    from PIL import Image
+
+    root = Path(folder)
+    for sub in ("videos", "images"):
+        (root / sub).mkdir(parents=True, exist_ok=True)
+    sizes = {s: getattr(config, s) for s in ("base", "sft", "rl", "test", "other")}
+    rows = {name: [] for name in ("base_images", "base", "sft", "rl", "test", "test_other")}
+    jobs = [(s, split, i) for s, split in enumerate(sizes) for i in range(sizes[split])]
+
+    def add(name, row, data_type="video", videos=""):
+        row = {"reasoning": "", "answer": "", "data_type": data_type, "videos": videos} | row
+        rows[name].append({"problem_id": f"{name}_{len(rows[name])}"} | row)
+
+    for number, (s, split, i) in enumerate(bar(jobs)):
+        rng = np.random.default_rng([seed, s, i])
+        scene, video = toy_scene(rng), f"videos/{split}_{i}.mp4"
+        frames = None
+        if number % world == rank:
+            paint = np.random.default_rng([seed, s, i, 1])
+            frames = toy_frames(scene, paint, other=split == "other")
+            write_mp4(str(root / video), frames)
+        if split == "base":
+            for k in range(config.images):  # every other image shows a flash
+                flash = scene["flashes"][int(rng.integers(len(scene["flashes"])))]
+                t = int(rng.integers(flash[2], flash[3]) if k % 2 == 0 else rng.integers(T))
+                image = f"images/{i}_{k}.png"
+                if frames is not None:
+                    Image.fromarray(frames[t]).save(root / image)
+                for row in toy_image_rows(scene, t):
+                    add("base_images", row, "image", image)
+                add("base_images", toy_text_row(rng), "text")
+            for k in range(config.clips):
+                n = int(rng.choice((64, 32, 16, 8), p=(0.6, 0.2, 0.1, 0.1)))
+                # Half the shorter clips are a part of the video, at the full frame rate.
+                whole = n == 64 or rng.random() < 0.5
+                first = 0 if whole else int(rng.integers(0, T - 4 * n + 1))
+                last = T - 1 if whole else first + 4 * n - 1
+                for row in toy_clip_rows(scene, rng, (first, last, n), config.texts):
+                    add("base", row, "video", video)
+                for _ in range(2):
+                    add("base", toy_text_row(rng), "text")
+            continue
+        kinds = ["first", "last", "after", "side", "count", "corner"]
+        if split in ("rl", "test", "other"):  # 2 of the 3 temporal ones, 5 questions a video
+            kinds.remove(str(rng.choice(kinds[:3])))
+        else:  # SFT: 8 rows a video, some of them twice with another annotation
+            kinds += ["side", "count"]
+        name = split if split != "other" else "test_other"
+        for kind in kinds:
+            careful = split != "sft" or bool(rng.random() < config.careful)
+            add(name, toy_question(kind, scene, scene["flashes"], rng, careful), "video", video)
+    if rank == 0:
+        for name, content in rows.items():
+            part = root / f"{name}.jsonl.part"
+            part.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+            os.replace(part, root / f"{name}.jsonl")
+
+
+if __name__ == "__main__":
+    import sys
+
+    target = sys.argv[1] if len(sys.argv) > 1 else "runs/toy/data"
+    toy_build(target, ToyConfig(base=4, sft=4, rl=4, test=4, other=4), seed=0)
+    for split in ("base", "sft", "test"):
+        for example in load_rows(f"{target}/{split}.jsonl")[:3]:
+            media, times = load_media(example, 64)
+            print(split, media.shape, f"{times[-1:]} s", repr(example.problem), "->", example.response)

@@ -1,0 +1,185 @@
+"""Evaluation: accuracy on multiple-choice and open questions, by category and by frames.
+
+    Example --features (cached)--> Prompt --greedy rollout--> completion --grade--> 0 or 1
+
+    accuracy = mean over ALL questions. A question whose video does not decode counts as wrong and
+    is listed with its error; none is dropped. Results are keyed by the question, not by the video.
+
+The public evaluation calls a stub in place of the model, reuses a video's first answer for its
+second question, skips failures, and does not accept "B." for "B"; here the rules of grpo.py grade
+(one set of rules for training and evaluation). As LongVideo-Reason-eval does, no LLM judges.
+
+Two controls belong to a result:
+    wrong video   each question is asked about another video. Accuracy must fall to chance, or the
+                  questions can be answered without looking.
+    prefill       the answer's beginning is forced, e.g. into a reasoning style. It tells what RL
+                  added to choosing that style.
+
+Command line:  python eval.py --model runs/toy/model
+The folder's recipe.json gives the data, frames and prompt it was trained with; options override.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections import defaultdict
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from data import DataError, load_rows
+from grpo import accuracy_reward, format_reward
+from model import THINKING, VILA, ModelError
+from mrsp import EmbeddingCache
+from rollout import Sampling, TorchEngine
+
+
+def swap_media(examples: list) -> list:
+    """The wrong-video control: every question about the media that stand half the set away."""
+    media = list(dict.fromkeys(e.media for e in examples))
+    if len(media) < 2:
+        raise DataError("the wrong-video control needs questions about at least two videos")
+    other = {m: media[(i + len(media) // 2) % len(media)] for i, m in enumerate(media)}
+    return [replace(e, media=other[e.media]) for e in examples]
+
+
+def evaluate(
+    model,
+    engine,
+    examples: list,
+    num_frames: int,
+    max_tokens: int = 1024,
+    template: str = THINKING,
+    system: str | None = None,
+    prefill: str = "",
+    cache: EmbeddingCache | None = None,
+    batch: int = 64,
+    rank: int = 0,
+    world: int = 1,
+    group=None,
+    bar=iter,
+) -> dict:
+    """Greedy answers to all examples, dealt to the ranks in batches that do not depend on the
+    number of ranks. Returns, on every rank: accuracy, format (fractions), by_category {name:
+    accuracy}, questions, errors [(id, message)] and records (one dict a question, in order)."""
+    sampling, cache = Sampling(temperature=0.0, max_tokens=max_tokens), cache or EmbeddingCache()
+    starts = range(0, len(examples), batch)
+    records = {}
+    for start in bar(starts[rank::world]):
+        rows, prompts = [], []
+        for index in range(start, min(start + batch, len(examples))):
+            example = examples[index]
+            try:
+                features = model.features(example, num_frames, cache)
+            except DataError as error:
+                records[index] = record(example, "", error=str(error))
+                continue
+            prompts.append(model.build_prompt(example, features, template, system, prefill))
+            rows.append(index)
+        for index, answers in zip(rows, engine.generate(prompts, 1, sampling) if rows else []):
+            text = f"{prefill} {answers[0].text}" if prefill else answers[0].text
+            records[index] = record(examples[index], text, tokens=len(answers[0].ids))
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, records, group=group)
+        records = {index: r for part in parts for index, r in part.items()}
+    records = [records[i] for i in range(len(examples))]
+    return summarise(records) | {"records": records}
+
+
+def record(example, text: str, tokens: int = 0, error: str = "") -> dict:
+    """The graded answer to one question."""
+    return {
+        "problem_id": example.id,
+        "category": example.category,
+        "gold": example.answer,
+        "completion": text,
+        "accuracy": 0.0 if error else accuracy_reward(text, example.answer, example.options),
+        "format": 0.0 if error else format_reward(text),
+        "tokens": tokens,
+        "error": error,
+    }
+
+
+def summarise(records: list[dict]) -> dict:
+    """Mean accuracy and format of records, and accuracy by category."""
+    by_category = defaultdict(list)
+    for r in records:
+        by_category[r["category"]].append(r["accuracy"])
+    mean = lambda values: sum(values) / len(values)  # noqa: E731
+    return {
+        "accuracy": mean([r["accuracy"] for r in records]),
+        "format": mean([r["format"] for r in records]),
+        "by_category": {name: mean(values) for name, values in sorted(by_category.items())},
+        "questions": len(records),
+        "errors": [(r["problem_id"], r["error"]) for r in records if r["error"]],
+    }
+
+
+def main(argv=None) -> dict:
+    parser = argparse.ArgumentParser(
+        description="Accuracy of a saved model.", allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--model", required=True, help="folder in VILA's layout")
+    add("--data", help="rows (.jsonl); default: the test rows that recipe.json names")
+    add("--video_dir", help="folder that the rows' paths are relative to; default: the rows' own")
+    add("--num_frames", type=int, help="frames a video; default: from recipe.json")
+    add("--max_tokens", type=int, help="longest answer; default: from recipe.json")
+    add("--prefill", default="", help="forced beginning of every answer")
+    add("--wrong_video", action="store_true", help="control: ask about another video")
+    add("--output", help="write one JSON line a question to this file")
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except (DataError, ModelError) as error:
+        sys.exit(f"error: {error}")
+
+
+def run(args) -> dict:
+    path = os.path.join(args.model, "recipe.json")
+    recipe = {"num_frames": 64, "max_tokens": 2048, "template": THINKING, "system": None}
+    if os.path.isfile(path):
+        with open(path) as file:
+            recipe |= json.load(file)
+    source = args.data or recipe.get("data") and os.path.join(args.model, recipe["data"])
+    if not source:
+        raise DataError(f"{path} names no data; give --data FILE.jsonl")
+    frames = args.num_frames or recipe["num_frames"]
+    model = VILA.from_pretrained(args.model)
+    examples = load_rows(source, args.video_dir)
+    if args.wrong_video:
+        examples = swap_media(examples)
+    from tqdm import tqdm
+
+    result = evaluate(
+        model,
+        TorchEngine(model),
+        examples,
+        frames,
+        args.max_tokens or recipe["max_tokens"],
+        recipe["template"],
+        recipe["system"],
+        args.prefill,
+        EmbeddingCache(),
+        bar=lambda x: tqdm(x, desc="eval"),
+    )
+    print(f"{result['questions']} questions of {source}, {frames} frames, greedy")
+    print(f"accuracy {result['accuracy']:.4f}  format {result['format']:.4f}")
+    for name, value in result["by_category"].items():
+        print(f"  {name:12s} {value:.4f}")
+    for name, message in result["errors"]:
+        print(f"counted as wrong: {name}: {message}")
+    if args.output:
+        with open(args.output, "w") as file:
+            file.writelines(json.dumps(r) + "\n" for r in result["records"])
+    return result
+
+
+if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
+    main()

@@ -1,0 +1,217 @@
+"""GRPO: rewards, advantages and loss of group relative policy optimisation, as pure functions.
+
+For one prompt (B of them) the policy samples G answers; each gets a reward, and an answer is good
+if it is better than the others of its group: no value network is needed.
+
+    reward      r_i   = w_acc * accuracy_i + w_fmt * format_i            (B, G)     section 4
+    advantage   A_i   = (r_i - mean_j r_j) / (std_j r_j + eps)           (B, G)     section 4
+    ratio       rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)        (B, G, R)
+    loss_t            = -min(rho_t A, clip(rho_t, 1 - low, 1 + high) A) + beta KL_t
+
+                 answers of one prompt, G = 4            same advantage for each token
+    rewards      [1.0   0.1   1.0   0.1]   ->  [0.87 -0.87 0.87 -0.87]  ->  x mask (B, G, R)
+
+What the large systems do: the same, spread over a worker class, a reward manager and a core file;
+log-probs of the old policy come from an extra pass over all sequences. What differs here:
+    - on-policy shortcut: in the first update after sampling, pi_old IS the current policy, so
+      old_logp = logp.detach(); no pass is spent on it (old_logp=None).
+    - groups whose rewards are all equal have zero advantage and train nothing: informative() finds
+      them, and the caller neither packs nor trains them (it counts them).
+    - the mean is over the GLOBAL number of tokens (or sequences), given by the caller: the loss
+      does not change with ranks, micro-batches or padding.
+
+DEVIATION 1: an answer with several <answer> spans is wrong (the public code takes the first or
+    last one, so that naming all letters can pay).
+
+Glossary: B prompts, G answers a prompt, R tokens of the longest answer; logp log-probabilities of
+the sampled tokens, mask 1.0 at real tokens. Check this file alone:  pytest tests/test_grpo.py
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# -------------------------------------------------------------------------------------- rewards
+
+
+def format_reward(completion: str) -> float:
+    """1.0 if the WHOLE completion is <think>...</think> <answer>...</answer>, else 0.0.
+
+    >>> format_reward("<think> a red car </think> <answer> B </answer>")
+    1.0
+    >>> format_reward("Sure! <think> a red car </think> <answer> B </answer>")
+    0.0
+    """
+    pattern = r"<think>.*?</think>\s*<answer>.*?</answer>"
+    return float(re.fullmatch(pattern, completion.strip(), flags=re.DOTALL) is not None)
+
+
+def as_number(text: str) -> float | None:
+    """The number that text is, or None: "1,000" -> 1000.0, "3.0" -> 3.0, "three" -> None."""
+    if not re.fullmatch(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?", text) or not re.search(r"\d", text):
+        return None
+    return float(text.replace(",", ""))
+
+
+def same_text(a: str, b: str) -> bool:
+    """Equal as numbers if both are numbers, else equal up to case and spacing."""
+    x, y = as_number(a), as_number(b)
+    if x is not None and y is not None:
+        return x == y
+    return a.lower().split() == b.lower().split()
+
+
+def chosen_letter(answer: str, options: tuple[str, ...]) -> str | None:
+    """The letter that an answer names: "B", "B.", "B)", "(B)", "B. red", or "red" if that is
+    exactly one option's text. None for anything else.
+
+    >>> [chosen_letter(a, ("blue", "red")) for a in ("B", "(B)", "B. red", "red", "B. blue", "b")]
+    ['B', 'B', 'B', 'B', None, None]
+    """
+    letters = [chr(ord("A") + i) for i in range(len(options))]
+    bare = re.fullmatch(r"\(([A-Z])\)|([A-Z])[.)]?", answer)
+    if bare:
+        letter = bare.group(1) or bare.group(2)
+        return letter if letter in letters else None
+    named = [x for x, text in zip(letters, options) if same_text(answer, text)]
+    full = re.fullmatch(r"\(?([A-Z])[.):]\s*(.+)", answer, flags=re.DOTALL)
+    if full and full.group(1) in letters:
+        letter, text = full.groups()
+        return letter if same_text(text, options[letters.index(letter)]) else None
+    return named[0] if len(named) == 1 else None
+
+
+def accuracy_reward(completion: str, gold: str, options: tuple[str, ...] = ()) -> float:
+    """1.0 if the one <answer> span of the completion gives the gold answer, else 0.0.
+
+    With options, gold is a letter; without, gold is text or a number ("3" equals "3.0").
+
+    >>> accuracy_reward("<think> . </think> <answer> B. </answer>", "B", ("blue", "red"))
+    1.0
+    >>> accuracy_reward("<answer> A </answer> <answer> B </answer>", "B", ("blue", "red"))
+    0.0
+    """
+    spans = re.findall(r"<answer>(.*?)</answer>", completion, flags=re.DOTALL)
+    if len(spans) != 1:
+        return 0.0
+    answer = spans[0].strip()
+    if options:
+        return float(chosen_letter(answer, options) == gold)
+    return float(bool(answer) and same_text(answer, gold))
+
+
+# ----------------------------------------------------------------------------------- advantages
+
+
+def advantages(rewards: Tensor, scale_std: bool = True, eps: float = 1e-6) -> Tensor:
+    """Group relative advantages: rewards (B, G) -> (B, G); sums to 0 in each group.
+
+    Divided by the unbiased standard deviation, as the paper does, unless scale_std is False
+    (Dr. GRPO, arXiv 2503.20783: dividing gives easy and hard questions more weight).
+
+    >>> advantages(torch.tensor([[1.0, 0.0, 1.0, 0.0]])).round(decimals=3).tolist()
+    [[0.866, -0.866, 0.866, -0.866]]
+    """
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"rewards must be (B, G) with G >= 2, got {tuple(rewards.shape)}")
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    return centred / (rewards.std(dim=1, keepdim=True) + eps) if scale_std else centred
+
+
+def informative(rewards: Tensor, eps: float = 1e-6) -> Tensor:
+    """(B, G) -> (B,) bool: groups whose answers differ in reward. The others teach nothing."""
+    return rewards.amax(dim=1) - rewards.amin(dim=1) > eps
+
+
+# ----------------------------------------------------------------------------------------- loss
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Settings of the policy loss; defaults are the released ones of Long-RL."""
+
+    clip_low: float = 0.2  # the ratio is clipped from below at 1 - clip_low
+    clip_high: float = 0.3  # and from above at 1 + clip_high
+    dual_clip: float = 3.0  # for negative advantages, -ratio * A is at most dual_clip * |A|
+    kl_coef: float = 1e-2  # weight of the KL term; 0 skips the reference model altogether
+    average: str = "token"  # mean over all tokens, or "sequence": mean over answers of token means
+
+
+def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """Per-token estimate of KL(pi || pi_ref) from samples of pi: unbiased and never negative
+    (estimator k3, http://joschu.net/blog/kl-approx.html). Any shape.
+
+        k3 = pi_ref / pi - log(pi_ref / pi) - 1
+    """
+    log_ratio = ref_logp - logp
+    return log_ratio.exp() - log_ratio - 1
+
+
+def policy_loss(ratio: Tensor, advantage: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
+    """Clipped surrogate per token, and where a clip is in force. Shapes broadcast to (B, G, R).
+
+    With A > 0 the loss is -min(ratio, 1 + high) A: no reward for going further up. With A < 0 it
+    is -max(ratio, 1 - low) A, and (dual clip, arXiv 1912.09729) never more than dual_clip |A|, or
+    one token that became likely by other updates would drown the batch.
+    """
+    plain = -advantage * ratio
+    clipped = -advantage * ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    loss = torch.maximum(plain, clipped)
+    bound = -advantage * config.dual_clip
+    loss_dual = torch.where(advantage < 0, torch.minimum(loss, bound), loss)
+    return loss_dual, (clipped > plain) | (loss_dual < loss)
+
+
+def grpo_loss(
+    logp: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    config: LossConfig,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    total_tokens: float | None = None,
+    total_sequences: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The GRPO loss of a (part of a) batch.
+
+    logp, old_logp, ref_logp, mask (B, G, R); advantage (B, G). old_logp=None: on-policy.
+    total_tokens, total_sequences: of the whole global batch, if this is a part of it; the parts'
+    losses and gradients then add up to the whole's.
+
+    Returns the loss (scalar) and sums over tokens (divide by `tokens` after adding up parts):
+    tokens, clipped (tokens whose gradient a clip cut off), kl, ratio_error (|ratio - 1|).
+    """
+    if logp.shape != mask.shape or advantage.shape != logp.shape[:2]:
+        raise ValueError(
+            f"logp {tuple(logp.shape)}, mask {tuple(mask.shape)} must be (B, G, R) and advantage "
+            f"{tuple(advantage.shape)} (B, G)"
+        )
+    if config.kl_coef and ref_logp is None:
+        raise ValueError("kl_coef is not zero: give ref_logp")
+    old_logp = logp.detach() if old_logp is None else old_logp
+    # Padding is replaced before exp(): inf * 0 would be nan, in the gradient too.
+    ratio = (logp - old_logp).masked_fill(mask == 0, 0.0).exp()
+    per_token, clipped = policy_loss(ratio, advantage[..., None], config)
+    kl = torch.zeros_like(logp)
+    if config.kl_coef:
+        kl = kl_k3(logp.masked_fill(mask == 0, 0.0), ref_logp.masked_fill(mask == 0, 0.0))
+        per_token = per_token + config.kl_coef * kl
+    per_token = per_token * mask
+    if config.average == "token":
+        loss = per_token.sum() / (total_tokens or mask.sum())
+    elif config.average == "sequence":
+        length = mask.sum(-1)  # (B, G); a row of padding has length 0 and is no sequence
+        means = per_token.sum(-1) / length.clamp(min=1)
+        loss = means.sum() / (total_sequences or (length > 0).sum())
+    else:
+        raise ValueError(f"average must be 'token' or 'sequence', not {config.average!r}")
+    with torch.no_grad():
+        sums = {
+            "tokens": mask.sum(),
+            "clipped": (clipped * mask).sum(),
+            "kl": (kl * mask).sum(),
+            "ratio_error": ((ratio - 1).abs() * mask).sum(),
+        }
+    return loss, sums

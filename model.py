@@ -1,0 +1,352 @@
+"""VILA: a SigLIP tower, a projector and a Qwen2 decoder, from the published folder layout.
+
+    frames (F, H, W, 3) uint8
+       | preprocess: resize to the tower, scale, normalise                 (F, 3, S, S)
+       | tower: SigLIP, hidden state of the configured layer               (F, N, C)
+       | projector: each n x n block of patches becomes one token, MLP     (F, K, D)
+       v encode: + the embedding of the end tokens ("\\n") after each frame
+    features (F * K', D)  --- cached: the tower is frozen in RL (mrsp.EmbeddingCache)
+       |
+       | build_prompt: chat template, text around the media                Prompt
+       v
+    policy: [prompt | answers] -> log-probs of the answers' tokens         (M,)
+
+build_prompt is the ONE builder of the sequence: rollout, policy and reference get the same Prompt,
+so they cannot see different inputs (in the public code they do: the video stands at its token in
+the rollout, and behind the text in training). A Prompt holds token ids and media features apart:
+text embeddings belong to the policy, which is being trained, and are looked up when they are used;
+the public code keeps a stale copy of them for the rollout.
+
+Checkpoint folder (as NVlabs publishes LongVILA-R1 and NVILA): config.json, llm/ (a Qwen2
+checkpoint with its tokenizer), vision_tower/ (SigLIP and preprocessor_config.json), mm_projector/
+(model.safetensors). Only safetensors are read, and no remote code runs.
+
+Differences from the public code:
+    DEVIATION 1: the LM head sees only the hidden states that predict an answer's token, in chunks;
+        L x V logits (256k x 152k) never exist.
+    DEVIATION 2: patches are resized with torch (bicubic, antialiased), not with PIL.
+
+Glossary: F frames, K tokens a frame, P prompt tokens, D decoder width, C tower width, L packed
+length, M predicted tokens, V vocabulary. Check this file alone:  pytest tests/test_model.py
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AttentionInterface,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+import mrsp
+from data import Example, load_media
+
+AttentionInterface.register("mrsp", mrsp.mrsp_attention)
+
+# The user turn in thinking mode; {problem} is the question with its options (section 4; our words).
+THINKING = (
+    "{problem}\n\nFirst think about the question step by step, based on the video, inside "
+    "<think> </think>. Then give the final answer inside <answer> </answer>; if there are "
+    "options, answer with the letter of the right one."
+)
+BARE = "{problem}"  # non-thinking mode is the bare question
+
+
+class ModelError(ValueError):
+    """A checkpoint or an input that the model cannot take; says what and what to do."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt. ids (P,), with a media token's id at every media position; positions (P,);
+    media (N, D) features and media_at (N,), where in ids they stand. text: for people and logs.
+    shared: how many leading tokens do not depend on the question (SFT shares them)."""
+
+    ids: Tensor
+    positions: Tensor
+    media: Tensor | None
+    media_at: Tensor
+    text: str
+    shared: int
+
+
+# ------------------------------------------------------------------------------------ projector
+
+
+class BlockDownsample(nn.Module):
+    """(F, N, C) patches on a square grid -> (F, ceil(side / n)^2, n * n * C): each n x n block of
+    patches, row by row, becomes one wide token; the grid is zero-padded to a multiple of n."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.n = n
+
+    def forward(self, x: Tensor) -> Tensor:
+        f, count, c = x.shape
+        side = int(count**0.5)
+        if side * side != count:
+            raise ModelError(f"{count} patches are not a square grid")
+        x = x.view(f, side, side, c)
+        extra = -side % self.n
+        x = F.pad(x, (0, 0, 0, extra, 0, extra))
+        blocks = (side + extra) // self.n
+        x = x.view(f, blocks, self.n, blocks, self.n, c).transpose(2, 3)
+        return x.reshape(f, blocks * blocks, self.n * self.n * c)
+
+
+def build_projector(kind: str, tower_width: int, width: int) -> nn.Module:
+    """The projector of a VILA config; the indices are those of the published tensor names."""
+    if kind in ("mlp_downsample", "mlp_downsample_2x2_fix"):
+        layers = [BlockDownsample(2), nn.LayerNorm(4 * tower_width)]
+        layers += [nn.Linear(4 * tower_width, width), nn.GELU(), nn.Linear(width, width)]
+    elif kind == "mlp_downsample_3x3_fix":
+        wide, mid = 9 * tower_width, 3 * tower_width
+        layers = [BlockDownsample(3), nn.LayerNorm(wide), nn.Linear(wide, mid), nn.GELU()]
+        layers += [nn.LayerNorm(mid), nn.Linear(mid, width), nn.GELU(), nn.Linear(width, width)]
+    else:
+        raise ModelError(
+            f"mm_projector_type {kind!r} is unknown; known: mlp_downsample, "
+            "mlp_downsample_2x2_fix, mlp_downsample_3x3_fix"
+        )
+    projector = nn.Module()
+    projector.layers = nn.Sequential(*layers)
+    return projector
+
+
+# ----------------------------------------------------------------------------------------- VILA
+
+
+class VILA(nn.Module):
+    """The policy. forward() gives log-probs of a Pack's targets; encode() the media's features."""
+
+    def __init__(self, config: dict, llm, tower, projector, tokenizer, preprocess: dict):
+        super().__init__()
+        self.config, self.tokenizer, self.preprocess = config, tokenizer, preprocess
+        self.llm, self.tower, self.projector = llm, tower, projector
+        llm.set_attn_implementation("mrsp")
+        self.media_token = tokenizer.convert_tokens_to_ids(config["video_token"])
+        self.eos = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        if None in (self.media_token, self.eos):
+            raise ModelError(f"the tokenizer lacks {config['video_token']!r} or '<|im_end|>'")
+        encoder = config["video_encoder"]
+        if "Basic" not in encoder["_target_"]:
+            raise ModelError(f"video encoder {encoder['_target_']!r} is not supported; only Basic")
+        end = encoder.get("end_tokens")
+        self.end_ids = tokenizer(end, add_special_tokens=False).input_ids if end else []
+        self._tower_hash = None
+
+    # -- checkpoints
+
+    @classmethod
+    def create(cls, config: dict, llm: dict, tower: dict, tokenizer, preprocess: dict) -> "VILA":
+        """A model with random weights. llm and tower are Qwen2 and SigLIP config dicts."""
+        llm_config, tower_config = Qwen2Config(**llm), SiglipVisionConfig(**tower)
+        kind = config["mm_projector_type"]
+        return cls(
+            config,
+            Qwen2ForCausalLM(llm_config),
+            SiglipVisionModel(tower_config),
+            build_projector(kind, tower_config.hidden_size, llm_config.hidden_size),
+            tokenizer,
+            preprocess,
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str, dtype=torch.float32) -> "VILA":
+        """Load a folder in VILA's layout; ModelError if it is none or tensors are missing."""
+        root = Path(folder)
+        for part in ("config.json", "llm", "vision_tower", "mm_projector/model.safetensors"):
+            if not (root / part).exists():
+                raise ModelError(f"{folder} is no VILA checkpoint: {part} is missing")
+        from safetensors.torch import load_file
+
+        config = json.loads((root / "config.json").read_text())
+        llm = Qwen2ForCausalLM.from_pretrained(root / "llm", dtype=dtype)
+        tower = SiglipVisionModel.from_pretrained(root / "vision_tower", dtype=dtype)
+        projector = build_projector(
+            config["mm_projector_type"], tower.config.hidden_size, llm.config.hidden_size
+        )
+        tensors = load_file(root / "mm_projector" / "model.safetensors")
+        expected = set(projector.state_dict())
+        if set(tensors) != expected:
+            raise ModelError(
+                f"{folder}/mm_projector: missing tensors {sorted(expected - set(tensors))}, "
+                f"unexpected {sorted(set(tensors) - expected)}"
+            )
+        projector.load_state_dict(tensors)
+        return cls(
+            config,
+            llm,
+            tower,
+            projector.to(dtype),
+            # Not AutoTokenizer: for a Qwen2 folder that puts Qwen2's splitting rules over those of
+            # tokenizer.json, silently (transformers 5).
+            PreTrainedTokenizerFast.from_pretrained(root / "llm"),
+            json.loads((root / "vision_tower" / "preprocessor_config.json").read_text()),
+        )
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write the same layout; llm/ alone is a Qwen2 checkpoint that vLLM can serve."""
+        from safetensors.torch import save_file
+
+        root = Path(folder)
+        (root / "mm_projector").mkdir(parents=True, exist_ok=True)
+        (root / "config.json").write_text(json.dumps(self.config, indent=2))
+        self.llm.save_pretrained(root / "llm")
+        self.tokenizer.save_pretrained(root / "llm")
+        self.tower.save_pretrained(root / "vision_tower")
+        (root / "vision_tower" / "preprocessor_config.json").write_text(json.dumps(self.preprocess))
+        tensors = {k: v.contiguous() for k, v in self.projector.state_dict().items()}
+        save_file(tensors, root / "mm_projector" / "model.safetensors")
+
+    # -- media
+
+    def pixels(self, frames) -> Tensor:
+        """(F, H, W, 3) uint8 -> (F, 3, S, S) normalised as preprocessor_config.json says."""
+        size, p = self.tower.config.image_size, self.preprocess
+        weight = self.projector.layers[1].weight
+        x = torch.as_tensor(np.ascontiguousarray(frames)).to(weight.device).permute(0, 3, 1, 2)
+        x = x.float()
+        if x.shape[-2:] != (size, size):
+            x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0, 255)
+        mean, std = (torch.tensor(p[k], device=x.device)[:, None, None] for k in ("image_mean", "image_std"))
+        return ((x * p.get("rescale_factor", 1 / 255) - mean) / std).to(weight.dtype)
+
+    def encode(self, frames) -> Tensor:
+        """(F, H, W, 3) uint8 -> (F, K, D) features, frame by frame, without end tokens."""
+        return self.encode_many([frames])[0]
+
+    def encode_many(self, media: list) -> list[Tensor]:
+        """encode() for several media, whose sizes may differ, in one pass of the tower."""
+        pixels = torch.cat([self.pixels(frames) for frames in media])
+        hidden = self.tower(pixels, output_hidden_states=True).hidden_states
+        features = self.projector.layers(hidden[self.config["mm_vision_select_layer"]])
+        return list(features.split([len(frames) for frames in media]))
+
+    def encoder_hash(self) -> str:
+        """Hash of everything that encode() depends on: weights of tower and projector, settings.
+        Computed once: call forget_encoder() after training the tower."""
+        if self._tower_hash is None:
+            import hashlib
+
+            digest = hashlib.sha256(json.dumps([self.config, self.preprocess], sort_keys=True).encode())
+            for module in (self.tower, self.projector):
+                for name, tensor in sorted(module.state_dict().items()):
+                    digest.update(name.encode())
+                    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            self._tower_hash = digest.hexdigest()
+        return self._tower_hash
+
+    def forget_encoder(self) -> None:
+        """The tower's or projector's weights changed: cached embeddings no longer apply."""
+        self._tower_hash = None
+
+    def features_trainable(self, examples: list[Example], num_frames: int) -> list[Tensor | None]:
+        """features() of several examples, with gradients into tower and projector, and no cache."""
+        media = {
+            i: load_media(e, num_frames)[0] for i, e in enumerate(examples) if e.data_type != "text"
+        }
+        found = dict(zip(media, self.encode_many(list(media.values())))) if media else {}
+        return [found.get(i) for i in range(len(examples))]
+
+    def features(self, example: Example, num_frames: int, cache, group=None) -> Tensor | None:
+        """Features (F, K, D) of an example's media; None for text. Computed once: on a hit of the
+        cache the file is not even decoded. No gradient: for a frozen tower. `group`: the ranks
+        that encode this video together."""
+        if example.data_type == "text":
+            return None
+
+        def compute():
+            frames = torch.from_numpy(load_media(example, num_frames)[0])
+            return mrsp.encode_parallel(self.encode, frames, group)
+
+        taken = (example.num_frames or num_frames, example.segment, example.data_type)
+        content = mrsp.file_hash(example.media) if os.path.isfile(example.media) else example.media
+        return cache.get(mrsp.media_key(content, self.encoder_hash(), *taken), compute)
+
+    # -- prompt
+
+    def build_prompt(self, example, features, template=THINKING, system=None, prefill="") -> Prompt:
+        """Tokens and positions of one question about its media, in ChatML:
+
+            [<|im_start|>system ...<|im_end|>] <|im_start|>user {media}{text}<|im_end|>
+            <|im_start|>assistant {prefill}
+
+        features (F, K, D) from encode(), or None. The media precede the text with no newline
+        between (as VILA does). system: None for no system turn. prefill: the beginning of the
+        answer, if it is forced.
+        """
+        tok = lambda text: self.tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
+        if self.config["video_token"] in example.problem:
+            raise ModelError(f"question {example.id} contains the token {self.config['video_token']}")
+        head = f"<|im_start|>system\n{system}<|im_end|>\n" if system is not None else ""
+        head_ids = tok(head + "<|im_start|>user\n")
+        media, media_ids, media_at = None, [], []
+        if features is not None:
+            n, k, _ = features.shape
+            frame = [self.media_token] * k + self.end_ids
+            media_ids = frame * n
+            start = len(head_ids)
+            media_at = [start + f * len(frame) + i for f in range(n) for i in range(k)]
+            media = features.flatten(0, 1)
+        text = template.format(problem=example.problem)
+        rest = tok(f"{text}<|im_end|>\n<|im_start|>assistant\n{prefill}")
+        ids = torch.tensor(head_ids + media_ids + rest)
+        return Prompt(
+            ids=ids,
+            positions=torch.arange(len(ids)),
+            media=media,
+            media_at=torch.tensor(media_at, dtype=torch.long),
+            text=f"{head}<|im_start|>user\n[{len(media_ids)} media tokens]{self.tokenizer.decode(rest)}",
+            shared=len(head_ids) + len(media_ids),
+        )
+
+    # -- policy
+
+    def embed(self, ids: Tensor, media: Tensor | None, media_at: Tensor) -> Tensor:
+        """Token embeddings (B, L, D), with media features at flat positions media_at."""
+        x = self.llm.get_input_embeddings()(ids)
+        if media is not None and len(media):
+            flat = x.reshape(-1, x.shape[-1])
+            x = flat.index_copy(0, media_at, media.to(flat.dtype)).view_as(x)
+        return x
+
+    def forward(self, pack: mrsp.Pack, temperature: float = 1.0, chunk: int = 8192) -> tuple[Tensor, Tensor]:
+        """Log-probs (M,) float32 (or wider) of the pack's targets at a sampling temperature, and
+        the entropy (M,) of each predicted distribution (no gradient)."""
+        x = self.embed(pack.ids, pack.media, pack.media_at)
+        body = self.llm.model
+        hidden = body(
+            inputs_embeds=x, position_ids=pack.positions, use_cache=False, mrsp=pack.layout
+        ).last_hidden_state
+        hidden = hidden.reshape(-1, hidden.shape[-1])[pack.hidden_at]  # (M, D)
+        parts = []
+        for h, t in zip(hidden.split(chunk), pack.targets.split(chunk)):
+            # Checkpointed: backward computes a chunk's logits again instead of keeping (M, V).
+            parts.append(checkpoint(self._log_probs, h, t, temperature, use_reentrant=False))
+        logps, entropies = zip(*parts)
+        return torch.cat(logps), torch.cat(entropies)
+
+    def _log_probs(self, hidden: Tensor, targets: Tensor, temperature: float):
+        logits = self.llm.lm_head(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        logp = logits.log_softmax(-1)  # (m, V)
+        with torch.no_grad():
+            entropy = -(logp.exp() * logp).sum(-1)
+        return logp.gather(-1, targets[:, None])[:, 0], entropy
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep only each layer's input for backward; layers run twice."""
+        self.llm.gradient_checkpointing_enable({"use_reentrant": False})
+
