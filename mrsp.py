@@ -225,9 +225,14 @@ def mrsp_attention(module, query, key, value, attention_mask, mrsp: Layout = Non
     return out.transpose(1, 2).contiguous(), None
 
 
+def has_kernel(q: Tensor) -> bool:
+    """Does block_forward have a kernel for this tensor's device?"""
+    return q.device.type == "cpu"
+
+
 def block_forward(q, k, v, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of one block: out (1, H, Lq, D) and its log-sum-exp (1, H, Lq), natural log."""
-    if q.device.type == "cpu":
+    if has_kernel(q):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, scale=scale
         )
@@ -240,7 +245,7 @@ def block_forward(q, k, v, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
 def block_backward(grad, q, k, v, out, lse, causal: bool, scale: float):
     """Gradients of one block from the FINAL out and lse of its rows: with those, softmax weights
     exp(score - lse) are the global ones, and each block's share simply adds up."""
-    if q.device.type == "cpu":
+    if has_kernel(q):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, causal, scale=scale
         )

@@ -472,6 +472,7 @@ def main(argv=None) -> dict:
     model = VILA.from_pretrained(run.out / "init").to(run.device)
     supervised(run, model, preset.images, "images", data_dir, config.seed)
     supervised(run, model, preset.base, "base", data_dir, config.seed + 1)
+    run.save(model, "base")
     supervised(run, model, preset.sft, "sft", data_dir, config.seed + 2)
     run.save(model, "sft")
     test = data.load_rows(str(data_dir / "test.jsonl"))

@@ -1,0 +1,136 @@
+"""VILA: the projector by loops, the prompt, the checkpoint folder."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import TEMPLATE
+from safetensors.torch import load_file, save_file
+
+import data
+import mrsp
+from model import THINKING, VILA, BlockDownsample, ModelError, build_projector
+
+
+@pytest.mark.parametrize("side, n", [(4, 2), (5, 2), (7, 3), (6, 3), (2, 2)])
+def test_block_downsample_equals_loops(side, n):
+    x = torch.randn(2, side * side, 3)
+    out = BlockDownsample(n)(x)
+    blocks = -(-side // n)
+    assert out.shape == (2, blocks * blocks, n * n * 3)
+    for f in range(2):
+        for by in range(blocks):
+            for bx in range(blocks):
+                parts = []
+                for dy in range(n):
+                    for dx in range(n):
+                        y, x_ = by * n + dy, bx * n + dx
+                        inside = y < side and x_ < side
+                        parts.append(x[f, y * side + x_] if inside else torch.zeros(3))
+                assert torch.equal(out[f, by * blocks + bx], torch.cat(parts))
+
+
+@pytest.mark.parametrize(
+    "kind, tokens, names",
+    [
+        ("mlp_downsample", 256, {"1": 4 * 1152, "2": 4 * 1152, "4": 64}),
+        ("mlp_downsample_2x2_fix", 256, {"1": 4 * 1152, "2": 4 * 1152, "4": 64}),
+        ("mlp_downsample_3x3_fix", 121, {"1": 9 * 1152, "2": 9 * 1152, "4": 3456, "5": 3456, "7": 64}),
+    ],
+)  # fmt: skip
+def test_projectors_have_the_published_tensors_and_tokens_a_frame(kind, tokens, names):
+    with torch.device("meta"):
+        projector = build_projector(kind, 1152, 64)
+        out = projector.layers(torch.zeros(1, 32 * 32, 1152))  # 448 px, patches of 14
+    assert out.shape == (1, tokens, 64)
+    shapes = {k: v.shape for k, v in projector.state_dict().items()}
+    assert set(shapes) == {f"layers.{i}.{p}" for i in names for p in ("weight", "bias")}
+    for i, width in names.items():
+        assert shapes[f"layers.{i}.weight"][-1] == width
+
+
+def test_pixels_follow_the_preprocessor_config(model):
+    frames = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    assert torch.allclose(model.pixels(frames), frames.permute(0, 3, 1, 2) / 255 * 2 - 1, atol=1e-6)
+    large = model.pixels(torch.full((1, 50, 70, 3), 255, dtype=torch.uint8))
+    assert large.shape == (1, 3, 32, 32) and torch.allclose(large, torch.ones(1), atol=1e-5)
+
+
+def test_frames_are_encoded_independently_of_each_other(model):
+    frames = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8)
+    whole = model.encode(frames)
+    parts = model.encode_many([frames[:2], frames[2:]])
+    assert whole.shape == (5, 1, 128) and torch.allclose(whole, torch.cat(parts), atol=1e-6)
+
+
+def test_the_video_stands_before_the_text_and_nothing_between(toy, model):
+    row = data.load_rows(str(toy / "rl.jsonl"))[0]
+    features = model.features(row, 5, mrsp.EmbeddingCache())
+    p = model.build_prompt(row, features, TEMPLATE, system="the user")
+    tokens = model.tokenizer.convert_ids_to_tokens(p.ids.tolist())
+    head = ["<|im_start|>", "system", "the", "user", "<|im_end|>", "<|im_start|>", "user"]
+    assert tokens[: len(head)] == head
+    assert tokens[len(head) : len(head) + 5] == ["<vila/video>"] * 5
+    assert tokens[-2:] == ["<|im_start|>", "assistant"]
+    assert p.media_at.tolist() == list(range(7, 12)) and p.shared == 12
+    assert torch.equal(p.positions, torch.arange(len(p.ids)))
+    # the features stand at their tokens, and text has the policy's own embeddings
+    x = model.embed(p.ids[None], p.media, p.media_at)[0]
+    assert torch.equal(x[7:12], features[:, 0])
+    assert torch.equal(x[12:], model.llm.get_input_embeddings()(p.ids[12:]))
+
+
+def test_end_tokens_follow_every_frame(toy, model):
+    model.end_ids = [9]
+    row = data.load_rows(str(toy / "rl.jsonl"))[0]
+    p = model.build_prompt(row, torch.ones(3, 2, 128), TEMPLATE)
+    v = model.media_token
+    assert p.ids[2:11].tolist() == [v, v, 9] * 3 and p.media_at.tolist() == [2, 3, 5, 6, 8, 9]
+
+
+def test_the_forced_beginning_of_an_answer_ends_the_prompt(toy, model):
+    row = data.load_rows(str(toy / "rl.jsonl"))[0]
+    p = model.build_prompt(row, None, TEMPLATE, prefill="<think> seen")
+    assert model.tokenizer.convert_ids_to_tokens(p.ids.tolist())[-3:] == ["assistant", "<think>", "seen"]
+
+
+def test_a_media_token_in_a_question_is_refused(toy, model):
+    row = data.load_rows(str(toy / "rl.jsonl"))[0]
+    import dataclasses
+
+    with pytest.raises(ModelError, match="rl_0.*<vila/video>"):
+        model.build_prompt(dataclasses.replace(row, problem="<vila/video>?"), None, TEMPLATE)
+
+
+def test_the_default_template_asks_for_both_spans():
+    text = THINKING.format(problem="Why?")
+    assert text.startswith("Why?") and "<think> </think>" in text and "<answer> </answer>" in text
+
+
+def test_a_checkpoint_folder_loads_again_with_the_same_weights(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    again = VILA.from_pretrained(tmp_path)
+    a, b = model.state_dict(), again.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert again.encoder_hash() == model.encoder_hash()
+    text = "<|im_start|>user Which color came first? A. red<|im_end|>"
+    assert again.tokenizer(text).input_ids == model.tokenizer(text).input_ids
+    assert 0 not in again.tokenizer(text).input_ids  # no word is lost
+
+
+def test_broken_checkpoints_are_refused_by_name(toy, tmp_path):
+    with pytest.raises(ModelError, match="config.json is missing"):
+        VILA.from_pretrained(tmp_path)
+    folder = tmp_path / "c"
+    shutil.copytree(toy / "init", folder)
+    path = folder / "mm_projector" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["layers.9.weight"] = tensors.pop("layers.4.weight")
+    save_file(tensors, path)
+    with pytest.raises(ModelError, match=r"missing tensors \['layers.4.weight'\].*layers.9.weight"):
+        VILA.from_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"mm_projector_type": "linear"}))
+    with pytest.raises(ModelError, match="'linear' is unknown"):
+        VILA.from_pretrained(folder)

@@ -1,0 +1,275 @@
+"""Packing changes nothing: log-probs and gradients equal those of separate sequences."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import answers
+from torch.multiprocessing import spawn
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import mrsp
+
+LENGTHS = [[5, 1, 3], [1], [2, 7, 2, 1]]  # ragged groups, with answers of one token
+
+
+@pytest.fixture
+def policy(model):
+    """The toy VILA in float64, everywhere: transformers' RMSNorm computes in float32 whatever it is
+    given, which would limit what a test can see to 1e-7; torch's own replaces it."""
+    body = model.double().llm.model
+    for layer in body.layers:
+        layer.input_layernorm = as_torch_norm(layer.input_layernorm)
+        layer.post_attention_layernorm = as_torch_norm(layer.post_attention_layernorm)
+    body.norm = as_torch_norm(body.norm)
+    return model
+
+
+def as_torch_norm(norm):
+    new = torch.nn.RMSNorm(norm.weight.shape[0], norm.variance_epsilon, dtype=torch.float64)
+    new.weight.data.copy_(norm.weight)
+    return new
+
+
+def random_grads(model, logp, seed=3):
+    """Parameter gradients for a random upstream gradient on the log-probs."""
+    model.zero_grad()
+    g = torch.Generator().manual_seed(seed)
+    (logp * torch.randn(logp.shape, generator=g, dtype=logp.dtype)).sum().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def separate_logp(model, prompts, branches):
+    """NAIVE, independent of mrsp.py: each prompt + answer alone, by unmodified sdpa."""
+    model.llm.set_attn_implementation("sdpa")
+    out = []
+    for prompt, group in zip(prompts, branches, strict=True):
+        for ids in group:
+            both = torch.cat([prompt.ids, ids])[None]
+            x = model.llm.get_input_embeddings()(both)
+            if prompt.media is not None:
+                x = x.index_copy(1, prompt.media_at, prompt.media[None].to(x.dtype))
+            logits = model.llm(inputs_embeds=x, use_cache=False).logits[0, len(prompt.ids) - 1 : -1]
+            out.append(logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0])
+    model.llm.set_attn_implementation("mrsp")
+    return torch.cat(out)
+
+
+def assert_same_grads(a, b, tolerance):
+    assert a.keys() == b.keys()
+    for name in a:
+        scale = max(1.0, b[name].abs().max().item())
+        assert (a[name] - b[name]).abs().max() <= tolerance * scale, name
+
+
+@pytest.mark.parametrize("form", ["dense", "blocks"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_logprobs_and_gradients_equal_separate_sequences(
+    policy, prompts, form, checkpointing, monkeypatch
+):
+    monkeypatch.setattr(mrsp, "DENSE_LIMIT", 0 if form == "blocks" else 10**9)
+    branches = answers(policy, LENGTHS)
+    expected = separate_logp(policy, prompts, branches)
+    expected_grads = random_grads(policy, expected)
+    policy.train()
+    if checkpointing:
+        policy.enable_gradient_checkpointing()
+    logp, _ = policy(mrsp.pack(prompts, branches))
+    assert (logp - expected).abs().max() < 1e-9
+    assert_same_grads(random_grads(policy, logp), expected_grads, 1e-9)
+
+
+def test_copies_give_the_same_as_the_shared_prefix(policy, prompts):
+    branches = answers(policy, LENGTHS)
+    shared, _ = policy(mrsp.pack(prompts, branches))
+    naive, _ = policy(mrsp.pack(*mrsp.copies(prompts, branches)))
+    assert (shared - naive).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 2), (4, 1)])
+def test_blocks_equal_the_dense_mask_for_grouped_heads(heads):
+    h, hkv = heads
+    g = torch.Generator().manual_seed(0)
+    lengths = (7, [3, 1, 5])
+    total = 7 + 9
+    q, k, v = (
+        torch.randn(1, n, total, 8, generator=g, dtype=torch.float64, requires_grad=True)
+        for n in (h, hkv, hkv)
+    )
+    segment = torch.tensor([[0] * 7 + [1] * 3 + [2] + [3] * 5])
+    order = torch.tensor([[*range(7), *range(7, 10), 7, *range(7, 12)]])
+    layout = mrsp.Layout(segment, order, segment, order, [lengths])
+    up = torch.randn(1, h, total, 8, generator=g, dtype=torch.float64)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=layout.mask(), enable_gqa=True
+    )
+    blocks = mrsp.BlockAttention.apply(q, k, v, layout.blocks(0), 8**-0.5)
+    assert (dense - blocks).abs().max() < 1e-12
+    for a, b in zip(
+        torch.autograd.grad(dense, (q, k, v), up),
+        torch.autograd.grad(blocks, (q, k, v), up),
+        strict=True,
+    ):
+        assert (a - b).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_naive_block_equals_the_kernel(causal, monkeypatch):
+    """The plain softmax block (devices without a kernel) against torch's kernel, both passes."""
+    g = torch.Generator().manual_seed(1)
+    q, k, v, grad = (
+        torch.randn(1, n, 6, 8, generator=g, dtype=torch.float64) for n in (4, 2, 2, 4)
+    )
+    out, lse = mrsp.block_forward(q, k, v, causal, 0.3)
+    kernel = (out, lse, *mrsp.block_backward(grad, q, k, v, out, lse, causal, 0.3))
+    monkeypatch.setattr(mrsp, "has_kernel", lambda q: False)
+    naive = (
+        *mrsp.block_forward(q, k, v, causal, 0.3),
+        *mrsp.block_backward(grad, q, k, v, out, lse, causal, 0.3),
+    )
+    for a, b in zip(kernel, naive, strict=True):
+        assert (a - b).abs().max() < 1e-12
+
+
+def test_one_answer_does_not_see_another(policy, prompts):
+    branches = answers(policy, [[4, 4]])
+    before, _ = policy(mrsp.pack(prompts[:1], branches))
+    changed = [[branches[0][0], answers(policy, [[4]], seed=9)[0][0]]]
+    after, _ = policy(mrsp.pack(prompts[:1], changed))
+    assert torch.equal(before[:4], after[:4])
+    assert (before[4:] - after[4:]).abs().max() > 1e-3
+
+
+def test_mrope_positions_are_packed_row_by_row():
+    """Three position rows: answers resume at the maximum over all rows, plus one."""
+    positions = torch.tensor([[0, 1, 1, 2], [0, 5, 6, 2], [0, 1, 2, 2]])
+    none = torch.zeros(0, dtype=torch.long)
+
+    class P:
+        ids, media, media_at = torch.arange(4), None, none
+
+    P.positions = positions
+    packed = mrsp.pack([P], [[torch.tensor([1, 2]), torch.tensor([3])]])
+    assert packed.positions.shape == (3, 1, 7)
+    assert packed.positions[:, 0, :4].equal(positions)
+    assert packed.positions[:, 0, 4:].tolist() == [[7, 8, 7]] * 3
+
+
+def test_context_tokens_are_given_and_not_predicted(policy, prompts):
+    branches = answers(policy, [[5, 4]])
+    every, _ = policy(mrsp.pack(prompts[:1], branches))
+    packed = mrsp.pack(prompts[:1], branches, [[2, 3]])
+    some, _ = policy(packed)
+    assert torch.equal(packed.targets, torch.cat([branches[0][0][2:], branches[0][1][3:]]))
+    assert torch.allclose(some, torch.cat([every[2:5], every[8:9]]), atol=1e-12)
+
+
+def test_pad_and_mask_put_each_value_in_its_place(model, prompts):
+    packed = mrsp.pack(prompts, answers(model, LENGTHS))
+    values, mask = packed.pad(torch.arange(1.0, len(packed.targets) + 1))
+    assert values.shape == mask.shape == (3, 4, 7)
+    assert [[int(m) for m in row.sum(-1)] for row in mask] == [[5, 1, 3, 0], [1, 0, 0, 0], [2, 7, 2, 1]]
+    assert values[mask == 1].tolist() == list(range(1, len(packed.targets) + 1))
+
+
+def test_bad_input_is_refused(model, prompts):
+    with pytest.raises(ValueError, match="empty"):
+        mrsp.pack(prompts[:1], [[torch.zeros(0, dtype=torch.long)]])
+    with pytest.raises(ValueError, match="groups"):
+        mrsp.pack(prompts[:2], [[torch.tensor([1])]])
+    with pytest.raises(ValueError, match="mrsp=Layout"):
+        model.llm(input_ids=torch.tensor([[1, 2]]))
+    packed = mrsp.pack(prompts[:1], answers(model, [[2]]))
+    with pytest.raises(ValueError, match="no attention_mask"):
+        q = torch.zeros(1, 4, 3, 8)
+        mrsp.mrsp_attention(None, q, q, q, torch.ones(1, 3), packed.layout)
+
+
+def test_a_padding_mask_is_not_silently_ignored(prompts):
+    """A plain Hugging Face model, not only VILA, takes the attention function."""
+    config = Qwen2Config(
+        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    lm = Qwen2ForCausalLM(config)
+    lm.set_attn_implementation("mrsp")
+    ids = torch.tensor([[1, 2, 3]])
+    order, segment = torch.arange(3)[None], torch.zeros(1, 3)
+    layout = mrsp.Layout(segment, order, segment, order)
+    logits = lm(input_ids=ids, mrsp=layout).logits
+    lm.set_attn_implementation("sdpa")
+    assert torch.allclose(logits, lm(input_ids=ids).logits, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------ cache, encoding
+
+
+def test_cached_embeddings_equal_fresh_ones_and_skip_decoding(toy, model, tmp_path, monkeypatch):
+    import data
+    import model as model_file
+
+    row = data.load_rows(str(toy / "rl.jsonl"))[0]
+    frames, _ = data.load_media(row, 6)
+    fresh = model.encode(frames)
+    cache = mrsp.EmbeddingCache(str(tmp_path))
+    first = model.features(row, 6, cache)
+    calls = []
+    monkeypatch.setattr(model_file, "load_media", lambda *a: calls.append(a))
+    assert torch.equal(model.features(row, 6, cache), first)  # from memory
+    again = mrsp.EmbeddingCache(str(tmp_path))
+    assert torch.equal(model.features(row, 6, again), first)  # from disk, in another process
+    assert not calls and (cache.hits, cache.misses, again.hits, again.misses) == (1, 1, 1, 0)
+    assert torch.equal(first, fresh)
+
+
+def test_the_cache_key_changes_with_file_frames_segment_and_weights(toy, model):
+    import data
+
+    rows = data.load_rows(str(toy / "rl.jsonl"))
+    cache = mrsp.EmbeddingCache()
+    model.features(rows[0], 6, cache)
+    model.features(rows[0], 5, cache)
+    model.features(replace(rows[0], segment=(0.0, 20.0)), 6, cache)
+    model.features(next(r for r in rows if r.media != rows[0].media), 6, cache)
+    with torch.no_grad():
+        model.projector.layers[2].weight.mul_(1.5)
+    model.forget_encoder()
+    model.features(rows[0], 6, cache)
+    assert (cache.hits, cache.misses) == (0, 5)
+
+
+def test_a_damaged_cache_entry_is_reported_and_computed_again(tmp_path, capsys):
+    mrsp.EmbeddingCache(str(tmp_path)).get("k", lambda: torch.ones(2))
+    (tmp_path / "k.safetensors").write_bytes(b"not a tensor")
+    assert mrsp.EmbeddingCache(str(tmp_path)).get("k", lambda: torch.ones(2) * 2).sum() == 4
+    assert "damaged" in capsys.readouterr().out
+
+
+def test_the_cache_forgets_the_least_recently_used():
+    cache = mrsp.EmbeddingCache(max_bytes=100)
+    for key in "abac":  # each entry 40 bytes: two fit
+        cache.get(key, lambda: torch.zeros(10))
+    assert list(cache.memory) == ["a", "c"] and cache.bytes == 80
+
+
+def _encode_rank(rank, world, path):
+    torch.set_num_threads(1)
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", f"file://{path}", rank=rank, world_size=world)
+    weight = torch.linspace(-1, 1, 12).view(3, 4)
+
+    def encode(frames):  # (f, H, W, 3) -> (f, 1, 4)
+        return (frames.double().mean((1, 2)) @ weight.double())[:, None]
+
+    for n in (1, 2, 5, 8):  # fewer frames than ranks; not divisible
+        frames = torch.arange(n * 4 * 4 * 3).view(n, 4, 4, 3) % 251
+        assert torch.equal(mrsp.encode_parallel(encode, frames, dist.group.WORLD), encode(frames))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_frames_encoded_in_parallel_equal_frames_encoded_alone(world, tmp_path):
+    os.environ["OMP_NUM_THREADS"] = "1"
+    spawn(_encode_rank, (world, str(tmp_path / "store")), nprocs=world)
