@@ -201,7 +201,10 @@ def decode(path: str, num_frames: int, segment=None) -> tuple[np.ndarray, np.nda
     total, fps = len(reader), float(reader.get_avg_fps())
     first, last = 0, total - 1
     if segment is not None:  # frames whose time lies in [start, end)
-        first, last = int(np.ceil(segment[0] * fps - 1e-6)), int(np.ceil(segment[1] * fps - 1e-6)) - 1
+        first, last = (
+            int(np.ceil(segment[0] * fps - 1e-6)),
+            int(np.ceil(segment[1] * fps - 1e-6)) - 1,
+        )
     indices = frame_indices(total, num_frames, first, last)
     frames = reader.get_batch(indices).asnumpy()
     return frames, indices / fps
@@ -311,7 +314,11 @@ def toy_question(kind: str, scene: dict, seen: list, rng, careful: bool = True) 
     listing = " ".join(f"{i} {color}" for i, (color, *_) in enumerate(seen, 1))
     key = ""
     if kind in ("first", "last"):
-        pool, word, evidence = COLORS, seen[0 if kind == "first" else -1][0] if seen else "", listing
+        pool, word, evidence = (
+            COLORS,
+            seen[0 if kind == "first" else -1][0] if seen else "",
+            listing,
+        )
     elif kind == "after":
         if len(seen) < 2:
             return None
@@ -335,7 +342,9 @@ def toy_question(kind: str, scene: dict, seen: list, rng, careful: bool = True) 
     category, text = QUESTIONS[kind]
     reasoning = f"seen {evidence} so {word} {letter}"
     if not careful:
-        letter = letter if rng.random() < 0.4 else str(rng.choice([c for c in "ABCD" if c != letter]))
+        letter = (
+            letter if rng.random() < 0.4 else str(rng.choice([c for c in "ABCD" if c != letter]))
+        )
         reasoning = f"guess {letter}"
     lines = [text.format(key), *(f"{a}. {w}" for a, w in zip("ABCD", options))]
     return {
@@ -366,17 +375,30 @@ def toy_clip_rows(scene: dict, rng: np.random.Generator, clip: tuple, texts: int
 
 
 def toy_text_row(rng: np.random.Generator) -> dict:
-    """Text only: find the letters of words; or of one word, in the answer format."""
+    """Text only: the letters of words; the letter of one, in the answer format; or a question
+    about flashes that the text lists."""
     pools = (list(COLORS), list(SIDES), list(CORNERS), list(COUNTS))
-    options = [str(w) for w in rng.permutation(pools[int(rng.choice(4, p=(0.55, 0.15, 0.15, 0.15)))])[:4]]
-    lines = [f"{a}. {w}" for a, w in zip("ABCD", options)]
-    order = rng.permutation(4)
-    if rng.random() < 0.7:
-        problem, response = "Find the letters.", " ".join(f"{options[i]} {'ABCD'[i]}" for i in order)
-    else:
-        word, letter = options[order[0]], "ABCD"[order[0]]
+    pool = pools[int(rng.choice(4, p=(0.55, 0.15, 0.15, 0.15)))]
+    options = [str(w) for w in rng.permutation(pool)[:4]]
+    order, form = rng.permutation(4), rng.random()
+    word, letter = options[order[0]], "ABCD"[order[0]]
+    if form < 0.3:
+        problem, response = (
+            "Find the letters.",
+            " ".join(f"{options[i]} {'ABCD'[i]}" for i in order),
+        )
+    elif form < 0.5:
         problem = f"Choose {word}."
         response = f"<think> so {word} {letter} </think> <answer> {letter} </answer>"
+    else:
+        scene, row = toy_scene(rng), None
+        while row is None:
+            kind = str(rng.choice(("first", "last", "after", "count"), p=(0.25, 0.25, 0.3, 0.2)))
+            row = toy_question(kind, scene, scene["flashes"], rng)
+        given, response = row["reasoning"].split(" so ")
+        problem = f"{row['problem']}\n{given}"
+        return {"problem": problem, "response": f"so {response}", "problem_type": "base"}
+    lines = [f"{a}. {w}" for a, w in zip("ABCD", options)]
     return {"problem": "\n".join([problem, *lines]), "response": response, "problem_type": "base"}
 
 
@@ -400,7 +422,7 @@ class ToyConfig:
     other: int = 100  # videos never trained on, in another environment
     images: int = 6  # single frames per base video
     clips: int = 3  # clips per base video
-    texts: int = 4  # texts per clip
+    texts: int = 3  # texts per clip
     careful: float = 0.45  # share of SFT rows whose reasoning cites its evidence
 
 
@@ -477,4 +499,6 @@ if __name__ == "__main__":
     for split in ("base", "sft", "test"):
         for example in load_rows(f"{target}/{split}.jsonl")[:3]:
             media, times = load_media(example, 64)
-            print(split, media.shape, f"{times[-1:]} s", repr(example.problem), "->", example.response)
+            print(
+                split, media.shape, f"{times[-1:]} s", repr(example.problem), "->", example.response
+            )

@@ -118,6 +118,78 @@ def summarise(records: list[dict]) -> dict:
     }
 
 
+# ------------------------------------------------------------------------------------- pictures
+
+
+def plot_curves(metrics: str, path: str) -> None:
+    """The GRPO stage of metrics.jsonl as curves.png: thin = each step, thick = running mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with open(metrics) as file:
+        rows = [r for r in map(json.loads, file) if r["stage"] == "grpo"]
+    panels = {
+        "reward": "mean reward",
+        "accuracy": "accuracy of sampled answers",
+        "length": "tokens an answer",
+        "clip_fraction": "clip fraction",
+        "mismatch_mean": "|log-prob sampler - trainer|",
+        "entropy": "entropy (nats a token)",
+    }
+    figure, axes = plt.subplots(2, 3, figsize=(11, 5.5), constrained_layout=True)
+    for axis, (name, title) in zip(axes.flat, panels.items()):
+        x, y = [r["step"] for r in rows], [r[name] for r in rows]
+        window = max(1, len(y) // 10)
+        mean = [sum(y[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(y))]
+        axis.plot(x, y, color="#9ecae1", linewidth=0.8)
+        axis.plot(x, mean, color="#08519c", linewidth=1.8)
+        axis.set(title=title, xlabel="GRPO step")
+        if name == "mismatch_mean":
+            axis.plot(
+                x, [r["mismatch_max"] for r in rows], color="#cb181d", linewidth=0.8, label="max"
+            )
+            axis.set_yscale("symlog", linthresh=1e-7)
+            axis.legend()
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_frames(summary: dict, path: str) -> None:
+    """Accuracy over the number of frames, with the controls as lines, as frames.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    grpo = summary["grpo"]
+    frames = [int(n) for n in grpo["by_frames"]]
+    figure, axis = plt.subplots(figsize=(6.5, 4.2), constrained_layout=True)
+    values = [100 * v for v in grpo["by_frames"].values()]
+    axis.plot(frames, values, "o-", color="#08519c", label="after GRPO")
+    lines = {
+        f"SFT, {max(frames)} frames": (summary["sft"]["accuracy"], "#e6550d", "--"),
+        "SFT forced into the careful style": (summary["control"]["accuracy"], "#fd8d3c", ":"),
+        "GRPO, wrong video": (grpo["wrong_video"], "#636363", "--"),
+        "guessing": (summary["chance"], "#bdbdbd", "-"),
+    }
+    for label, (value, color, style) in lines.items():
+        axis.axhline(100 * value, color=color, linestyle=style, linewidth=1.2, label=label)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(frames, [str(n) for n in frames])
+    axis.set(xlabel="frames a video", ylabel="accuracy (%)", ylim=(0, 100))
+    axis.set_title(f"{summary['questions']} held-out questions, seed {summary['seed']}")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# --------------------------------------------------------------------------------- command line
+
+
 def main(argv=None) -> dict:
     parser = argparse.ArgumentParser(
         description="Accuracy of a saved model.", allow_abbrev=False,

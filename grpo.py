@@ -50,7 +50,9 @@ def format_reward(completion: str) -> float:
 
 def as_number(text: str) -> float | None:
     """The number that text is, or None: "1,000" -> 1000.0, "3.0" -> 3.0, "three" -> None."""
-    if not re.fullmatch(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?", text) or not re.search(r"\d", text):
+    if not re.fullmatch(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?", text) or not re.search(
+        r"\d", text
+    ):
         return None
     return float(text.replace(",", ""))
 

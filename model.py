@@ -220,7 +220,9 @@ class VILA(nn.Module):
         x = x.float()
         if x.shape[-2:] != (size, size):
             x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0, 255)
-        mean, std = (torch.tensor(p[k], device=x.device)[:, None, None] for k in ("image_mean", "image_std"))
+        mean, std = (
+            torch.tensor(p[k], device=x.device)[:, None, None] for k in ("image_mean", "image_std")
+        )
         return ((x * p.get("rescale_factor", 1 / 255) - mean) / std).to(weight.dtype)
 
     def encode(self, frames) -> Tensor:
@@ -240,7 +242,9 @@ class VILA(nn.Module):
         if self._tower_hash is None:
             import hashlib
 
-            digest = hashlib.sha256(json.dumps([self.config, self.preprocess], sort_keys=True).encode())
+            digest = hashlib.sha256(
+                json.dumps([self.config, self.preprocess], sort_keys=True).encode()
+            )
             for module in (self.tower, self.projector):
                 for name, tensor in sorted(module.state_dict().items()):
                     digest.update(name.encode())
@@ -289,7 +293,9 @@ class VILA(nn.Module):
         """
         tok = lambda text: self.tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
         if self.config["video_token"] in example.problem:
-            raise ModelError(f"question {example.id} contains the token {self.config['video_token']}")
+            raise ModelError(
+                f"question {example.id} contains the token {self.config['video_token']}"
+            )
         head = f"<|im_start|>system\n{system}<|im_end|>\n" if system is not None else ""
         head_ids = tok(head + "<|im_start|>user\n")
         media, media_ids, media_at = None, [], []
@@ -322,7 +328,9 @@ class VILA(nn.Module):
             x = flat.index_copy(0, media_at, media.to(flat.dtype)).view_as(x)
         return x
 
-    def forward(self, pack: mrsp.Pack, temperature: float = 1.0, chunk: int = 8192) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, pack: mrsp.Pack, temperature: float = 1.0, chunk: int = 8192
+    ) -> tuple[Tensor, Tensor]:
         """Log-probs (M,) float32 (or wider) of the pack's targets at a sampling temperature, and
         the entropy (M,) of each predicted distribution (no gradient)."""
         x = self.embed(pack.ids, pack.media, pack.media_at)
@@ -349,4 +357,3 @@ class VILA(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         """Keep only each layer's input for backward; layers run twice."""
         self.llm.gradient_checkpointing_enable({"use_reentrant": False})
-

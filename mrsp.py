@@ -124,7 +124,9 @@ class Pack:
         Differentiable in values."""
         shape = (self.ids.shape[0], int(self.branch.max()) + 1, int(self.step.max()) + 1)
         at = (self.row, self.branch, self.step)
-        mask = torch.zeros(shape, device=values.device).index_put(at, torch.ones_like(values).float())
+        mask = torch.zeros(shape, device=values.device).index_put(
+            at, torch.ones_like(values).float()
+        )
         return values.new_zeros(shape).index_put(at, values), mask
 
 
@@ -152,7 +154,11 @@ def pack(prompts, branches, context=None) -> Pack:
     media, media_at, hidden_at, targets, owner = [], [], [], [], []
     for b, (prompt, group) in enumerate(zip(prompts, branches)):
         p = len(prompt.ids)
-        ids[b, :p], segment[b, :p], positions[..., b, :p] = prompt.ids.cpu(), 0, prompt.positions.cpu()
+        ids[b, :p], segment[b, :p], positions[..., b, :p] = (
+            prompt.ids.cpu(),
+            0,
+            prompt.positions.cpu(),
+        )
         if prompt.media is not None and len(prompt.media):
             media.append(prompt.media)
             media_at.append(prompt.media_at.cpu() + b * total)
@@ -200,7 +206,9 @@ def copies(prompts, branches, context=None) -> tuple[list, list, list | None]:
 # ----------------------------------------------------------------------------------- attention
 
 
-def mrsp_attention(module, query, key, value, attention_mask, mrsp: Layout = None, scaling=None, **_):
+def mrsp_attention(
+    module, query, key, value, attention_mask, mrsp: Layout = None, scaling=None, **_
+):
     """The attention function for Hugging Face models: AttentionInterface.register("mrsp", this).
 
     query (B, H, Lq, D), key and value (B, Hkv, Lk, D) -> (B, Lq, H, D), None. Dropout and sliding

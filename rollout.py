@@ -124,7 +124,11 @@ class TorchEngine:
         media, media_at = [], []
         for row, prompt in enumerate(prompts):
             p = len(prompt.ids)
-            ids[row, :p], segment[row, :p], positions[..., row, :p] = prompt.ids, 0, prompt.positions
+            ids[row, :p], segment[row, :p], positions[..., row, :p] = (
+                prompt.ids,
+                0,
+                prompt.positions,
+            )
             if prompt.media is not None:
                 media.append(prompt.media)
                 media_at.append(prompt.media_at + row * total)

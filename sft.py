@@ -141,7 +141,9 @@ def optimizers(model, config: SFTConfig) -> list[torch.optim.Optimizer]:
         if p.requires_grad:
             muon = config.optimizer == "muon" and p.ndim == 2 and id(p) not in embedding
             (matrices if muon else rest).append(p)
-    out = [torch.optim.AdamW(rest, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))]
+    out = [
+        torch.optim.AdamW(rest, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))
+    ]
     if matrices:
         out.append(torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
     return out
@@ -155,8 +157,21 @@ def schedule(step: int, config: SFTConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, config.steps - warm)))
 
 
-def train(model, examples, config: SFTConfig, num_frames: int, template, cache=None, system=None,
-          rank=0, world=1, group=None, seed=0, bar=iter, log=lambda step, metrics: None):
+def train(
+    model,
+    examples,
+    config: SFTConfig,
+    num_frames: int,
+    template,
+    cache=None,
+    system=None,
+    rank=0,
+    world=1,
+    group=None,
+    seed=0,
+    bar=iter,
+    log=lambda step, metrics: None,
+):
     """Train model in place on rows (Examples with a response). Every rank calls this with the same
     rows and takes every world-th group of each batch.
 
@@ -169,6 +184,13 @@ def train(model, examples, config: SFTConfig, num_frames: int, template, cache=N
     base_lr = [g["lr"] for o in opts for g in o.param_groups]
     model.train()
     for step, batch in enumerate(bar(batches(groups, config.groups, config.steps, seed))):
+        # Dealt by size, so that the ranks have like amounts of work.
+        batch.sort(
+            key=lambda rows: (
+                (rows[0].num_frames or num_frames) * (rows[0].media != "") * 4
+                + sum(len(r.problem) + len(r.response) for r in rows)
+            )
+        )
         mine, first = batch[rank::world], [rows[0] for rows in batch[rank::world]]
         if config.train == "llm":
             media = [model.features(e, num_frames, cache) for e in first]
@@ -195,6 +217,14 @@ def train(model, examples, config: SFTConfig, num_frames: int, template, cache=N
             o.step()
             o.zero_grad()
         loss = mrsp.all_sum(loss, group)
-        log(step, {"loss": loss.item(), "grad_norm": norm.item(), "lr": factor * config.lr, "tokens": total.item()})
+        log(
+            step,
+            {
+                "loss": loss.item(),
+                "grad_norm": norm.item(),
+                "lr": factor * config.lr,
+                "tokens": total.item(),
+            },
+        )
     if config.train != "llm":
         model.forget_encoder()

@@ -24,6 +24,7 @@ Each metric is explained in METRICS.
 Check this file alone:  pytest tests/test_train.py
 """
 
+import copy
 import inspect
 import json
 import os
@@ -31,7 +32,7 @@ import re
 import sys
 import time
 from collections import defaultdict
-from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 
 import torch
@@ -42,10 +43,10 @@ import eval as evaluation
 import grpo
 import mrsp
 import sft
-from sft import SFTConfig
 from data import DataError, ToyConfig
 from model import THINKING, VILA, ModelError
 from rollout import Sampling, TorchEngine
+from sft import SFTConfig
 
 METRICS = {
     "loss": "supervised: mean negative log-likelihood; GRPO: the policy loss (near 0 on-policy)",
@@ -121,7 +122,7 @@ PRESETS = {
     "toy": Preset(
         run=RunConfig(template="{problem} Think, then answer."),
         images=SFTConfig(
-            data="base_images.jsonl", steps=100, groups=192, texts=4, micro_batches=4, train="all",
+            data="base_images.jsonl", steps=80, groups=128, texts=4, micro_batches=4, train="all",
             optimizer="muon", lr=2e-3, thinking=False,
         ),
         base=SFTConfig(
@@ -130,7 +131,7 @@ PRESETS = {
         ),
         sft=SFTConfig(data="sft.jsonl", steps=40, groups=16, texts=8, train="llm", lr=7e-4),
         grpo=GRPOConfig(
-            steps=120, prompts=32, update_prompts=32, micro_prompts=16, max_tokens=24, top_p=1.0,
+            steps=200, prompts=32, update_prompts=32, micro_prompts=16, max_tokens=24, top_p=1.0,
             lr=3e-4, weight_decay=0.0, kl_coef=0.0, scale_std=False,
         ),
     ),
@@ -160,7 +161,11 @@ def parse_options(argv: list[str]) -> Preset:
     for name, part in parts.items():
         helps, prefix = sentences(type(part)), "" if name == "run" else name + "_"
         columns = [
-            (prefix + f.name, f.type, field(default=getattr(part, f.name), metadata={"help": helps[f.name]}))
+            (
+                prefix + f.name,
+                f.type,
+                field(default=getattr(part, f.name), metadata={"help": helps[f.name]}),
+            )
             for f in fields(part)
         ]
         flat.append(make_dataclass(name, columns, frozen=True))
@@ -185,7 +190,11 @@ class Run:
     def __init__(self, preset: Preset):
         self.preset, self.config = preset, preset.run
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         self.out = Path(self.config.output_dir)
@@ -204,7 +213,9 @@ class Run:
         """A progress bar with the time left, on rank 0."""
         from tqdm import tqdm
 
-        return lambda items: tqdm(items, desc=name, total=total, disable=self.rank > 0, mininterval=1)
+        return lambda items: tqdm(
+            items, desc=name, total=total, disable=self.rank > 0, mininterval=1
+        )
 
     def log(self, stage: str):
         def write(step: int, metrics: dict) -> None:
@@ -239,6 +250,27 @@ class Run:
                 self.cache, rank=self.rank, world=self.world, bar=self.bar(f"eval {name}"),
             )  # fmt: skip
 
+    def sample(self, step: int, sample: tuple) -> None:
+        """One prompt with its answers, decoded, with the parts of their rewards."""
+        if self.rank > 0 or not sample[0]:
+            return
+        example, prompt, answers, parts = sample
+        line = {
+            "step": step,
+            "problem_id": example.id,
+            "question": example.problem,
+            "answer": example.answer,
+            "num_frames": len(prompt.media) if prompt.media is not None else 0,
+            "prompt": prompt.text,
+            "responses": [{"text": a.text} | p for a, p in zip(answers, parts)],
+        }
+        with open(self.out / "samples.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        if self.world > 1:
+            dist.destroy_process_group()
+
     def save(self, model, name: str) -> None:
         """Checkpoint folder, with what eval.py needs to ask the same questions again."""
         if self.rank == 0:
@@ -262,7 +294,10 @@ def rewards_of(answers: list, example, config: GRPOConfig) -> list[dict]:
     """Reward and its parts of each answer: 0.9 accuracy + 0.1 format (section 4)."""
     out = []
     for a in answers:
-        right, form = grpo.accuracy_reward(a.text, example.answer, example.options), grpo.format_reward(a.text)
+        right, form = (
+            grpo.accuracy_reward(a.text, example.answer, example.options),
+            grpo.format_reward(a.text),
+        )
         reward = config.accuracy_weight * right + config.format_weight * form
         out.append({"reward": reward, "accuracy": right, "format": form})
     return out
@@ -285,7 +320,7 @@ def grpo_step(run, model, reference, engine, optimizer, batch: list, step: int, 
         features = model.features(e, run.config.num_frames, run.cache)
         prompts.append(model.build_prompt(e, features, run.config.template, run.config.system))
     index = {id(e): i for i, e in enumerate(batch)}  # seeds follow the prompt, not the rank
-    seeds = [hash((run.config.seed, step, index[id(e)])) % 2**63 for e in examples]
+    seeds = [(run.config.seed * 10**6 + step) * 10**6 + index[id(e)] for e in examples]
     sampling = Sampling(config.temperature, config.top_p, config.max_tokens)
     engine.wake()
     answers = engine.generate(prompts, config.group, sampling, seeds)
@@ -293,11 +328,13 @@ def grpo_step(run, model, reference, engine, optimizer, batch: list, step: int, 
 
     # 2. Reward and advantage, (b, G). Groups of equal rewards have advantage 0 and are left out;
     # their tokens still count in the mean, so that leaving them out changes nothing but the time.
-    parts = [rewards_of(a, e, config) for a, e in zip(answers, examples)]
-    rewards = torch.tensor([[p["reward"] for p in group] for group in parts]).view(-1, config.group)
+    graded = [rewards_of(a, e, config) for a, e in zip(answers, examples)]
+    rewards = torch.tensor([[p["reward"] for p in group] for group in graded]).view(
+        -1, config.group
+    )
     advantage = grpo.advantages(rewards, config.scale_std)
     useful = grpo.informative(rewards) | (config.kl_coef > 0)
-    flat = [(a, p) for group, ps in zip(answers, parts) for a, p in zip(group, ps)]
+    flat = [(a, p) for group, ps in zip(answers, graded) for a, p in zip(group, ps)]
     for a, p in flat:
         for name in ("reward", "accuracy", "format"):
             sums[name] += p[name]
@@ -319,8 +356,12 @@ def grpo_step(run, model, reference, engine, optimizer, batch: list, step: int, 
         kept, micro = [i for i in mine if useful[i]], []
         for k in range(0, len(kept), config.micro_prompts):
             rows = kept[k : k + config.micro_prompts]
-            packed = mrsp.pack([prompts[i] for i in rows], [[a.ids for a in answers[i]] for i in rows])
-            sampled, _ = packed.pad(torch.cat([a.logps for i in rows for a in answers[i]]).to(packed.ids.device))
+            packed = mrsp.pack(
+                [prompts[i] for i in rows], [[a.ids for a in answers[i]] for i in rows]
+            )
+            sampled, _ = packed.pad(
+                torch.cat([a.logps for i in rows for a in answers[i]]).to(packed.ids.device)
+            )
             old = ref = None
             with torch.no_grad():
                 if u > 0:  # on-policy in the first update: nothing to compute
@@ -335,7 +376,9 @@ def grpo_step(run, model, reference, engine, optimizer, batch: list, step: int, 
         for packed, adv, sampled, old, ref in micro:
             flat_logp, entropy = model(packed, config.temperature)
             logp, mask = packed.pad(flat_logp)
-            loss, parts = grpo.grpo_loss(logp, adv, mask, config, old, ref, total_tokens, total_answers)
+            loss, parts = grpo.grpo_loss(
+                logp, adv, mask, config, old, ref, total_tokens, total_answers
+            )
             loss.backward()
             for name, value in parts.items():
                 sums[name] += value.item()
@@ -354,7 +397,8 @@ def grpo_step(run, model, reference, engine, optimizer, batch: list, step: int, 
     engine.sync(model)
     sums["seconds_train"] = time.time() - clock
 
-    return reduce_metrics(sums, run, config), (examples, prompts, answers, parts)
+    sample = (examples[0], prompts[0], answers[0], graded[0]) if examples else ()
+    return reduce_metrics(sums, run, config), sample
 
 
 def reduce_metrics(sums: dict, run: Run, config: GRPOConfig) -> dict:
@@ -399,10 +443,14 @@ def toy_checkpoint(folder: str, data_dir: Path, template: str, seed: int) -> Non
         for e in data.load_rows(str(data_dir / f"{name}.jsonl")):
             texts += [e.problem, e.response]
     words = sorted(set(re.findall(r"[^\s.,:?]+", " ".join(texts))) - set(special))
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + words)}, unk_token="<|endoftext|>"))
+    core = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(special + words)}, unk_token="<|endoftext|>")
+    )
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s.,:?]+"), "removed")
     core.add_special_tokens([AddedToken(w, normalized=False) for w in special])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     torch.manual_seed(seed)
     VILA.create(
         config={
@@ -431,6 +479,7 @@ def toy_checkpoint(folder: str, data_dir: Path, template: str, seed: int) -> Non
 
 
 def supervised(run: Run, model, config: SFTConfig, name: str, data_dir: Path, seed: int) -> None:
+    """One supervised stage of the run: sft.train on the rows that its config names."""
     rows = data.load_rows(str(data_dir / config.data))
     with run.stage(name):
         sft.train(
@@ -440,8 +489,7 @@ def supervised(run: Run, model, config: SFTConfig, name: str, data_dir: Path, se
 
 
 def train_grpo(run: Run, model, config: GRPOConfig, rows: list) -> None:
-    import copy
-
+    """The GRPO stage: config.steps rollout batches."""
     model.requires_grad_(False)
     model.llm.requires_grad_(True)  # tower and projector are frozen in RL, as for VILA in the paper
     reference = copy.deepcopy(model).requires_grad_(False) if config.kl_coef else None
@@ -453,41 +501,126 @@ def train_grpo(run: Run, model, config: GRPOConfig, rows: list) -> None:
     with run.stage("grpo"):
         bar = run.bar("grpo", config.steps)(order)
         for step, batch in enumerate(bar):
-            metrics, sample = grpo_step(run, model, reference, engine, optimizer, batch, step, config)
+            metrics, sample = grpo_step(
+                run, model, reference, engine, optimizer, batch, step, config
+            )
             log(step, metrics)
-            if run.rank == 0 and hasattr(bar, "set_postfix"):
-                bar.set_postfix(accuracy=f"{metrics['accuracy']:.2f}", length=f"{metrics['length']:.1f}")
+            bar.set_postfix_str(
+                f"accuracy {metrics['accuracy']:.2f} length {metrics['length']:.0f}"
+            )
+            if step % run.config.show_every == 0 or step + 1 == config.steps:
+                run.sample(step, sample)
 
 
-def main(argv=None) -> dict:
-    preset = parse_options(sys.argv[1:] if argv is None else argv)
-    run = Run(preset)
-    config, data_dir = preset.run, Path(preset.run.output_dir) / "data"
+def toy_pipeline(run: Run) -> dict:
+    """Everything on the toy: data, base, SFT, GRPO, evaluation. Returns the summary."""
+    preset, config = run.preset, run.config
+    data_dir = run.out / "data"
     with run.stage("data"):
-        data.toy_build(str(data_dir), preset.toy, config.seed, run.rank, run.world, run.bar("videos"))
-        run.barrier()
+        data.toy_build(
+            str(data_dir), preset.toy, config.seed, run.rank, run.world, run.bar("videos")
+        )
         if run.rank == 0:
             toy_checkpoint(str(run.out / "init"), data_dir, config.template, config.seed)
         run.barrier()
     model = VILA.from_pretrained(run.out / "init").to(run.device)
     supervised(run, model, preset.images, "images", data_dir, config.seed)
     supervised(run, model, preset.base, "base", data_dir, config.seed + 1)
-    run.save(model, "base")
     supervised(run, model, preset.sft, "sft", data_dir, config.seed + 2)
     run.save(model, "sft")
+
     test = data.load_rows(str(data_dir / "test.jsonl"))
-    r_sft = run.evaluate(model, test, "sft")
-    r_control = run.evaluate(model, test, "control", prefill=config.careful_prefill)
-    run.say(f"sft {r_sft['accuracy']:.3f} {r_sft['by_category']} control {r_control['accuracy']:.3f} {r_control['by_category']} {run.seconds}")
+    after_sft = run.evaluate(model, test, "SFT")
+    control = run.evaluate(model, test, "control", prefill=config.careful_prefill)
+
     train_grpo(run, model, preset.grpo, data.load_rows(str(data_dir / preset.grpo.data)))
     run.save(model, "model")
-    r = run.evaluate(model, test, "grpo")
-    run.say(f"grpo {r['accuracy']:.3f} {r['by_category']} {run.seconds}")
-    for n in (8, 16, 32):
-        run.say(f"{n} {run.evaluate(model, test, str(n), num_frames=n)['accuracy']:.3f}")
-    other = data.load_rows(str(data_dir / "test_other.jsonl"))
-    run.say(f"other {run.evaluate(model, other, 'other')['accuracy']:.3f} wrong {run.evaluate(model, evaluation.swap_media(test), 'wrong')['accuracy']:.3f}")
-    run.say(f"{run.seconds} {time.time()-run.started}")
+
+    result = run.evaluate(model, test, "GRPO")
+    by_frames = {
+        str(n): run.evaluate(model, test, f"{n} frames", num_frames=n)["accuracy"]
+        for n in map(int, config.frame_counts.split(","))
+    }
+    other = run.evaluate(model, data.load_rows(str(data_dir / "test_other.jsonl")), "other videos")
+    wrong = run.evaluate(model, evaluation.swap_media(test), "wrong video")
+    return {
+        "seed": config.seed,
+        "chance": sum(1 / len(e.options) for e in test) / len(test),
+        "sft": {"accuracy": after_sft["accuracy"], "by_category": after_sft["by_category"]},
+        "control": {"accuracy": control["accuracy"], "by_category": control["by_category"]},
+        "grpo": {
+            "accuracy": result["accuracy"],
+            "by_category": result["by_category"],
+            "by_frames": by_frames,
+            "other_environment": other["accuracy"],
+            "wrong_video": wrong["accuracy"],
+        },
+        "questions": result["questions"],
+    }
+
+
+PLAN = """\
+LongVILA-R1 in miniature, {world} rank(s) on {device}, about {minutes} minutes on 2 cores:
+  1 data    {videos} videos (mp4) with questions; train and test videos are disjoint
+  2 base    a tiny VILA learns to see and to read: stands for the pretrained model
+  3 SFT     chain-of-thought, with careful and hasty reasoning mixed
+  4 GRPO    {steps} steps, {prompts} prompts x {group} answers; reward: right answer, right format
+  5 test    {questions} questions on videos never trained on, greedy, after the last step
+Everything goes to {out}/"""
+
+
+def report(run: Run, summary: dict) -> None:
+    """The table at the end of a run."""
+    g, pct = summary["grpo"], lambda x: f"{100 * x:5.1f} %"
+    rows = [
+        ("guessing", summary["chance"], ""),
+        ("after SFT", summary["sft"]["accuracy"], ""),
+        ("  control: SFT forced into the careful style", summary["control"]["accuracy"], ""),
+        ("after GRPO", g["accuracy"], ""),
+        *((f"  {name}", value, "") for name, value in g["by_category"].items()),
+        *((f"  {n} frames", value, "") for n, value in g["by_frames"].items()),
+        ("  other environment", g["other_environment"], ""),
+        ("  control: wrong video", g["wrong_video"], "should be near guessing"),
+    ]
+    run.say(f"\naccuracy on {summary['questions']} held-out questions, seed {summary['seed']}")
+    for name, value, note in rows:
+        run.say(f"  {name:46s} {pct(value)}  {note}")
+    run.say("seconds  " + "  ".join(f"{k} {v:.0f}" for k, v in summary["seconds"].items()))
+    run.say(
+        f"\nLook at {run.out}/curves.png and frames.png, read what it samples in samples.jsonl, ask\n"
+        f"again with: python eval.py --model {run.out}/model\nthen read mrsp.py and grpo.py."
+    )
+
+
+def main(argv=None) -> dict:
+    try:
+        preset = parse_options(sys.argv[1:] if argv is None else argv)
+        run = Run(preset)
+        toy, config = preset.toy, preset.grpo
+        run.say(
+            PLAN.format(
+                world=run.world,
+                device=run.device,
+                out=run.out,
+                minutes=6 if run.world > 1 else 10,
+                videos=toy.base + toy.sft + toy.rl + toy.test + toy.other,
+                steps=config.steps,
+                prompts=config.prompts,
+                group=config.group,
+                questions=5 * toy.test,
+            )  # fmt: skip
+        )
+        summary = toy_pipeline(run)
+    except (DataError, ModelError) as error:
+        sys.exit(f"error: {error}")
+    summary["seconds"] = run.seconds | {"total": time.time() - run.started}
+    if run.rank == 0:
+        (run.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        evaluation.plot_curves(run.out / "metrics.jsonl", run.out / "curves.png")
+        evaluation.plot_frames(summary, run.out / "frames.png")
+        report(run, summary)
+    run.close()
+    return summary
 
 
 if __name__ == "__main__":

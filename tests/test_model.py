@@ -92,7 +92,11 @@ def test_end_tokens_follow_every_frame(toy, model):
 def test_the_forced_beginning_of_an_answer_ends_the_prompt(toy, model):
     row = data.load_rows(str(toy / "rl.jsonl"))[0]
     p = model.build_prompt(row, None, TEMPLATE, prefill="<think> seen")
-    assert model.tokenizer.convert_ids_to_tokens(p.ids.tolist())[-3:] == ["assistant", "<think>", "seen"]
+    assert model.tokenizer.convert_ids_to_tokens(p.ids.tolist())[-3:] == [
+        "assistant",
+        "<think>",
+        "seen",
+    ]
 
 
 def test_a_media_token_in_a_question_is_refused(toy, model):

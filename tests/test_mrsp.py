@@ -169,7 +169,11 @@ def test_pad_and_mask_put_each_value_in_its_place(model, prompts):
     packed = mrsp.pack(prompts, answers(model, LENGTHS))
     values, mask = packed.pad(torch.arange(1.0, len(packed.targets) + 1))
     assert values.shape == mask.shape == (3, 4, 7)
-    assert [[int(m) for m in row.sum(-1)] for row in mask] == [[5, 1, 3, 0], [1, 0, 0, 0], [2, 7, 2, 1]]
+    assert [[int(m) for m in row.sum(-1)] for row in mask] == [
+        [5, 1, 3, 0],
+        [1, 0, 0, 0],
+        [2, 7, 2, 1],
+    ]
     assert values[mask == 1].tolist() == list(range(1, len(packed.targets) + 1))
 
 

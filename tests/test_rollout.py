@@ -39,7 +39,9 @@ def test_answers_depend_on_the_seed_and_not_on_the_batch(model, prompts):
     sampling = Sampling(max_tokens=8)
     engine = TorchEngine(model)
     together = engine.generate(prompts, 3, sampling, [5, 6, 7])
-    alone = [engine.generate([p], 3, sampling, [s])[0] for p, s in zip(prompts, (5, 6, 7), strict=True)]
+    alone = [
+        engine.generate([p], 3, sampling, [s])[0] for p, s in zip(prompts, (5, 6, 7), strict=True)
+    ]
     small = TorchEngine(model, batch_prompts=2).generate(prompts, 3, sampling, [5, 6, 7])
     other = engine.generate(prompts, 3, sampling, [8, 9, 10])
     ids = lambda out: [[r.ids.tolist() for r in group] for group in out]  # noqa: E731

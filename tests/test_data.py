@@ -1,0 +1,723 @@
+"""Properties of data.py: frames, rows, every kind of bad input, and the toy.
+
+The test video shows the number of each frame as 8 black or white tiles, so that a frame taken in
+another one's place is seen. Broken videos are decoded in a child process with a time limit: a
+decoder that hangs or crashes fails its test and not the run. A test marked `defect` states a
+property that does not hold yet; it is strict, so that a repair shows up as a failure here: then
+take the mark away.
+"""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from data import DataError, Example, ToyConfig, frame_indices, load_media, load_rows, write_mp4
+
+
+def defect(reason, raises=None):
+    return pytest.mark.xfail(strict=True, reason=reason, raises=raises)
+
+
+def numbered_frames(n):
+    """(n, 32, 32, 3): frame i shows the bits of i as 2 x 4 tiles of 16 x 8 pixels."""
+    bits = np.arange(n)[:, None] >> np.arange(8) & 1
+    tiles = (60 + 140 * bits).astype(np.uint8).reshape(n, 2, 4)
+    return np.repeat(tiles.repeat(16, axis=1).repeat(8, axis=2)[..., None], 3, axis=3)
+
+
+def numbers_of(frames):
+    """The inverse: (n,) the number that each frame shows."""
+    tiles = frames.astype(float).reshape(len(frames), 2, 16, 4, 8, 3).mean((2, 4, 5))
+    return ((tiles.reshape(-1, 8) > 130) << np.arange(8)).sum(1)
+
+
+def psnr(a, b):
+    """(F,) in dB, one number a frame."""
+    error = ((a.astype(float) - b.astype(float)) ** 2).mean((1, 2, 3))
+    return 10 * np.log10(255**2 / np.maximum(error, 1e-9))
+
+
+def example(media, data_type="video", **changes):
+    plain = Example("q7", "Which?", (), "x", "plot", str(media), data_type, "")
+    return replace(plain, **changes)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A good video of 70 numbered frames, 4 a second."""
+    path = tmp_path_factory.mktemp("clip") / "v.mp4"
+    write_mp4(str(path), numbered_frames(70))
+    return path
+
+
+# --------------------------------------------------------------------------------------- frames
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ((100, 4), [0, 33, 66, 99]),
+        ((10, 4), [0, 3, 6, 9]),
+        ((11, 4), [0, 3, 6, 10]),  # truncated, not rounded: 6.67 -> 6
+        ((4, 4), [0, 1, 2, 3]),
+        ((3, 8), [0, 1, 2]),  # n > N: every frame, each once
+        ((1, 8), [0]),
+        ((100, 1), [0]),
+        ((100, 2), [0, 99]),
+        ((100, 3, 10, 20), [10, 15, 20]),
+        ((100, 50, 10, 12), [10, 11, 12]),
+        ((100, 1, 10, 20), [10]),
+        ((100, 8, 5, 5), [5]),
+        ((100, 2, 90, 500), [90, 99]),  # a range may end behind the video
+    ],
+)
+def test_frame_indices_are_spread_from_the_first_to_the_last(arguments, expected):
+    assert frame_indices(*arguments).tolist() == expected
+
+
+def test_frame_indices_never_repeat_and_stay_in_range():
+    for total in (1, 2, 7, 64, 255):
+        for n in range(1, 70):
+            indices = frame_indices(total, n)
+            assert len(indices) == min(n, total)
+            assert indices[0] == 0 and indices[-1] == (total - 1 if len(indices) > 1 else 0)
+            assert (np.diff(indices) > 0).all()
+
+
+@pytest.mark.parametrize(
+    "arguments", ((0, 4), (10, 0), (10, -1), (10, 4, -1, 5), (10, 4, 6, 5), (10, 4, 10, 20))
+)
+def test_impossible_frame_indices_are_errors(arguments):
+    with pytest.raises(DataError, match="cannot take"):
+        frame_indices(*arguments)
+
+
+# ---------------------------------------------------------------------------------------- media
+
+
+@pytest.mark.parametrize("n", (1, 2, 7, 64, 70, 100))
+def test_a_written_video_gives_back_its_frames_and_times(clip, n):
+    frames, times = load_media(example(clip), n)
+    indices = frame_indices(70, n)
+    assert frames.shape == (min(n, 70), 32, 32, 3) and frames.dtype == np.uint8
+    assert numbers_of(frames).tolist() == indices.tolist()
+    assert psnr(frames, numbered_frames(70)[indices]).min() > 30
+    assert times.dtype == np.float64 and times.tolist() == (indices / 4).tolist()
+
+
+def test_times_follow_the_frame_rate(tmp_path):
+    write_mp4(str(tmp_path / "v.mp4"), numbered_frames(30), fps=10)
+    frames, times = load_media(example(tmp_path / "v.mp4", segment=(0.5, 2.5)), 3)
+    assert numbers_of(frames).tolist() == [5, 14, 24]
+    assert times == pytest.approx([0.5, 1.4, 2.4], abs=1e-9)
+
+
+def test_colours_and_sides_are_not_swapped(tmp_path):
+    frames = np.zeros((8, 32, 64, 3), np.uint8)  # not square: height 32, width 64
+    frames[:, :16, :, 0] = 220  # red above; below, blue on the right
+    frames[:, 16:, 32:, 2] = 220
+    write_mp4(str(tmp_path / "v.mp4"), frames)
+    assert psnr(load_media(example(tmp_path / "v.mp4"), 8)[0], frames).min() > 30
+
+
+def test_writing_leaves_only_the_finished_file(clip):
+    assert [p.name for p in clip.parent.iterdir()] == ["v.mp4"]
+
+
+@pytest.mark.parametrize(
+    "segment, expected",
+    [  # 4 frames a second: frame i is at i / 4 seconds, and the end is exclusive
+        ((0, 17.5), [0, 23, 46, 69]),
+        ((2.0, 5.0), [8, 11, 15, 19]),
+        ((2.0, 3.0), [8, 9, 10, 11]),
+        ((2.0, 2.5), [8, 9]),
+        ((2.01, 2.51), [9, 10]),
+        ((17.0, 99.0), [68, 69]),
+        ((0, 0.1), [0]),
+    ],
+)
+def test_a_segment_gives_the_frames_within_it(clip, segment, expected):
+    frames, times = load_media(example(clip, segment=segment), 4)
+    assert numbers_of(frames).tolist() == expected
+    assert times.tolist() == [i / 4 for i in expected]
+
+
+@pytest.mark.parametrize("segment", ((17.5, 20), (99, 100), (2.05, 2.2)))
+def test_a_segment_without_frames_is_an_error(clip, segment):
+    with pytest.raises(DataError, match=re.escape(str(clip))):
+        load_media(example(clip, segment=segment), 4)
+
+
+def test_num_frames_of_a_row_wins(clip):
+    assert numbers_of(load_media(example(clip, num_frames=3), 64)[0]).tolist() == [0, 34, 69]
+
+
+@pytest.mark.parametrize("mode", ("RGB", "RGBA", "L", "P"))
+def test_an_image_is_one_frame_at_time_zero(tmp_path, mode):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    image.save(tmp_path / "i.png")
+    frames, times = load_media(example(tmp_path / "i.png", "image"), 64)
+    assert frames.dtype == np.uint8 and times.tolist() == [0.0]
+    assert np.array_equal(frames, np.array(image.convert("RGB"))[None])
+
+
+def test_text_has_no_frames():
+    frames, times = load_media(example("", "text"), 64)
+    assert len(frames) == 0 and frames.ndim == 4 and len(times) == 0
+
+
+# ---------------------------------------------------------------------------------- broken media
+
+
+def load_in_a_child(path, data_type="video", seconds=30):
+    """(outcome, text): "DataError" and its message, or "loaded" and the number of frames. A hang,
+    a crash of the process or another exception fails the test and says which."""
+    code = (
+        "import sys, data\n"
+        "e = data.Example('q7', 'Which?', (), 'x', 'plot', sys.argv[1], sys.argv[2], '')\n"
+        "try:\n"
+        "    print('loaded', len(data.load_media(e, 8)[0]), sep='\\t')\n"
+        "except data.DataError as error:\n"
+        "    print('DataError', str(error), sep='\\t')\n"
+    )
+    try:
+        child = subprocess.run(
+            [sys.executable, "-c", code, str(path), data_type],
+            cwd=Path(data.__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"the decoder hangs on {path}: no end after {seconds} s")
+    if child.returncode:
+        pytest.fail(f"exit status {child.returncode} on {path}: {child.stderr}")
+    outcome, text = child.stdout.removesuffix("\n").split("\t")
+    return outcome, text
+
+
+def assert_refused(path, data_type="video"):
+    outcome, text = load_in_a_child(path, data_type)
+    assert outcome == "DataError", f"{outcome}: {text}"
+    assert text.startswith(f"{path}: ") and "q7" in text and "\n" not in text, text
+
+
+def packet_starts(path):
+    """Byte positions of the packets of a video, in order."""
+    with av.open(str(path)) as container:
+        return sorted(p.pos for p in container.demux(video=0) if p.pos)
+
+
+@pytest.fixture(scope="module")
+def faststart(clip, tmp_path_factory):
+    """The same video with its index (moov) in front of its packets, as in files for the web."""
+    path = tmp_path_factory.mktemp("fast") / "v.mp4"
+    with (
+        av.open(str(clip)) as source,
+        av.open(str(path), "w", options={"movflags": "+faststart"}) as target,
+    ):
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    content = path.read_bytes()
+    assert content.find(b"moov") < content.find(b"mdat")
+    assert numbers_of(load_media(example(path), 70)[0]).tolist() == list(range(70))
+    return path
+
+
+@pytest.mark.parametrize("share", (0.1, 0.5, 0.9))  # the last 5 % are a tag that may go
+def test_a_truncated_video_with_its_index_at_the_end_is_refused(clip, tmp_path, share):
+    content = clip.read_bytes()
+    assert content.find(b"moov") > content.find(b"mdat")
+    (tmp_path / "cut.mp4").write_bytes(content[: int(share * len(content))])
+    assert_refused(tmp_path / "cut.mp4")
+
+
+@pytest.mark.parametrize("share", (0.1, 0.5, 0.99))
+def test_a_faststart_video_cut_within_a_packet_is_refused(faststart, tmp_path, share):
+    content, starts = faststart.read_bytes(), packet_starts(faststart)
+    cut = int(share * len(content))
+    if share > 0.1:  # keep clear of the packets' ends: see the next test
+        cut = min(start for start in starts[1:] + [len(content)] if start >= cut) - 3
+    (tmp_path / "cut.mp4").write_bytes(content[:cut])
+    assert_refused(tmp_path / "cut.mp4")
+
+
+@defect("decord ends where the file ends: loads fewer frames than the index has", AssertionError)
+@pytest.mark.parametrize("packets", (35, 69))
+def test_a_faststart_video_cut_between_packets_is_refused(faststart, tmp_path, packets):
+    starts = packet_starts(faststart)
+    (tmp_path / "cut.mp4").write_bytes(faststart.read_bytes()[: starts[packets]])
+    assert_refused(tmp_path / "cut.mp4")
+
+
+@defect("as above; a Matroska file has no frame count: its duration would tell", AssertionError)
+def test_a_truncated_matroska_video_is_refused(tmp_path):
+    with av.open(str(tmp_path / "v.mkv"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        stream.codec_context.thread_count = 1
+        for frame in numbered_frames(70):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    content = (tmp_path / "v.mkv").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(content[: len(content) // 2])
+    assert_refused(tmp_path / "cut.mkv")
+
+
+def test_a_video_with_garbage_in_the_middle_is_refused(clip, tmp_path):
+    content = bytearray(clip.read_bytes())
+    start, stop = packet_starts(clip)[20], packet_starts(clip)[50]
+    content[start:stop] = bytes(stop - start)
+    (tmp_path / "v.mp4").write_bytes(content)
+    assert_refused(tmp_path / "v.mp4")
+
+
+@pytest.mark.parametrize("data_type", ("video", "image"))
+def test_text_under_a_media_name_is_refused(tmp_path, data_type):
+    (tmp_path / "v.mp4").write_text("<html>404 not found</html>\n" * 50)
+    assert_refused(tmp_path / "v.mp4", data_type)
+
+
+def test_a_truncated_image_is_refused(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "i.png")
+    content = (tmp_path / "i.png").read_bytes()
+    (tmp_path / "i.png").write_bytes(content[: len(content) // 2])
+    assert_refused(tmp_path / "i.png", "image")
+
+
+@pytest.mark.parametrize("data_type", ("video", "image"))
+def test_a_missing_or_empty_file_or_a_directory_is_refused_by_name(tmp_path, data_type):
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "directory.mp4").mkdir()
+    for name, words in (("no", "no such file"), ("empty", "empty"), ("directory", "no such file")):
+        with pytest.raises(DataError, match=words) as error:
+            load_media(example(tmp_path / f"{name}.mp4", data_type), 8)
+        message = str(error.value)
+        assert message.startswith(f"{tmp_path}/{name}.mp4: ") and "\n" not in message
+
+
+# ----------------------------------------------------------------------------------------- rows
+
+ROW = {
+    "problem_id": "q7",
+    "problem": "Which?\nA. red\n(B) dark blue \nC: 7",
+    "data_type": "video",
+    "problem_type": "plot",
+    "reasoning": "seen blue",
+    "videos": "videos/v.mp4",
+    "answer": "<answer>B</answer>",
+}
+
+
+def write_rows(folder, *rows):
+    path = folder / "rows.jsonl"
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+def error_of(folder, *rows):
+    """The one-line message of the DataError that loading the rows must raise."""
+    path = write_rows(folder, *rows)
+    with pytest.raises(DataError) as error:
+        load_rows(path)
+    message = str(error.value)
+    assert message.startswith(path) and "\n" not in message
+    return message
+
+
+def test_a_row_becomes_an_example(tmp_path):
+    (one,) = load_rows(write_rows(tmp_path, ROW))
+    assert one == Example(
+        id="q7",
+        problem=ROW["problem"],
+        options=("red", "dark blue", "7"),
+        answer="B",
+        category="plot",
+        media=str(tmp_path / "videos" / "v.mp4"),
+        data_type="video",
+        response="<think> seen blue </think> <answer> B </answer>",
+        num_frames=None,
+        segment=None,
+    )
+
+
+def test_optional_fields_are_kept(tmp_path):
+    more = {"num_frames": 16, "segment": [1, 2.5], "response": "red blue", "answer": ""}
+    (one,) = load_rows(write_rows(tmp_path, ROW | more))
+    assert (one.num_frames, one.segment, one.response) == (16, (1, 2.5), "red blue")
+
+
+def test_media_paths_are_relative_to_the_file_or_to_a_given_folder(tmp_path, monkeypatch):
+    path = write_rows(tmp_path, ROW, ROW | {"problem_id": "8", "videos": "", "data_type": "text"})
+    assert [e.media for e in load_rows(path, "/media")] == ["/media/videos/v.mp4", ""]
+    monkeypatch.chdir(tmp_path)
+    assert load_rows("rows.jsonl")[0].media == str(tmp_path / "videos" / "v.mp4")
+
+
+def test_an_open_ended_row_has_a_free_answer(tmp_path):
+    row = ROW | {"problem": "How many, A or B?", "answer": " <answer> 1,000 </answer>\n"}
+    (one,) = load_rows(write_rows(tmp_path, row))
+    assert (one.options, one.answer) == ((), "1,000")
+
+
+def test_reasoning_that_has_its_tags_keeps_them(tmp_path):
+    row = ROW | {"reasoning": "<think> a </think>"}
+    assert load_rows(write_rows(tmp_path, row))[0].response == (
+        "<think> a </think> <answer> B </answer>"
+    )
+
+
+def test_blank_lines_are_skipped_but_counted(tmp_path):
+    assert len(load_rows(write_rows(tmp_path, "", ROW, "  "))) == 1
+    assert ":3: not JSON" in error_of(tmp_path, ROW, "", "{")
+
+
+@pytest.mark.parametrize("value", ("absent", 5, None, ["x"]))
+@pytest.mark.parametrize("field", data.FIELDS)
+def test_a_row_without_a_field_is_refused(tmp_path, field, value):
+    row = {k: v for k, v in ROW.items() if k != field}
+    row |= {} if value == "absent" else {field: value}
+    message = error_of(tmp_path, ROW | {"problem_id": "8"}, row)
+    assert ":2 " in message and repr(field) in message
+    assert "q7" in message or field == "problem_id"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"data_type": "audio"}, ("data_type", "audio", "video, image, text")),
+        ({"data_type": ""}, ("data_type",)),
+        ({"data_type": "text"}, ("videos", "text")),
+        ({"videos": ""}, ("videos",)),
+        ({"answer": ""}, ("answer",)),
+        ({"answer": "B"}, ("answer", "'B'")),
+        ({"answer": "<answer>B"}, ("answer", "<answer>B")),
+        ({"answer": "so <answer>B</answer>"}, ("answer",)),
+        ({"answer": "<answer></answer>"}, ("answer",)),
+        ({"answer": "<answer> </answer>"}, ("answer",)),
+        ({"answer": "<answer>D</answer>"}, ("answer", "'D'", "3 options")),
+        ({"answer": "<answer>b</answer>"}, ("answer", "'b'")),
+        ({"answer": "<answer>B.</answer>"}, ("answer", "'B.'")),
+        ({"answer": "<answer>red</answer>"}, ("answer", "'red'")),
+        ({"answer": "<answer>A</answer><answer>B</answer>"}, ("answer",)),
+        ({"problem": "Which?\nB. red\nC. blue"}, ("problem", "['B', 'C']")),
+        ({"problem": "Which?\nA. red\nC. blue"}, ("problem", "['A', 'C']")),
+        ({"problem": "Which?\nA. red\nA. blue"}, ("problem", "['A', 'A']")),
+        ({"problem": "Which?\nB. red\nA. blue"}, ("problem", "['B', 'A']")),
+    ],
+)
+def test_a_wrong_value_is_refused_by_row_and_field(tmp_path, change, words):
+    message = error_of(tmp_path, ROW | {"problem_id": "8"}, ROW | change)
+    for word in (":2 ", "q7", *words):
+        assert word in message, message
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("not json", ":2: not JSON"),
+        ('{"problem_id": ', ":2: not JSON"),
+        ("[1, 2]", ":2: not a JSON object"),
+        ("null", ":2: not a JSON object"),
+        (json.dumps(ROW | {"problem_id": "8"}), ":2: problem_id '8' occurs twice"),
+    ],
+)
+def test_a_wrong_line_is_refused_by_number(tmp_path, line, words):
+    assert words in error_of(tmp_path, ROW | {"problem_id": "8"}, line)
+
+
+def test_a_file_without_rows_or_no_file_is_refused_by_name(tmp_path):
+    assert "no rows" in error_of(tmp_path)
+    assert "no rows" in error_of(tmp_path, "", " ")
+    for path in (tmp_path / "none.jsonl", tmp_path):
+        with pytest.raises(DataError, match=re.escape(f"{path}: no such file")):
+            load_rows(str(path))
+
+
+@defect("raises UnicodeDecodeError, which names no file")
+def test_a_file_that_is_not_utf8_is_refused_by_name(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(json.dumps(ROW).encode() + b"\n\xff\xfe\n")
+    with pytest.raises(DataError, match=re.escape(str(path))):
+        load_rows(str(path))
+
+
+@defect("num_frames is not looked at when the row is read")
+@pytest.mark.parametrize("value", ("8", 0, -3, 2.5, True, [8]))
+def test_a_malformed_num_frames_is_refused(tmp_path, value):
+    assert "num_frames" in error_of(tmp_path, ROW | {"num_frames": value})
+
+
+@defect("segment is only turned into a tuple; 5 is a TypeError, 0 and [] count as not given")
+@pytest.mark.parametrize(
+    "value",
+    (5, 0, [], "ab", [1], [1, 2, 3], ["0", "1"], [3, 1], [2, 2], [-1, 2], [float("nan"), 2]),
+)
+def test_a_malformed_segment_is_refused(tmp_path, value):
+    assert "segment" in error_of(tmp_path, ROW | {"segment": value})
+
+
+@defect("response is not checked to be a string")
+@pytest.mark.parametrize("value", (5, ["red"], "  "))
+def test_a_malformed_response_is_refused(tmp_path, value):
+    assert "response" in error_of(tmp_path, ROW | {"response": value})
+
+
+@defect("with a response, the answer is stored with its tags and never compared to the options")
+@pytest.mark.parametrize("answer, expected", (("<answer>B</answer>", "B"), ("", "")))
+def test_a_row_with_a_response_still_has_its_letter(tmp_path, answer, expected):
+    rows = [ROW | {"response": "x", "answer": answer}, ROW | {"problem_id": "8", "response": "x"}]
+    assert [e.answer for e in load_rows(write_rows(tmp_path, *rows))] == [expected, "B"]
+
+
+@defect("\\s* of the pattern crosses the line: A gets the whole line 'B. red' for a text")
+def test_an_option_without_text_is_refused(tmp_path):
+    row = ROW | {"problem": "Which?\nA.\nB. red", "answer": "<answer>A</answer>"}
+    assert "problem" in error_of(tmp_path, row)
+
+
+@defect("any line that begins with a letter and . ) or : counts as an option")
+def test_a_question_may_begin_with_a_letter(tmp_path):
+    (one,) = load_rows(write_rows(tmp_path, ROW | {"problem": "Q: Which?\nA. red\nB. blue"}))
+    assert one.options == ("red", "blue")
+
+
+@defect("an open-ended answer may hold further tags: .+? grows as far as it must")
+def test_an_open_ended_row_has_one_answer_span(tmp_path):
+    row = ROW | {"problem": "Why?", "answer": "<answer>x</answer> <answer>y</answer>"}
+    assert "answer" in error_of(tmp_path, row)
+
+
+# ------------------------------------------------------------------------------------------ toy
+
+TINY = ToyConfig(base=2, sft=2, rl=2, test=2, other=2, images=2, clips=2, texts=3)
+SPLITS = ("base", "sft", "rl", "test", "other")  # in the order of their seeds
+
+
+def contents(folder, pattern):
+    """Path -> hash of every file under the folder that matches the pattern."""
+    files = [p for p in sorted(folder.rglob(pattern)) if p.is_file()]
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    data.toy_build(str(folder), TINY, seed=5)
+    return folder
+
+
+def unpainted(folder, config, seed):
+    """Only the rows of a larger toy, by file name: nothing is painted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "toy_frames", lambda *a, **k: None)
+        patch.setattr(data, "write_mp4", lambda *a, **k: None)
+        data.toy_build(str(folder), config, seed)
+    return {
+        p.stem: [json.loads(line) for line in p.read_text().splitlines()]
+        for p in folder.glob("*.jsonl")
+    }
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    config = ToyConfig(base=30, sft=60, rl=300, test=60, other=60, images=2, clips=2)
+    return unpainted(tmp_path_factory.mktemp("many"), config, seed=3)
+
+
+def true_word(row, seed):
+    """The right answer of a row, from its video's scene and its question alone."""
+    split, number = re.fullmatch(r"videos/([a-z]+)_(\d+)\.mp4", row["videos"]).groups()
+    scene = data.toy_scene(np.random.default_rng([seed, SPLITS.index(split), int(number)]))
+    flashes = sorted(scene["flashes"], key=lambda flash: flash[2])
+    colors = [color for color, *_ in flashes]
+    question = row["problem"].split("\n")[0]
+    if question == "Which color came first?":
+        return colors[0]
+    if question == "Which color came last?":
+        return colors[-1]
+    if question == "How many flashes?":
+        return str(len(flashes))
+    if question == "Which corner did the dot reach?":
+        return scene["corner"]
+    if after := re.fullmatch(r"Which color came right after (\w+)\?", question):
+        return colors[colors.index(after.group(1)) + 1]
+    side = re.fullmatch(r"Which side was (\w+) on\?", question)
+    return dict(flash[:2] for flash in flashes)[side.group(1)]
+
+
+def gold(row):
+    """Letter and text of the option that a row calls right."""
+    options = data.parse_options(row["problem"])
+    letter = re.fullmatch(r"<answer>([A-D])</answer>", row["answer"]).group(1)
+    assert len(set(options)) == 4
+    return letter, options["ABCD".index(letter)]
+
+
+def test_the_toy_does_not_depend_on_the_number_of_ranks(tiny, tmp_path):
+    for rank in (0, 1):
+        data.toy_build(str(tmp_path), TINY, seed=5, rank=rank, world=2)
+    assert len(contents(tmp_path, "*.jsonl")) == 6
+    assert contents(tmp_path, "*.jsonl") == contents(tiny, "*.jsonl")
+    assert len(contents(tmp_path, "videos/*")) == 10
+    assert len(contents(tmp_path, "images/*")) == 4
+    assert contents(tmp_path, "*") == contents(tiny, "*")  # media too, and no other file
+
+
+def test_ranks_share_the_videos(tmp_path):
+    for rank in (0, 1):
+        data.toy_build(str(tmp_path / str(rank)), TINY, seed=5, rank=rank, world=2)
+    mine, yours = (set(contents(tmp_path / str(rank), "videos/*")) for rank in (0, 1))
+    assert len(mine) == len(yours) == 5 and not mine & yours
+    assert not contents(tmp_path / "1", "*.jsonl")
+
+
+def test_another_seed_is_another_toy(many, tmp_path):
+    config = ToyConfig(base=2, sft=2, rl=2, test=2, other=2)
+    one, two = (unpainted(tmp_path / str(seed), config, seed) for seed in (3, 4))
+    for name in one:
+        assert one[name] != two[name], name
+    assert one["rl"] == many["rl"][: len(one["rl"])]  # and a larger toy begins with the smaller
+
+
+def test_every_toy_row_loads_with_its_media(tiny):
+    for path in tiny.glob("*.jsonl"):
+        for e in load_rows(str(path)):
+            frames, times = load_media(e, 64)
+            assert (
+                len(frames)
+                == len(times)
+                == {"text": 0, "image": 1}.get(e.data_type, e.num_frames or 64)
+            )
+
+
+def test_toy_splits_share_no_video(tiny, many):
+    hashes = contents(tiny, "videos/*").values()
+    assert len(set(hashes)) == len(hashes)
+    seen = {}
+    for name, rows in many.items():
+        for media in {row["videos"] for row in rows if row["videos"]}:
+            assert seen.setdefault(media, name) == name
+    assert set(seen.values()) == {"base_images", "base", "sft", "rl", "test", "test_other"}
+    counts = {n: sum(m.startswith(f"videos/{n}_") for m in seen) for n in SPLITS}
+    assert counts == {"base": 30, "sft": 60, "rl": 300, "test": 60, "other": 60}
+
+
+@pytest.mark.parametrize("name", ("rl", "test", "test_other"))
+def test_every_gold_letter_is_right(many, name):
+    for row in many[name]:
+        letter, word = gold(row)
+        assert word == true_word(row, seed=3), row
+        assert row["reasoning"].split()[-3:] == ["so", word, letter]
+
+
+def test_the_reasoning_alone_leads_to_the_gold_letter(many):
+    for row in many["rl"]:
+        letter, word = gold(row)
+        question = row["problem"].split("\n")[0]
+        evidence = re.fullmatch(r"seen (.*) so (\w+) ([A-D])", row["reasoning"])
+        words = evidence.group(1).split()
+        colors = words[1::2]  # "1 red 2 blue"
+        if "side" in question or "corner" in question:
+            expected = words[1]  # "red left", "dot northwest"
+            assert words[0] in question.split()
+        else:
+            assert words[::2] == [str(i + 1) for i in range(len(colors))]
+            if "How many" in question:
+                expected = str(len(colors))
+            elif "after" in question:
+                expected = colors[colors.index(question.split()[-1].strip("?")) + 1]
+            else:
+                expected = colors[0 if "first" in question else -1]
+        assert evidence.groups()[1:] == (expected, letter) == (word, letter)
+
+
+def test_hasty_reasoning_is_right_40_percent_of_the_time(many):
+    hasty = [row for row in many["sft"] if row["reasoning"].startswith("guess")]
+    careful = [row for row in many["sft"] if not row["reasoning"].startswith("guess")]
+    assert len(careful) / len(many["sft"]) == pytest.approx(ToyConfig.careful, abs=0.07)
+    assert all(gold(row)[1] == true_word(row, seed=3) for row in careful)
+    right = sum(gold(row)[1] == true_word(row, seed=3) for row in hasty) / len(hasty)
+    assert right == pytest.approx(0.4, abs=0.09)
+    assert all(row["reasoning"] == f"guess {gold(row)[0]}" for row in hasty)
+
+
+def test_gold_letters_are_uniform(many):
+    for kinds in (".", "count", "corner", "side"):
+        rows = [row for row in many["rl"] if re.search(kinds, row["problem"].split("\n")[0])]
+        counts = np.array([sum(gold(row)[0] == letter for row in rows) for letter in "ABCD"])
+        if kinds != "count":
+            assert len(rows) >= 300
+            chi_square = ((counts - len(rows) / 4) ** 2 / (len(rows) / 4)).sum()
+            assert chi_square < 16.3, (kinds, counts)  # 3 degrees of freedom: p = 0.001
+
+
+def test_the_six_kinds_occur_in_their_four_categories(many):
+    category = {
+        "Which color came first": "temporal",
+        "Which color came last": "temporal",
+        "Which color came right after": "temporal",
+        "Which side was": "spatial",
+        "How many flashes": "plot",
+        "Which corner did": "goal",
+    }
+    for name in ("sft", "rl", "test", "test_other"):
+        found = set()
+        for row in many[name]:
+            (start,) = [s for s in category if row["problem"].startswith(s)]
+            assert row["problem_type"] == category[start]
+            found.add(start)
+        assert found == set(category), name
+
+
+def test_64_frames_see_every_flash_and_8_do_not(many):
+    missed = 0
+    for number in range(300):
+        scene = data.toy_scene(np.random.default_rng([3, SPLITS.index("rl"), number]))
+        for _, _, start, end in scene["flashes"]:
+            assert 0 <= start < end <= data.T
+            sees = [((i := frame_indices(data.T, n)) >= start) & (i < end) for n in (64, 8)]
+            assert sees[0].any()
+            missed += not sees[1].any()
+    assert missed > 300
+
+
+def test_a_test_video_shows_the_flashes_its_reasoning_lists(tiny):
+    for e in load_rows(str(tiny / "test.jsonl")):
+        listing = re.fullmatch(r"<think> seen ((?:\d \w+ ?)+)so .*", e.response)
+        if listing is None:
+            continue
+        frames = load_media(e, 64)[0].astype(float)
+        first = {}
+        for color, rgb in data.COLORS.items():
+            close = (np.abs(frames - rgb).max(-1) < 60).sum((1, 2)) >= 8
+            if close.any():
+                first[color] = int(close.argmax())
+        assert sorted(first, key=first.get) == listing.group(1).split()[1::2]
+
+
+@pytest.mark.parametrize("first, last, n", ((0, 255, 64), (0, 255, 8), (37, 68, 8), (96, 223, 32)))
+def test_a_clip_row_selects_the_frames_it_was_written_from(tmp_path, first, last, n):
+    write_mp4(str(tmp_path / "v.mp4"), numbered_frames(256))
+    rng = np.random.default_rng(0)
+    (row, *_) = data.toy_clip_rows(data.toy_scene(rng), rng, (first, last, n), texts=2)
+    one = data.parse_row(ROW | row | {"videos": "v.mp4"}, str(tmp_path))
+    frames, times = load_media(one, 5)
+    assert numbers_of(frames).tolist() == frame_indices(256, n, first, last).tolist()
+    assert (times * 4).tolist() == numbers_of(frames).tolist()

@@ -1,0 +1,94 @@
+"""Evaluation: every question counts, by its own id; the command prints what training printed."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from conftest import TEMPLATE
+
+import data
+import eval as evaluation
+from rollout import Response, TorchEngine
+
+
+class Oracle:
+    """An engine that answers as its function says."""
+
+    def __init__(self, model, answer):
+        self.model, self.answer, self.prompts = model, answer, []
+
+    def generate(self, prompts, n, sampling, seeds=None):
+        import torch
+
+        self.prompts += prompts
+        return [
+            [Response(torch.tensor([1]), torch.zeros(1), self.answer(p), True)] for p in prompts
+        ]
+
+
+def test_accuracy_is_counted_by_question_and_category(toy, model):
+    rows = data.load_rows(str(toy / "test.jsonl"))
+    engine = Oracle(model, lambda p: "<think> x </think> <answer> B </answer>")
+    result = evaluation.evaluate(model, engine, rows, 4, template=TEMPLATE, batch=3)
+    gold = [r.answer for r in rows]
+    assert result["accuracy"] == pytest.approx(gold.count("B") / len(rows))
+    assert [r["problem_id"] for r in result["records"]] == [r.id for r in rows]
+    for name, value in result["by_category"].items():
+        mine = [r.answer == "B" for r in rows if r.category == name]
+        assert value == pytest.approx(sum(mine) / len(mine))
+    assert result["format"] == 1.0 and result["questions"] == len(rows) == len(engine.prompts)
+
+
+def test_a_broken_video_counts_as_wrong_and_is_listed(toy, model):
+    rows = data.load_rows(str(toy / "test.jsonl"))[:4]
+    rows[2] = replace(rows[2], media=str(toy / "videos" / "gone.mp4"))
+    right = iter([r.answer for i, r in enumerate(rows) if i != 2])
+    engine = Oracle(model, lambda p: f"<think> x </think> <answer> {next(right)} </answer>")
+    result = evaluation.evaluate(model, engine, rows, 4, template=TEMPLATE)
+    assert result["accuracy"] == 0.75
+    ((name, message),) = result["errors"]
+    assert name == rows[2].id and "gone.mp4" in message
+
+
+def test_the_wrong_video_is_never_the_right_one(toy):
+    rows = data.load_rows(str(toy / "test.jsonl"))
+    swapped = evaluation.swap_media(rows)
+    assert all(
+        a.media != b.media and a.problem == b.problem for a, b in zip(rows, swapped, strict=True)
+    )
+    assert {r.media for r in swapped} == {r.media for r in rows}
+
+
+def test_a_forced_beginning_is_part_of_the_graded_answer(toy, model):
+    rows = data.load_rows(str(toy / "test.jsonl"))[:2]
+    engine = Oracle(model, lambda p: "</think> <answer> A </answer>")
+    result = evaluation.evaluate(model, engine, rows, 4, template=TEMPLATE, prefill="<think> seen")
+    assert all(r["completion"].startswith("<think> seen </think>") for r in result["records"])
+    assert all(p.text.endswith("<think> seen") for p in engine.prompts) and result["format"] == 1.0
+
+
+def test_the_command_line_prints_the_accuracy_of_the_saved_model(toy, model, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "m")
+    recipe = {
+        "num_frames": 5,
+        "max_tokens": 4,
+        "template": TEMPLATE,
+        "data": str(toy / "test.jsonl"),
+    }
+    (tmp_path / "m" / "recipe.json").write_text(json.dumps(recipe))
+    rows = data.load_rows(str(toy / "test.jsonl"))
+    here = evaluation.evaluate(model, TorchEngine(model), rows, 5, 4, TEMPLATE)
+    out = tmp_path / "out.jsonl"
+    there = evaluation.main(["--model", str(tmp_path / "m"), "--output", str(out)])
+    assert there["accuracy"] == here["accuracy"]
+    assert there["records"] == here["records"] == [json.loads(line) for line in out.open()]
+    assert f"accuracy {here['accuracy']:.4f}" in capsys.readouterr().out
+
+
+def test_command_line_errors_are_one_line(toy, tmp_path):
+    with pytest.raises(SystemExit, match="error: .*no VILA checkpoint"):
+        evaluation.main(["--model", str(tmp_path)])
+    with pytest.raises(SystemExit, match="error: .*give --data"):
+        evaluation.main(["--model", str(toy / "init")])
+    with pytest.raises(SystemExit, match="error: .*nothing.jsonl: no such file"):
+        evaluation.main(["--model", str(toy / "init"), "--data", "nothing.jsonl"])

@@ -1,0 +1,458 @@
+"""Properties of grpo.py: rewards, advantages, and the loss with its gradients.
+
+The loss is checked against `plain_loss`, a loop over single tokens in Python floats that is
+written by cases and shares no code with grpo.py; gradients against its central differences.
+A test marked `defect` states a property that does not hold yet; it is strict, so that a repair
+shows up as a failure here: then take the mark away.
+"""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from grpo import (
+    LossConfig,
+    accuracy_reward,
+    advantages,
+    chosen_letter,
+    format_reward,
+    grpo_loss,
+    informative,
+    kl_k3,
+    policy_loss,
+)
+
+
+def defect(reason):
+    return pytest.mark.xfail(strict=True, reason=reason)
+
+
+# Below, inside and above both sides of the clip (0.8, 1.3) and of the dual clip (3). 0.75 and 1.25
+# tell the two sides apart. None lies on a kink, where a finite difference means nothing.
+RATIOS = (1.0, 0.1, 3.1, 0.75, 1.25, 1.31, 0.79, 20.0, 0.81, 2.9)
+LENGTHS = ((10, 10, 1, 7), (10, 3, 0, 5), (2, 10, 9, 1))  # one answer is padding only
+ADVANTAGES = ((1.3, -0.7, 0.4, -1.0), (0.0, 0.0, 0.0, 0.0), (-1.1, 0.9, -0.5, 0.3))  # 1: all equal
+
+
+def batch(on_policy=False):
+    """logp, old (None on-policy), ref, mask (3, 4, 10) and advantage (3, 4), all float64."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, 4, len(RATIOS))
+    logp = -0.05 - 3 * torch.rand(shape, generator=generator, dtype=torch.float64)
+    ref = logp + 0.7 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    old = logp - torch.tensor(RATIOS, dtype=torch.float64).log()
+    mask = torch.arange(shape[2]) < torch.tensor(LENGTHS)[..., None]
+    advantage = torch.tensor(ADVANTAGES, dtype=torch.float64)
+    return logp, None if on_policy else old, ref, mask.double(), advantage
+
+
+def plain_loss(logp, old, ref, mask, advantage, config, total_tokens=None, total_sequences=None):
+    """The loss and the four sums, token by token, from lists. old = None is not allowed here."""
+    losses, sums = [], {"tokens": 0.0, "clipped": 0.0, "kl": 0.0, "ratio_error": 0.0}
+    for b in range(len(logp)):
+        for g in range(len(logp[b])):
+            tokens, a = [], advantage[b][g]
+            for t in range(len(logp[b][g])):
+                if not mask[b][g][t]:
+                    continue
+                rho = math.exp(logp[b][g][t] - old[b][g][t])
+                if a > 0:  # nothing to gain above 1 + high
+                    objective, cut = min(rho, 1 + config.clip_high) * a, rho > 1 + config.clip_high
+                elif a < 0:  # nothing to gain below 1 - low, nothing to lose above the dual clip
+                    objective = min(max(rho, 1 - config.clip_low), config.dual_clip) * a
+                    cut = not 1 - config.clip_low <= rho <= config.dual_clip
+                else:
+                    objective, cut = 0.0, False
+                kl = 0.0
+                if config.kl_coef:
+                    log_ratio = ref[b][g][t] - logp[b][g][t]
+                    kl = math.exp(log_ratio) - log_ratio - 1
+                tokens.append(-objective + config.kl_coef * kl)
+                sums["tokens"] += 1
+                sums["clipped"] += cut
+                sums["kl"] += kl
+                sums["ratio_error"] += abs(rho - 1)
+            losses.append(tokens)
+    answers = [tokens for tokens in losses if tokens]
+    if config.average == "token":
+        count = total_tokens or sum(len(tokens) for tokens in answers)
+        return sum(sum(tokens) for tokens in answers) / count, sums
+    count = total_sequences or len(answers)
+    return sum(sum(tokens) / len(tokens) for tokens in answers) / count, sums
+
+
+def loss_and_gradient(logp, old, ref, mask, advantage, config, **totals):
+    logp = logp.clone().requires_grad_()
+    loss, sums = grpo_loss(logp, advantage, mask, config, old, ref, **totals)
+    return loss.detach(), torch.autograd.grad(loss, logp)[0], sums
+
+
+CONFIGS = [
+    LossConfig(kl_coef=kl_coef, average=average)
+    for kl_coef in (0.0, 0.05)
+    for average in ("token", "sequence")
+]
+each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.average}-{c.kl_coef}")
+each_policy = pytest.mark.parametrize("on_policy", (False, True), ids=("off", "on"))
+
+
+# ----------------------------------------------------------------------------------------- loss
+
+
+@each_config
+@each_policy
+@pytest.mark.parametrize("totals", ({}, {"total_tokens": 131.0, "total_sequences": 17.0}))
+def test_loss_and_gradients_equal_a_scalar_loop(config, on_policy, totals):
+    logp, old, ref, mask, advantage = batch(on_policy)
+    loss, gradient, sums = loss_and_gradient(logp, old, ref, mask, advantage, config, **totals)
+
+    lists = [x.tolist() for x in (logp, logp if old is None else old, ref, mask, advantage)]
+    expected, expected_sums = plain_loss(*lists, config, **totals)
+    assert abs(loss.item() - expected) < 1e-12
+    assert sums.keys() == expected_sums.keys()
+    for name, value in expected_sums.items():
+        assert abs(sums[name].item() - value) < 1e-10, name
+
+    h, point = 1e-5, lists[0]  # central differences of the loop; pi_old stays where it is
+    if on_policy:
+        lists[1] = logp.tolist()
+    for b, g, t in torch.cartesian_prod(*map(torch.arange, logp.shape)).tolist():
+        at = point[b][g][t]
+        point[b][g][t] = at + h
+        above = plain_loss(*lists, config, **totals)[0]
+        point[b][g][t] = at - h
+        below = plain_loss(*lists, config, **totals)[0]
+        point[b][g][t] = at
+        slope = (above - below) / (2 * h)
+        assert gradient[b, g, t].item() == pytest.approx(slope, rel=1e-6, abs=1e-10), (b, g, t)
+
+
+@each_config
+def test_on_policy_equals_old_logp_given_as_logp(config):
+    logp, _, ref, mask, advantage = batch()
+    one = loss_and_gradient(logp, None, ref, mask, advantage, config)
+    two = loss_and_gradient(logp, logp, ref, mask, advantage, config)
+    assert one[0] == two[0] and torch.equal(one[1], two[1])
+
+
+def test_on_policy_gradient_is_minus_the_advantage_a_token():
+    logp, _, _, mask, advantage = batch()
+    _, gradient, _ = loss_and_gradient(logp, None, None, mask, advantage, LossConfig(kl_coef=0))
+    expected = -advantage[..., None] * mask / sum(map(sum, LENGTHS))
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "advantage, ratio, loss, slope, cut",
+    [  # slope is d loss / d ratio; clip 0.8 .. 1.3, dual clip 3
+        (2.0, 0.5, -1.0, -2.0, False),
+        (2.0, 1.29, -2.58, -2.0, False),
+        (2.0, 1.5, -2.6, 0.0, True),
+        (2.0, 50.0, -2.6, 0.0, True),
+        (-2.0, 0.5, 1.6, 0.0, True),
+        (-2.0, 0.81, 1.62, 2.0, False),
+        (-2.0, 1.5, 3.0, 2.0, False),
+        (-2.0, 2.9, 5.8, 2.0, False),
+        (-2.0, 50.0, 6.0, 0.0, True),
+        (0.0, 50.0, 0.0, 0.0, False),
+    ],
+)
+def test_clips_cut_where_there_is_nothing_to_gain(advantage, ratio, loss, slope, cut):
+    rho = torch.tensor([ratio], dtype=torch.float64, requires_grad=True)
+    value, clipped = policy_loss(rho, torch.tensor([advantage], dtype=torch.float64), LossConfig())
+    assert value.item() == pytest.approx(loss, abs=1e-12)
+    assert torch.autograd.grad(value.sum(), rho)[0].item() == pytest.approx(slope, abs=1e-12)
+    assert clipped.item() is cut
+
+
+@pytest.mark.parametrize("average", ("token", "sequence"))
+def test_zero_variance_groups_train_nothing(average):
+    logp, old, ref, mask, _ = batch()
+    rewards = torch.tensor([[1.0, 0.0, 1.0, 0.1], [1.1] * 4, [0.0] * 4], dtype=torch.float64)
+    config = LossConfig(kl_coef=0, average=average)
+    _, gradient, _ = loss_and_gradient(logp, old, ref, mask, advantages(rewards), config)
+    assert torch.count_nonzero(gradient[1:]) == 0 and gradient[0].abs().max() > 0
+
+    # Leaving them out, with the totals of the whole batch, changes nothing.
+    totals = {"total_tokens": mask.sum().item(), "total_sequences": 11.0}
+    kept = [x[:1] for x in (logp, old, ref, mask, advantages(rewards))]
+    _, alone, _ = loss_and_gradient(*kept, config, **totals)
+    torch.testing.assert_close(alone, gradient[:1], rtol=0, atol=1e-15)
+
+
+@each_config
+@each_policy
+@pytest.mark.parametrize("garbage", (0.0, -math.inf, math.inf, math.nan, 1e9, -1e9))
+def test_padding_and_what_it_holds_change_nothing(config, on_policy, garbage):
+    logp, old, ref, mask, advantage = batch(on_policy)
+    loss, gradient, sums = loss_and_gradient(logp, old, ref, mask, advantage, config)
+
+    def spoil(x):  # fill the padding with garbage, and add 3 more columns of it
+        wide = torch.full((*x.shape[:2], x.shape[2] + 3), garbage, dtype=x.dtype)
+        wide[..., : x.shape[2]] = torch.where(mask > 0, x, garbage)
+        return wide
+
+    logp, old, ref = (None if x is None else spoil(x) for x in (logp, old, ref))
+    mask = torch.nn.functional.pad(mask, (0, 3))
+    loss2, gradient2, sums2 = loss_and_gradient(logp, old, ref, mask, advantage, config)
+    torch.testing.assert_close(loss2, loss, rtol=0, atol=1e-14)
+    torch.testing.assert_close(gradient2[..., :-3], gradient, rtol=0, atol=1e-14)
+    assert torch.count_nonzero(gradient2[mask == 0]) == 0
+    for name, value in sums.items():
+        torch.testing.assert_close(sums2[name], value, rtol=0, atol=1e-11)
+
+
+@each_config
+@pytest.mark.parametrize("cuts", ((1, 2), (2, 1), (1, 1, 1)))
+def test_parts_with_global_totals_add_up_to_the_whole(config, cuts):
+    tensors = batch()
+    loss, gradient, sums = loss_and_gradient(*tensors, config)
+    totals = {"total_tokens": tensors[3].sum().item(), "total_sequences": 11.0}
+    parts = zip(*(x.split(cuts) for x in tensors), strict=True)
+    pieces = [loss_and_gradient(*part, config, **totals) for part in parts]
+    torch.testing.assert_close(sum(p[0] for p in pieces), loss, rtol=0, atol=1e-13)
+    torch.testing.assert_close(torch.cat([p[1] for p in pieces]), gradient, rtol=0, atol=1e-14)
+    for name in sums:
+        torch.testing.assert_close(sum(p[2][name] for p in pieces), sums[name], rtol=0, atol=1e-11)
+
+
+def test_averages_weigh_a_long_answer_differently():
+    logp = torch.zeros(1, 2, 4, dtype=torch.float64)
+    mask = torch.tensor([[[1.0, 1, 1, 1], [1, 0, 0, 0]]], dtype=torch.float64)
+    advantage = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
+    config = LossConfig(kl_coef=0)
+    assert grpo_loss(logp, advantage, mask, config)[0].item() == pytest.approx(-3 / 5)
+    config = replace(config, average="sequence")
+    assert grpo_loss(logp, advantage, mask, config)[0].item() == pytest.approx(0)
+
+
+def test_wrong_use_is_an_error():
+    logp, old, ref, mask, advantage = batch()
+    config = LossConfig()
+    with pytest.raises(ValueError, match="kl_coef"):
+        grpo_loss(logp, advantage, mask, config)
+    with pytest.raises(ValueError, match="average"):
+        grpo_loss(logp, advantage, mask, replace(config, average="group"), old, ref)
+    with pytest.raises(ValueError, match="mask"):
+        grpo_loss(logp, advantage, mask[..., 1:], config, old, ref)
+    with pytest.raises(ValueError, match="advantage"):
+        grpo_loss(logp, advantage[:, :1], mask, config, old, ref)
+
+
+@defect("0 * inf in the backward of exp: an overflowing ratio that a clip cut off gives nan")
+@pytest.mark.parametrize("advantage", (1.0, -1.0))
+def test_a_clipped_token_has_no_gradient_however_large_its_ratio(advantage):
+    logp, old = torch.tensor([[[-1.0]]]), torch.tensor([[[-100.0]]])
+    a, mask = torch.tensor([[advantage]]), torch.ones(1, 1, 1)
+    _, gradient, _ = loss_and_gradient(logp, old, None, mask, a, LossConfig(kl_coef=0))
+    assert gradient.item() == 0
+
+
+@defect("0 / 0: total_tokens = 0 counts as not given, and an empty mask divides by 0")
+@pytest.mark.parametrize("average", ("token", "sequence"))
+def test_a_part_without_tokens_has_loss_zero(average):
+    config, zero = LossConfig(kl_coef=0, average=average), torch.zeros(1, 2, 3)
+    assert grpo_loss(zero, torch.zeros(1, 2), zero, config)[0].item() == 0
+
+
+# ----------------------------------------------------------------------------------- advantages
+
+REWARDS = torch.tensor([[1.1, 0.1, 1.0, 0.0, 1.1], [0.1, 0.1, 0.1, 0.1, 1.1]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("scale_std", (True, False))
+def test_advantages_of_a_group_sum_to_zero(scale_std):
+    total = advantages(REWARDS, scale_std).sum(dim=1)
+    torch.testing.assert_close(total, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale_std", (True, False))
+def test_advantages_are_centred_and_divided_by_the_unbiased_std(scale_std):
+    result = advantages(REWARDS, scale_std).tolist()
+    for group, values in zip(REWARDS.tolist(), result, strict=True):
+        mean = math.fsum(group) / len(group)
+        variance = math.fsum((r - mean) ** 2 for r in group) / (len(group) - 1)
+        scale = math.sqrt(variance) + 1e-6 if scale_std else 1
+        assert values == pytest.approx([(r - mean) / scale for r in group], abs=1e-12)
+
+
+@pytest.mark.parametrize("scale_std", (True, False))
+def test_equal_rewards_have_advantage_zero(scale_std):
+    assert torch.equal(advantages(torch.full((2, 8), 1.1), scale_std), torch.zeros(2, 8))
+
+
+@defect("the mean of equal float32 rewards is off by rounding, and its std is just as small")
+@pytest.mark.parametrize("group, reward", ((8, 0.1), (8, 0.7), (12, 1.1)))
+def test_equal_rewards_have_advantage_zero_whatever_rounding_does(group, reward):
+    assert advantages(torch.full((1, group), reward)).abs().max() < 1e-4  # is up to 0.1
+
+
+@pytest.mark.parametrize("shape", ((3, 1), (3, 0), (4,), (1, 2, 3)))
+def test_advantages_need_groups_of_two_or_more(shape):
+    with pytest.raises(ValueError, match="must be"):
+        advantages(torch.zeros(shape))
+
+
+def test_informative_groups_are_those_whose_rewards_differ():
+    rewards = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [0.1, 0.1, 0.0], [0.0, 1.0, 0.5]])
+    assert informative(rewards).tolist() == [False, False, True, True]
+    assert informative(rewards + 1e-8).tolist() == [False, False, True, True]
+
+
+# ------------------------------------------------------------------------------------------- KL
+
+
+def test_kl_estimate_is_never_negative_and_zero_only_when_equal():
+    logp, ref = torch.meshgrid(*[torch.linspace(-9, 0, 91, dtype=torch.float64)] * 2, indexing="ij")
+    kl = kl_k3(logp, ref)
+    assert kl.min() >= 0
+    assert torch.equal(kl == 0, logp == ref)
+
+
+def test_kl_estimate_is_unbiased():
+    p = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05], dtype=torch.float64)
+    q = torch.tensor([0.1, 0.3, 0.2, 0.15, 0.25], dtype=torch.float64)
+    expectation = (p * kl_k3(p.log(), q.log())).sum()  # over answers sampled from the policy p
+    torch.testing.assert_close(expectation, (p * (p / q).log()).sum(), rtol=0, atol=1e-14)
+
+
+# -------------------------------------------------------------------------------------- rewards
+
+
+@pytest.mark.parametrize(
+    "completion, expected",
+    [
+        ("<think> a </think> <answer> B </answer>", 1),
+        ("<think>a</think><answer>B</answer>", 1),
+        ("\n<think>\nmany\nlines\n</think>\n\n<answer>\nB\n</answer>\n", 1),
+        ("Sure! <think> a </think> <answer> B </answer>", 0),
+        ("<think> a </think> <answer> B </answer> Done.", 0),
+        ("<think> a </think> so <answer> B </answer>", 0),
+        ("<answer> B </answer> <think> a </think>", 0),
+        ("<answer> B </answer>", 0),
+        ("<think> a </think>", 0),
+        ("<think> a <answer> B </answer>", 0),
+        ("<think> a </think> <answer> B", 0),
+        ("<THINK> a </THINK> <ANSWER> B </ANSWER>", 0),
+        ("B", 0),
+        ("", 0),
+    ],
+)
+def test_format_is_one_think_then_one_answer_and_nothing_else(completion, expected):
+    assert format_reward(completion) == expected
+
+
+@defect(".*? grows past the first closing tag, so that tags may repeat and text stand between")
+@pytest.mark.parametrize(
+    "completion",
+    (
+        "<think> a </think> <answer> A </answer> junk <answer> B </answer>",
+        "<think> a </think> <answer> A </answer> junk </answer>",
+        "<think> a </think> so <think> b </think> <answer> A </answer>",
+        "<think> <answer> A </answer> </think> <answer> B </answer>",
+    ),
+)
+def test_format_allows_each_tag_only_once(completion):
+    assert format_reward(completion) == 0
+
+
+COLORS = ("blue", "red", "dark green")  # A, B, C; gold is B
+NUMBERS = ("2", "1,000", "4.5")
+
+
+@pytest.mark.parametrize(
+    "answer, options, gold, expected",
+    [
+        ("B", COLORS, "B", 1),
+        (" \n B \n ", COLORS, "B", 1),
+        ("B.", COLORS, "B", 1),
+        ("B)", COLORS, "B", 1),
+        ("(B)", COLORS, "B", 1),
+        ("B. red", COLORS, "B", 1),
+        ("B) red", COLORS, "B", 1),
+        ("(B) red", COLORS, "B", 1),
+        ("red", COLORS, "B", 1),
+        ("C. dark  green", COLORS, "C", 1),
+        ("A", COLORS, "B", 0),
+        ("blue", COLORS, "B", 0),
+        ("b", COLORS, "B", 0),
+        ("(b)", COLORS, "B", 0),
+        ("b. red", COLORS, "B", 0),
+        ("B or C", COLORS, "B", 0),
+        ("A B C", COLORS, "B", 0),
+        ("B, C", COLORS, "B", 0),
+        ("BC", COLORS, "B", 0),
+        ("B. blue", COLORS, "B", 0),
+        ("A. red", COLORS, "B", 0),  # neither letter nor text wins
+        ("A. red", COLORS, "A", 0),
+        ("B. red or blue", COLORS, "B", 0),
+        ("B..", COLORS, "B", 0),
+        ("not red", COLORS, "B", 0),
+        ("re", COLORS, "B", 0),
+        ("green", COLORS, "C", 0),
+        ("E", COLORS, "B", 0),
+        ("E", COLORS, "E", 0),  # out of range is wrong, whatever gold says
+        ("E. red", COLORS, "B", 0),
+        ("", COLORS, "B", 0),
+        ("  ", COLORS, "B", 0),
+        (".", COLORS, "B", 0),
+        ("red", ("red", "red", "blue"), "A", 0),  # two options' text
+        ("B", ("red", "red", "blue"), "B", 1),
+        # the text of an option that is a number
+        ("2.0", NUMBERS, "A", 1),
+        ("1000", NUMBERS, "B", 1),
+        ("1,000", NUMBERS, "B", 1),
+        ("B. 1000", NUMBERS, "B", 1),
+        ("4.50", NUMBERS, "C", 1),
+        ("1,00", NUMBERS, "B", 0),
+        ("20", NUMBERS, "A", 0),
+        ("2", ("3", "2"), "B", 1),
+        # open-ended
+        ("3", (), "3.0", 1),
+        ("1,000", (), "1000", 1),
+        ("1000.0", (), "1,000", 1),
+        ("-3", (), "-3.00", 1),
+        (".5", (), "0.5", 1),
+        ("-3", (), "3", 0),
+        ("31", (), "3", 0),
+        ("3 4", (), "3", 0),
+        ("three", (), "3", 0),
+        ("1,2,3", (), "123", 0),
+        ("A red   Car", (), "a red car", 1),
+        ("a red car", (), "a car", 0),
+        ("", (), "3", 0),
+        ("", (), "", 0),
+    ],
+)
+def test_grading_rules(answer, options, gold, expected):
+    completion = f"<think> . </think> <answer>{answer}</answer>"
+    assert accuracy_reward(completion, gold, options) == expected
+
+
+@pytest.mark.parametrize(
+    "completion, expected",
+    [
+        ("<answer> B </answer>", 1),  # the format is another reward
+        ("B <think> A </think> <answer> B </answer> C", 1),
+        ("B", 0),
+        ("", 0),
+        ("<answer> B", 0),
+        ("B </answer>", 0),
+        ("<Answer> B </Answer>", 0),
+        ("<answer> A </answer> <answer> B </answer>", 0),
+        ("<answer> B </answer> <answer> A </answer>", 0),
+        ("<answer> B </answer> <answer> B </answer>", 0),
+        ("<think> <answer> B </answer> </think> <answer> A </answer>", 0),
+        ("<answer> <answer> B </answer> </answer>", 0),
+        ("<answer> A <answer> B </answer>", 0),
+    ],
+)
+def test_only_one_answer_span_counts(completion, expected):
+    assert accuracy_reward(completion, "B", COLORS) == expected
+
+
+@defect("'A. Smith' is read as letter A with a wrong text, and the options' texts are not tried")
+def test_an_option_whose_text_begins_like_a_letter_can_be_named():
+    assert chosen_letter("A. Smith", ("J. Doe", "A. Smith")) == "B"

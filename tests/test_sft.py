@@ -1,0 +1,94 @@
+"""SFT: only answers are targets, and the groups do not change the loss."""
+
+import pytest
+import torch
+from conftest import TEMPLATE
+
+import data
+import mrsp
+import sft
+from sft import SFTConfig
+
+
+def rows_of(toy, name="sft"):
+    return data.load_rows(str(toy / f"{name}.jsonl"))
+
+
+def run(model, rows, config, **options):
+    losses = []
+    sft.train(
+        model, rows, config, 6, TEMPLATE, mrsp.EmbeddingCache(),
+        log=lambda step, metrics: losses.append(metrics), **options,
+    )  # fmt: skip
+    return losses
+
+
+def test_the_loss_is_the_mean_over_answer_tokens_of_separate_sequences(toy, model):
+    rows = rows_of(toy)[:5]
+    cache, total, count = mrsp.EmbeddingCache(), 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            prompt = model.build_prompt(row, model.features(row, 6, cache), TEMPLATE)
+            answer = model.tokenizer(row.response).input_ids + [model.eos]
+            logp, _ = model(mrsp.pack([prompt], [[torch.tensor(answer)]]))
+            total, count = total - logp.sum().item(), count + len(answer)
+    config = SFTConfig(steps=1, groups=1, texts=5, train="llm")
+    (metrics,) = run(model, rows, config)
+    assert metrics["tokens"] == count
+    assert metrics["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_micro_batches_and_small_groups_change_nothing(toy, model):
+    rows, state = rows_of(toy)[:8], {k: v.clone() for k, v in model.state_dict().items()}
+    seen = []
+    for texts, micro in ((8, 1), (4, 2), (2, 4), (1, 3)):
+        model.load_state_dict(state)
+        config = SFTConfig(steps=1, groups=8 // texts, texts=texts, micro_batches=micro, lr=1e-3)
+        (metrics,) = run(model, rows, config)
+        seen.append((metrics["loss"], metrics["grad_norm"]))
+    for loss, norm in seen:
+        assert loss == pytest.approx(seen[0][0], rel=1e-5)
+        assert norm == pytest.approx(seen[0][1], rel=1e-4)
+
+
+@pytest.mark.parametrize("part", ["all", "llm", "projector"])
+def test_only_what_is_named_is_trained(toy, model, part):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    key = model.encoder_hash()
+    run(model, rows_of(toy), SFTConfig(steps=2, groups=2, train=part, lr=1e-2, warmup=0.0))
+    moved = {
+        k.split(".")[0] for k, v in model.state_dict().items() if not torch.equal(v, before[k])
+    }
+    assert (
+        moved
+        == {"all": {"llm", "tower", "projector"}, "llm": {"llm"}, "projector": {"projector"}}[part]
+    )
+    assert (model.encoder_hash() == key) == (part == "llm")  # old embeddings are not reused
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_loss_falls(toy, model, optimizer):
+    config = SFTConfig(steps=25, groups=3, train="llm", optimizer=optimizer, lr=2e-3)
+    losses = [m["loss"] for m in run(model, rows_of(toy), config)]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_every_row_is_seen_once_an_epoch():
+    items = list(range(10))
+    flat = [x for batch in sft.batches(items, 4, 5, seed=1) for x in batch]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == items
+    assert flat != [x for batch in sft.batches(items, 4, 5, seed=2) for x in batch]
+
+
+def test_the_learning_rate_rises_then_falls_to_zero():
+    config = SFTConfig(steps=100, warmup=0.1)
+    factors = [sft.schedule(s, config) for s in range(100)]
+    assert factors[0] == 0.1 and factors[9] == factors[10] == 1.0 and factors[99] < 1e-3
+    assert all(a >= b for a, b in zip(factors[9:], factors[10:], strict=False))
+
+
+def test_unknown_choices_are_refused():
+    with pytest.raises(ValueError, match="all, llm or projector"):
+        SFTConfig(train="tower")
+    with pytest.raises(ValueError, match="adamw or muon"):
+        SFTConfig(optimizer="sgd")

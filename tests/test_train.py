@@ -1,0 +1,248 @@
+"""The whole run: options, one GRPO step on one and two ranks, learning, the smoke test."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import TEMPLATE
+from torch.multiprocessing import spawn
+
+import data
+import mrsp
+import sft
+import train
+from model import VILA, ModelError
+from rollout import Response, TorchEngine
+from train import GRPOConfig
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+class FixedEngine:
+    """Gives every prompt the answers it was built with, whatever the policy: random tokens of
+    different lengths, some of them right (so that advantages are not zero)."""
+
+    def __init__(self, policy, gold: dict):
+        self.policy, self.gold = policy, gold
+
+    def generate(self, prompts, n, sampling, seeds):
+        out = []
+        for prompt in prompts:
+            key = int(prompt.ids.sum())
+            g = torch.Generator().manual_seed(key)
+            group = []
+            for i in range(n):
+                length = int(torch.randint(1, 9, (1,), generator=g))
+                ids = torch.randint(8, 40, (length,), generator=g)
+                right = self.gold[key] if i % 3 == key % 2 else "Z"
+                text = f"<think> x </think> <answer> {right} </answer>"
+                group.append(Response(ids, torch.zeros(length), text, True))
+            # the sampler's log-probs are not under test here: take the policy's own
+            packed = mrsp.pack([prompt], [[r.ids for r in group]])
+            with torch.no_grad():
+                logps = self.policy(packed, sampling.temperature)[0].split(
+                    [len(r.ids) for r in group]
+                )
+            out.append([replace(r, logps=x) for r, x in zip(group, logps, strict=True)])
+        return out
+
+    sync = wake = sleep = lambda self, *_: None
+
+
+def fake_run(rank=0, world=1):
+    config = SimpleNamespace(num_frames=5, template=TEMPLATE, system=None, seed=0)
+    return SimpleNamespace(rank=rank, world=world, config=config, cache=mrsp.EmbeddingCache())
+
+
+CONFIG = GRPOConfig(
+    prompts=5, update_prompts=3, micro_prompts=2, group=4, max_tokens=8, temperature=0.8, lr=1e-3,
+    kl_coef=0.1,
+)  # fmt: skip
+
+
+def three_steps(folder, dtype, rank, world, average):
+    """Three GRPO steps (two updates each, the second off-policy) -> metrics, parameters."""
+    torch.set_num_threads(1)
+    rows = data.load_rows(f"{folder}/rl.jsonl")[:15]
+    model = VILA.from_pretrained(f"{folder}/init").to(dtype)
+    reference = VILA.from_pretrained(f"{folder}/init").to(dtype).requires_grad_(False)
+    with torch.no_grad():  # so that the KL term is not zero
+        reference.llm.model.norm.weight.mul_(0.7)
+    model.tower.requires_grad_(False)
+    model.projector.requires_grad_(False)
+    cache, gold = mrsp.EmbeddingCache(), {}
+    for row in rows:
+        prompt = model.build_prompt(row, model.features(row, 5, cache), TEMPLATE)
+        gold[int(prompt.ids.sum())] = row.answer
+    run, engine = fake_run(rank, world), FixedEngine(model, gold)
+    optimizer = torch.optim.AdamW(model.llm.parameters(), lr=CONFIG.lr)
+    seen = []
+    for step in range(3):
+        batch = rows[step * 5 : step * 5 + 5]
+        config = replace(CONFIG, average=average)
+        metrics, _ = train.grpo_step(run, model, reference, engine, optimizer, batch, step, config)
+        seen.append({k: v for k, v in metrics.items() if not k.startswith("seconds")})
+    return seen, {k: v.detach().clone() for k, v in model.llm.state_dict().items()}
+
+
+def _rank(rank, world, folder, dtype, average, store, out):
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
+    torch.save(three_steps(folder, dtype, rank, world, average), f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "dtype, tolerance, average",
+    [
+        (torch.float64, 1e-9, "token"),
+        (torch.float64, 1e-9, "sequence"),
+        (torch.float32, 1e-5, "token"),
+    ],
+)
+def test_two_ranks_train_like_one(toy, tmp_path, dtype, tolerance, average, monkeypatch):
+    """Same loss, gradient norm, metrics and parameters after three steps; 5 prompts on 2 ranks in
+    updates of 3 and 2, answers of 1 to 8 tokens."""
+    one, params = three_steps(toy, dtype, 0, 1, average)
+    spawn(_rank, (2, str(toy), dtype, average, tmp_path / "store", tmp_path), nprocs=2)
+    assert one[0]["grad_norm"] > 1e-3 and one[2]["kl"] > 1e-4 and one[0]["accuracy"] > 0
+    for rank in (0, 1):
+        two, params2 = torch.load(tmp_path / f"{rank}.pt")
+        for a, b in zip(one, two, strict=True):
+            assert a.keys() == b.keys()
+            for name in a:
+                assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance), name
+        for name, value in params.items():
+            assert (value - params2[name]).abs().max() <= tolerance, name
+
+
+def test_groups_of_equal_reward_are_skipped_and_counted_and_change_nothing(toy, model):
+    rows = data.load_rows(str(toy / "rl.jsonl"))[:3]
+    gold = {}
+    for i, row in enumerate(rows):
+        prompt = model.build_prompt(row, model.features(row, 5, mrsp.EmbeddingCache()), TEMPLATE)
+        gold[int(prompt.ids.sum())] = row.answer if i else "Z"  # the first group: all wrong
+    model.tower.requires_grad_(False)
+    packed = []
+    model.register_forward_pre_hook(lambda m, args: packed.append(len(args[0].ids)))
+    engine = FixedEngine(VILA.from_pretrained(toy / "init"), gold)
+    optimizer = torch.optim.SGD(model.llm.parameters(), lr=0.0)
+    config = replace(CONFIG, prompts=3, update_prompts=3, micro_prompts=8, kl_coef=0.0)
+    metrics, _ = train.grpo_step(fake_run(), model, None, engine, optimizer, rows, 0, config)
+    assert metrics["skipped_groups"] == 1 and packed == [2]  # one pass: no old, no reference pass
+
+
+def test_a_sampler_that_sees_other_weights_stops_training(toy, model):
+    rows = data.load_rows(str(toy / "rl.jsonl"))[:4]
+    engine = TorchEngine(VILA.from_pretrained(toy / "init"))
+    with torch.no_grad():
+        engine.policy.llm.model.norm.weight.mul_(3.0)
+    optimizer = torch.optim.SGD(model.llm.parameters(), lr=0.0)
+    config = replace(CONFIG, prompts=4, update_prompts=4, kl_coef=1e-3, max_mismatch=0.1)
+    with pytest.raises(ModelError, match="sampler and trainer.*--grpo_max_mismatch"):
+        train.grpo_step(fake_run(), model, model, engine, optimizer, rows, 0, config)
+
+
+def test_overfitting_24_fixed_prompts_drives_the_reward_to_one(toy, model):
+    """From a model that only knows the format and guesses letters."""
+    rows = data.load_rows(str(toy / "rl.jsonl"))[:24]
+    letters = "ABCD"
+    guesses = [
+        replace(r, id=f"{r.id}{x}", response=f"<think> guess {x} </think> <answer> {x} </answer>")
+        for r in rows for x in letters
+    ]  # fmt: skip
+    config = sft.SFTConfig(steps=30, groups=4, texts=8, train="llm", optimizer="muon", lr=2e-3)
+    sft.train(model, guesses, config, 5, TEMPLATE, mrsp.EmbeddingCache())
+    config = GRPOConfig(
+        prompts=24, update_prompts=24, micro_prompts=12, group=8, max_tokens=10, top_p=1.0, lr=1e-3,
+        weight_decay=0.0, kl_coef=0.0, scale_std=False,
+    )  # fmt: skip
+    optimizer, run, engine = (
+        torch.optim.AdamW(model.llm.parameters(), lr=1e-3),
+        fake_run(),
+        TorchEngine(model),
+    )
+    history = []
+    for step in range(100):
+        metrics, _ = train.grpo_step(run, model, None, engine, optimizer, rows, step, config)
+        history.append(metrics["reward"])
+        if history[-1] > 0.99:
+            break
+    assert history[0] < 0.5 and history[-1] > 0.99, history[::10]
+
+
+# -------------------------------------------------------------------------------------- options
+
+
+def test_presets_give_defaults_and_options_override_them():
+    preset = train.parse_options(["--grpo_steps", "3", "--seed", "5", "--sft_lr", "1e-3"])
+    assert (preset.grpo.steps, preset.run.seed, preset.sft.lr) == (3, 5, 1e-3)
+    assert replace(preset.grpo, steps=120) == replace(train.PRESETS["toy"].grpo, steps=120)
+
+
+@pytest.mark.parametrize("bad", [["--grpo_step", "3"], ["--see", "1"], ["--frobnicate"], ["stray"]])
+def test_an_unknown_option_is_an_error_of_one_line(bad):
+    with pytest.raises(SystemExit, match=f"error: unknown option {bad[0]}"):
+        train.main(bad)
+
+
+def test_every_setting_and_every_metric_is_explained(toy, model):
+    for part in ("run", "toy", "images", "sft", "grpo"):
+        config = getattr(train.PRESETS["toy"], part)
+        helps = train.sentences(type(config))
+        assert all(len(helps.get(name, "")) > 9 for name in vars(config)), part
+    metrics, _ = three_steps(toy, torch.float32, 0, 1, "token")
+    assert set(metrics[0]) <= set(train.METRICS)
+
+
+# ---------------------------------------------------------------------------------- smoke test
+
+SMALLEST = (
+    "--toy_base 8 --toy_sft 4 --toy_rl 8 --toy_test 6 --toy_other 4 --images_steps 2 "
+    "--images_groups 8 --base_steps 2 --base_groups 4 --sft_steps 4 --sft_groups 4 --grpo_steps 2 "
+    "--grpo_prompts 4 --grpo_update_prompts 2 --grpo_max_tokens 6 --frame_counts 4,8 --num_frames 8"
+).split()
+
+
+def test_the_whole_pipeline_runs_on_two_ranks_and_its_model_scores_the_same_again(tmp_path):
+    out = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    command += ["train.py", "--output_dir", str(out), *SMALLEST]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary) == {"seed", "chance", "sft", "control", "grpo", "questions", "seconds"}
+    assert set(summary["grpo"]) >= {
+        "accuracy",
+        "by_category",
+        "by_frames",
+        "other_environment",
+        "wrong_video",
+    }
+    assert set(summary["grpo"]["by_frames"]) == {"4", "8"} and summary["questions"] == 30
+    assert summary["chance"] == 0.25 and "total" in summary["seconds"]
+    stages = [json.loads(line)["stage"] for line in (out / "metrics.jsonl").open()]
+    assert stages == ["images"] * 2 + ["base"] * 2 + ["sft"] * 4 + ["grpo"] * 2
+    sample = json.loads((out / "samples.jsonl").open().readline())
+    assert len(sample["responses"]) == 8 and {"text", "reward", "accuracy", "format"} <= set(
+        sample["responses"][0]
+    )
+    for name in ("curves.png", "frames.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    command = [sys.executable, "eval.py", "--model", str(out / "model")]
+    again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
+    assert f"accuracy {summary['grpo']['accuracy']:.4f}" in again.stdout, again.stderr[-2000:]
+    assert "after GRPO" in done.stdout and "GRPO" in done.stdout and str(out) in done.stdout
