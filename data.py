@@ -33,6 +33,7 @@ a video. Check this file alone:  python data.py /tmp/toy   (writes a small toy, 
 import json
 import os
 import re
+import string
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,11 +73,12 @@ def parse_options(problem: str) -> tuple[str, ...]:
     >>> parse_options("Which?\\nA. red\\nB. blue sky")
     ('red', 'blue sky')
     """
-    lines = re.findall(r"^\(?([A-Z])[.):]\s*(.+?)\s*$", problem, flags=re.MULTILINE)
-    expected = [chr(ord("A") + i) for i in range(len(lines))]
-    if [letter for letter, _ in lines] != expected:
-        raise DataError(f"option letters {[x for x, _ in lines]} are not {expected}")
-    return tuple(text for _, text in lines)
+    found = [re.match(r"\(?([A-Z])[.):]\s+(.*\S)", line) for line in problem.splitlines()[1:]]
+    found = [match.groups() for match in found if match]
+    letters = "".join(letter for letter, _ in found)
+    if letters != string.ascii_uppercase[: len(letters)]:
+        raise DataError(f"option letters {list(letters)} are not A, B, C ...")
+    return tuple(text for _, text in found)
 
 
 def parse_row(row: dict, video_dir: str, where: str = "row") -> Example:
@@ -89,20 +91,28 @@ def parse_row(row: dict, video_dir: str, where: str = "row") -> Example:
         raise DataError(f"{name}: data_type {row['data_type']!r} is not one of {', '.join(TYPES)}")
     if (row["data_type"] == "text") != (row["videos"] == ""):
         raise DataError(f"{name}: field 'videos' must be a path, and empty for data_type text")
-    response, answer = row.get("response", ""), row["answer"]
+    frames, segment, response = (row.get(x) for x in ("num_frames", "segment", "response"))
+    if frames is not None and (type(frames) is not int or frames < 1):
+        raise DataError(f"{name}: field 'num_frames' is {frames!r}, not a number of frames")
+    if segment is not None:
+        numbers = isinstance(segment, list) and all(type(x) in (int, float) for x in segment)
+        if not (numbers and len(segment) == 2 and 0 <= segment[0] < segment[1] < float("inf")):
+            raise DataError(f"{name}: field 'segment' is {segment!r}, not [start, end] in seconds")
+    if response is not None and not (isinstance(response, str) and response.strip()):
+        raise DataError(f"{name}: field 'response' is {response!r}, not a text")
     try:
         options = parse_options(row["problem"])
     except DataError as error:
         raise DataError(f"{name}: field 'problem': {error}") from None
-    if not response:  # a question with a gold answer; rows with a verbatim target need none
-        span = re.fullmatch(r"\s*<answer>(.+?)</answer>\s*", answer, flags=re.DOTALL)
-        if span is None:
+    answer = row["answer"]
+    if answer or response is None:  # rows with a verbatim response need no gold answer
+        span = re.fullmatch(r"\s*<answer>((?:(?!</?answer>).)+)</answer>\s*", answer, re.DOTALL)
+        if span is None or not span.group(1).strip():
             raise DataError(f"{name}: field 'answer' is {answer!r}, not <answer>...</answer>")
         answer = span.group(1).strip()
-        if options and answer not in [chr(ord("A") + i) for i in range(len(options))]:
-            raise DataError(
-                f"{name}: answer {answer!r} is not the letter of one of its {len(options)} options"
-            )
+        if options and answer not in list(string.ascii_uppercase[: len(options)]):
+            raise DataError(f"{name}: answer {answer!r} is no letter of its {len(options)} options")
+    if response is None:
         think = row["reasoning"].strip()
         think = think if "<think>" in think else f"<think> {think} </think>"
         response = f"{think} <answer> {answer} </answer>"
@@ -115,8 +125,8 @@ def parse_row(row: dict, video_dir: str, where: str = "row") -> Example:
         media=str(Path(video_dir, row["videos"]).absolute()) if row["videos"] else "",
         data_type=row["data_type"],
         response=response,
-        num_frames=row.get("num_frames"),
-        segment=tuple(row["segment"]) if row.get("segment") else None,
+        num_frames=frames,
+        segment=tuple(segment) if segment else None,
     )
 
 
@@ -129,8 +139,10 @@ def load_rows(path: str, video_dir: str | None = None) -> list[Example]:
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such file; give a .jsonl file with one row a line")
     examples, seen = [], set()
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
+            if not line.isprintable() and any("\ud800" <= c <= "\udfff" for c in line):
+                raise DataError(f"{path}:{number}: not UTF-8 text")
             if not line.strip():
                 continue
             try:
@@ -199,6 +211,7 @@ def decode(path: str, num_frames: int, segment=None) -> tuple[np.ndarray, np.nda
     # One thread: decord's own pool fights with the ranks, and threads of it have hung in the field.
     reader = decord.VideoReader(path, num_threads=1)
     total, fps = len(reader), float(reader.get_avg_fps())
+    check_whole(path, total, float(reader.get_frame_timestamp(total - 1)[1]))
     first, last = 0, total - 1
     if segment is not None:  # frames whose time lies in [start, end)
         first, last = (
@@ -208,6 +221,24 @@ def decode(path: str, num_frames: int, segment=None) -> tuple[np.ndarray, np.nda
     indices = frame_indices(total, num_frames, first, last)
     frames = reader.get_batch(indices).asnumpy()
     return frames, indices / fps
+
+
+def check_whole(path: str, frames: int, end: float) -> None:
+    """DataError if decord found fewer frames, or an earlier end (s), than the file's header tells:
+    a download that was cut off decodes as a shorter video, and nothing says so."""
+    import av
+
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        declared, length = stream.frames, container.duration
+        if stream.duration is not None:
+            length = stream.duration * stream.time_base * av.time_base
+    # Times are the weaker witness (sound may be longer): for containers that count no frames.
+    seconds = float(length or 0) / av.time_base
+    if frames < 0.98 * declared or (not declared and end < 0.9 * seconds - 1):
+        raise DataError(
+            f"the file is cut off: {frames} frames, {end:.1f} s, of {declared or '?'}, {seconds:.1f} s"
+        )
 
 
 # ------------------------------------------------------------------------------------- the toy
@@ -292,7 +323,7 @@ def write_mp4(path: str, frames: np.ndarray, fps: int = FPS) -> None:
 
     part = f"{path}.{os.getpid()}.mp4"
     with av.open(part, "w") as container:
-        stream = container.add_stream("mpeg4", rate=fps, options={"qscale": "2", "g": "32"})
+        stream = container.add_stream("mpeg4", rate=fps, options={"g": "32"})
         stream.codec_context.thread_count = 1  # frames this small: threads cost 6 times the work
         stream.codec_context.flags |= 1 << 1  # AV_CODEC_FLAG_QSCALE: constant quality
         stream.codec_context.global_quality = 2 * 118  # FF_QP2LAMBDA
@@ -303,14 +334,17 @@ def write_mp4(path: str, frames: np.ndarray, fps: int = FPS) -> None:
     os.replace(part, path)
 
 
-def toy_question(kind: str, scene: dict, seen: list, rng, careful: bool = True) -> dict | None:
+def toy_question(
+    kind: str, scene: dict, seen: list | None, rng, careful: bool = True
+) -> dict | None:
     """A question about the flashes in `seen`, with options, gold letter and chain of thought.
 
     Careful reasoning cites its evidence (the flashes in order, numbered), then the answer's word,
     then its letter. Hasty reasoning has no evidence and is wrong 60 % of the time: a model that
     imitates a mixture of both (as SFT on real, noisy chains of thought does) leaves RL something
-    to find. Returns None where the question makes no sense.
+    to find. seen=None: every flash of the scene. Returns None where the question makes no sense.
     """
+    seen = scene["flashes"] if seen is None else seen
     listing = " ".join(f"{i} {color}" for i, (color, *_) in enumerate(seen, 1))
     key = ""
     if kind in ("first", "last"):
@@ -374,32 +408,26 @@ def toy_clip_rows(scene: dict, rng: np.random.Generator, clip: tuple, texts: int
     return [row | where | {"problem_type": "base"} for row in rows]
 
 
-def toy_text_row(rng: np.random.Generator) -> dict:
-    """Text only: the letters of words; the letter of one, in the answer format; or a question
-    about flashes that the text lists."""
-    pools = (list(COLORS), list(SIDES), list(CORNERS), list(COUNTS))
-    pool = pools[int(rng.choice(4, p=(0.55, 0.15, 0.15, 0.15)))]
-    options = [str(w) for w in rng.permutation(pool)[:4]]
-    order, form = rng.permutation(4), rng.random()
-    word, letter = options[order[0]], "ABCD"[order[0]]
-    if form < 0.3:
-        problem, response = (
-            "Find the letters.",
-            " ".join(f"{options[i]} {'ABCD'[i]}" for i in order),
-        )
-    elif form < 0.5:
-        problem = f"Choose {word}."
-        response = f"<think> so {word} {letter} </think> <answer> {letter} </answer>"
+def toy_text_row(rng: np.random.Generator, shares=(0.3, 0.2, 0.5)) -> dict:
+    """Text only, one of three kinds: the letters of words; the letter of one word, in the answer
+    format; a question about flashes that the text lists."""
+    form = rng.choice(3, p=shares)
+    if form == 2:
+        kinds = ["first", "last", "after", "after", "count"]
+        row = toy_question(str(rng.choice(kinds)), toy_scene(rng), None, rng)
+        given, answer = row["reasoning"].split(" so ")
+        problem, response = f"{row['problem']}\n{given}", f"so {answer}"
     else:
-        scene, row = toy_scene(rng), None
-        while row is None:
-            kind = str(rng.choice(("first", "last", "after", "count"), p=(0.25, 0.25, 0.3, 0.2)))
-            row = toy_question(kind, scene, scene["flashes"], rng)
-        given, response = row["reasoning"].split(" so ")
-        problem = f"{row['problem']}\n{given}"
-        return {"problem": problem, "response": f"so {response}", "problem_type": "base"}
-    lines = [f"{a}. {w}" for a, w in zip("ABCD", options)]
-    return {"problem": "\n".join([problem, *lines]), "response": response, "problem_type": "base"}
+        pool = (COLORS, COLORS, SIDES, CORNERS, COUNTS)[int(rng.integers(5))]
+        words = [str(w) for w in rng.permutation(list(pool))[:4]]
+        asked = [(words[i], "ABCD"[i]) for i in rng.permutation(4)]
+        word, letter = asked[0]
+        problem, response = "Find the letters.", " ".join(f"{w} {x}" for w, x in asked)
+        if form == 1:
+            problem = f"Choose {word}."
+            response = f"<think> so {word} {letter} </think> <answer> {letter} </answer>"
+        problem = "\n".join([problem, *(f"{x}. {w}" for x, w in zip("ABCD", words))])
+    return {"problem": problem, "response": response, "problem_type": "base"}
 
 
 def toy_image_rows(scene: dict, t: int) -> list[dict]:
@@ -420,7 +448,7 @@ class ToyConfig:
     rl: int = 800  # videos of GRPO
     test: int = 200  # videos never trained on, 5 questions each
     other: int = 100  # videos never trained on, in another environment
-    images: int = 6  # single frames per base video
+    images: int = 4  # single frames per base video
     clips: int = 3  # clips per base video
     texts: int = 3  # texts per clip
     careful: float = 0.45  # share of SFT rows whose reasoning cites its evidence
@@ -463,7 +491,8 @@ def toy_build(folder: str, config: ToyConfig, seed: int, rank: int = 0, world: i
                     Image.fromarray(frames[t]).save(root / image)
                 for row in toy_image_rows(scene, t):
                     add("base_images", row, "image", image)
-                add("base_images", toy_text_row(rng), "text")
+                for _ in range(2):
+                    add("base_images", toy_text_row(rng, (0.8, 0.2, 0.0)), "text")
             for k in range(config.clips):
                 n = int(rng.choice((64, 32, 16, 8), p=(0.6, 0.2, 0.1, 0.1)))
                 # Half the shorter clips are a part of the video, at the full frame rate.
@@ -483,7 +512,7 @@ def toy_build(folder: str, config: ToyConfig, seed: int, rank: int = 0, world: i
         name = split if split != "other" else "test_other"
         for kind in kinds:
             careful = split != "sft" or bool(rng.random() < config.careful)
-            add(name, toy_question(kind, scene, scene["flashes"], rng, careful), "video", video)
+            add(name, toy_question(kind, scene, None, rng, careful), "video", video)
     if rank == 0:
         for name, content in rows.items():
             part = root / f"{name}.jsonl.part"

@@ -31,8 +31,7 @@ import torch.distributed as dist
 
 from data import DataError, load_rows
 from grpo import accuracy_reward, format_reward
-from model import THINKING, VILA, ModelError
-from mrsp import EmbeddingCache
+from model import VILA, ModelError
 from rollout import Sampling, TorchEngine
 
 
@@ -49,41 +48,32 @@ def evaluate(
     model,
     engine,
     examples: list,
-    num_frames: int,
-    max_tokens: int = 1024,
-    template: str = THINKING,
-    system: str | None = None,
+    num_frames: int | None = None,
     prefill: str = "",
-    cache: EmbeddingCache | None = None,
     batch: int = 64,
     rank: int = 0,
     world: int = 1,
-    group=None,
     bar=iter,
 ) -> dict:
     """Greedy answers to all examples, dealt to the ranks in batches that do not depend on the
     number of ranks. Returns, on every rank: accuracy, format (fractions), by_category {name:
     accuracy}, questions, errors [(id, message)] and records (one dict a question, in order)."""
-    sampling, cache = Sampling(temperature=0.0, max_tokens=max_tokens), cache or EmbeddingCache()
-    starts = range(0, len(examples), batch)
-    records = {}
+    sampling = Sampling(temperature=0.0, max_tokens=model.recipe.max_tokens)
+    starts, records = range(0, len(examples), batch), {}
     for start in bar(starts[rank::world]):
         rows, prompts = [], []
         for index in range(start, min(start + batch, len(examples))):
-            example = examples[index]
             try:
-                features = model.features(example, num_frames, cache)
+                prompts.append(model.prompt(examples[index], num_frames, prefill))
+                rows.append(index)
             except DataError as error:
-                records[index] = record(example, "", error=str(error))
-                continue
-            prompts.append(model.build_prompt(example, features, template, system, prefill))
-            rows.append(index)
+                records[index] = record(examples[index], "", error=str(error))
         for index, answers in zip(rows, engine.generate(prompts, 1, sampling) if rows else []):
             text = f"{prefill} {answers[0].text}" if prefill else answers[0].text
             records[index] = record(examples[index], text, tokens=len(answers[0].ids))
     if world > 1:
         parts = [None] * world
-        dist.all_gather_object(parts, records, group=group)
+        dist.all_gather_object(parts, records)
         records = {index: r for part in parts for index, r in part.items()}
     records = [records[i] for i in range(len(examples))]
     return summarise(records) | {"records": records}
@@ -118,7 +108,26 @@ def summarise(records: list[dict]) -> dict:
     }
 
 
-# ------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------- table and pictures
+
+
+def table(summary: dict) -> str:
+    """summary.json of a run as the table that ends it."""
+    g = summary["grpo"]
+    rows = {
+        "guessing": summary["chance"],
+        "after SFT": summary["sft"]["accuracy"],
+        "  control: SFT forced into the careful style": summary["control"]["accuracy"],
+        "after GRPO": g["accuracy"],
+        **{f"  {name}": value for name, value in g["by_category"].items()},
+        **{f"  {n} frames": value for n, value in g["by_frames"].items()},
+        "  other environment": g["other_environment"],
+        "  control: wrong video": g["wrong_video"],
+    }
+    lines = [f"accuracy on {summary['questions']} held-out questions, seed {summary['seed']}"]
+    lines += [f"  {name:46s} {100 * value:5.1f} %" for name, value in rows.items()]
+    seconds = "  ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
+    return "\n".join([*lines, f"seconds: {seconds}"])
 
 
 def plot_curves(metrics: str, path: str) -> None:
@@ -212,33 +221,22 @@ def main(argv=None) -> dict:
 
 
 def run(args) -> dict:
-    path = os.path.join(args.model, "recipe.json")
-    recipe = {"num_frames": 64, "max_tokens": 2048, "template": THINKING, "system": None}
-    if os.path.isfile(path):
-        with open(path) as file:
-            recipe |= json.load(file)
-    source = args.data or recipe.get("data") and os.path.join(args.model, recipe["data"])
-    if not source:
-        raise DataError(f"{path} names no data; give --data FILE.jsonl")
-    frames = args.num_frames or recipe["num_frames"]
+    from tqdm import tqdm
+
     model = VILA.from_pretrained(args.model)
+    chosen = {k: getattr(args, k) for k in ("num_frames", "max_tokens") if getattr(args, k)}
+    model.recipe = replace(model.recipe, **chosen)
+    source = args.data or model.recipe.data and os.path.join(args.model, model.recipe.data)
+    if not source:
+        raise DataError(f"{args.model}/recipe.json names no data; give --data FILE.jsonl")
     examples = load_rows(source, args.video_dir)
     if args.wrong_video:
         examples = swap_media(examples)
-    from tqdm import tqdm
-
     result = evaluate(
-        model,
-        TorchEngine(model),
-        examples,
-        frames,
-        args.max_tokens or recipe["max_tokens"],
-        recipe["template"],
-        recipe["system"],
-        args.prefill,
-        EmbeddingCache(),
-        bar=lambda x: tqdm(x, desc="eval"),
-    )
+        model, TorchEngine(model), examples, prefill=args.prefill,
+        bar=lambda batches: tqdm(batches, desc="eval"),
+    )  # fmt: skip
+    frames = model.recipe.num_frames
     print(f"{result['questions']} questions of {source}, {frames} frames, greedy")
     print(f"accuracy {result['accuracy']:.4f}  format {result['format']:.4f}")
     for name, value in result["by_category"].items():

@@ -32,7 +32,8 @@ length, M predicted tokens, V vocabulary. Check this file alone:  pytest tests/t
 
 import json
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,18 @@ BARE = "{problem}"  # non-thinking mode is the bare question
 
 class ModelError(ValueError):
     """A checkpoint or an input that the model cannot take; says what and what to do."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is asked. It belongs to a checkpoint (recipe.json), as its weights do: other
+    frames or another wording are another experiment."""
+
+    num_frames: int = 64  # frames taken from a video
+    max_tokens: int = 2048  # longest answer
+    template: str = THINKING  # the user's turn in thinking mode; {problem} is the question
+    system: str | None = None  # system prompt; None leaves the turn out
+    data: str = ""  # rows to evaluate on, relative to the checkpoint folder
 
 
 @dataclass(frozen=True)
@@ -132,6 +145,7 @@ class VILA(nn.Module):
 
     def __init__(self, config: dict, llm, tower, projector, tokenizer, preprocess: dict):
         super().__init__()
+        self.recipe, self.cache = Recipe(), mrsp.EmbeddingCache()
         self.config, self.tokenizer, self.preprocess = config, tokenizer, preprocess
         self.llm, self.tower, self.projector = llm, tower, projector
         llm.set_attn_implementation("mrsp")
@@ -185,7 +199,7 @@ class VILA(nn.Module):
                 f"unexpected {sorted(set(tensors) - expected)}"
             )
         projector.load_state_dict(tensors)
-        return cls(
+        model = cls(
             config,
             llm,
             tower,
@@ -195,6 +209,9 @@ class VILA(nn.Module):
             PreTrainedTokenizerFast.from_pretrained(root / "llm"),
             json.loads((root / "vision_tower" / "preprocessor_config.json").read_text()),
         )
+        if (root / "recipe.json").exists():
+            model.recipe = Recipe(**json.loads((root / "recipe.json").read_text()))
+        return model
 
     def save_pretrained(self, folder: str) -> None:
         """Write the same layout; llm/ alone is a Qwen2 checkpoint that vLLM can serve."""
@@ -203,6 +220,7 @@ class VILA(nn.Module):
         root = Path(folder)
         (root / "mm_projector").mkdir(parents=True, exist_ok=True)
         (root / "config.json").write_text(json.dumps(self.config, indent=2))
+        (root / "recipe.json").write_text(json.dumps(asdict(self.recipe), indent=2))
         self.llm.save_pretrained(root / "llm")
         self.tokenizer.save_pretrained(root / "llm")
         self.tower.save_pretrained(root / "vision_tower")
@@ -256,15 +274,7 @@ class VILA(nn.Module):
         """The tower's or projector's weights changed: cached embeddings no longer apply."""
         self._tower_hash = None
 
-    def features_trainable(self, examples: list[Example], num_frames: int) -> list[Tensor | None]:
-        """features() of several examples, with gradients into tower and projector, and no cache."""
-        media = {
-            i: load_media(e, num_frames)[0] for i, e in enumerate(examples) if e.data_type != "text"
-        }
-        found = dict(zip(media, self.encode_many(list(media.values())))) if media else {}
-        return [found.get(i) for i in range(len(examples))]
-
-    def features(self, example: Example, num_frames: int, cache, group=None) -> Tensor | None:
+    def features(self, example: Example, num_frames: int, group=None) -> Tensor | None:
         """Features (F, K, D) of an example's media; None for text. Computed once: on a hit of the
         cache the file is not even decoded. No gradient: for a frozen tower. `group`: the ranks
         that encode this video together."""
@@ -277,20 +287,34 @@ class VILA(nn.Module):
 
         taken = (example.num_frames or num_frames, example.segment, example.data_type)
         content = mrsp.file_hash(example.media) if os.path.isfile(example.media) else example.media
-        return cache.get(mrsp.media_key(content, self.encoder_hash(), *taken), compute)
+        return self.cache.get(mrsp.media_key(content, self.encoder_hash(), *taken), compute)
+
+    def features_trainable(self, examples: list[Example], num_frames: int) -> list[Tensor | None]:
+        """features() of several examples, with gradients into tower and projector, and no cache."""
+        media = {
+            i: load_media(e, num_frames)[0] for i, e in enumerate(examples) if e.data_type != "text"
+        }
+        found = dict(zip(media, self.encode_many(list(media.values())))) if media else {}
+        return [found.get(i) for i in range(len(examples))]
 
     # -- prompt
 
-    def build_prompt(self, example, features, template=THINKING, system=None, prefill="") -> Prompt:
+    def prompt(self, example: Example, num_frames: int | None = None, prefill: str = "") -> Prompt:
+        """The Prompt of an example in thinking mode, as the recipe says, from cached features."""
+        features = self.features(example, num_frames or self.recipe.num_frames)
+        return self.build_prompt(example, features, prefill=prefill)
+
+    def build_prompt(self, example, features, thinking: bool = True, prefill: str = "") -> Prompt:
         """Tokens and positions of one question about its media, in ChatML:
 
             [<|im_start|>system ...<|im_end|>] <|im_start|>user {media}{text}<|im_end|>
             <|im_start|>assistant {prefill}
 
         features (F, K, D) from encode(), or None. The media precede the text with no newline
-        between (as VILA does). system: None for no system turn. prefill: the beginning of the
-        answer, if it is forced.
+        between (as VILA does). thinking: ask by the recipe's template, else the bare question.
+        prefill: the beginning of the answer, if it is forced.
         """
+        system, template = self.recipe.system, self.recipe.template if thinking else BARE
         tok = lambda text: self.tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
         if self.config["video_token"] in example.problem:
             raise ModelError(
@@ -357,3 +381,46 @@ class VILA(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         """Keep only each layer's input for backward; layers run twice."""
         self.llm.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+# ------------------------------------------------------------------------------------ the toy
+
+
+def toy_checkpoint(folder: str, texts: list[str], image_size: int, recipe: Recipe, seed: int):
+    """A VILA of 0.9 M parameters with random weights, in a checkpoint folder like any other. Its
+    tokenizer has one token for each word of `texts`; white space and . , : ? are dropped."""
+    from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<vila/video>"]
+    special += ["<think>", "</think>", "<answer>", "</answer>"]
+    texts = [*texts, "system user assistant", recipe.template.replace("{problem}", "")]
+    words = sorted(set(re.findall(r"[^\s.,:?]+", " ".join(texts))) - set(special))
+    vocab = {word: i for i, word in enumerate(special + words)}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<|endoftext|>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s.,:?]+"), "removed")
+    core.add_special_tokens([AddedToken(word, normalized=False) for word in special])
+    torch.manual_seed(seed)
+    model = VILA.create(
+        config={
+            "mm_projector_type": "mlp_downsample",
+            "mm_vision_select_layer": -1,
+            "video_encoder": {"_target_": "BasicVideoEncoder", "end_tokens": None},
+            "video_token": "<vila/video>",
+        },
+        llm=dict(
+            vocab_size=len(vocab), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
+            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.05,
+            tie_word_embeddings=True, max_position_embeddings=4096, eos_token_id=2,
+            pad_token_id=0, bos_token_id=None,
+        ),
+        tower=dict(
+            image_size=image_size, patch_size=16, hidden_size=64, intermediate_size=128,
+            num_hidden_layers=2, num_attention_heads=4, vision_use_head=False,
+        ),
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+        ),
+        preprocess={"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255},
+    )  # fmt: skip
+    model.recipe = recipe
+    model.save_pretrained(folder)

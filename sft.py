@@ -22,14 +22,13 @@ DEVIATION 2: optimizer "muon" (torch.optim.Muon for matrices, AdamW for the rest
 Check this file alone:  pytest tests/test_sft.py
 """
 
-import math
 import random
 from dataclasses import dataclass, replace
 
 import torch
+from transformers import get_cosine_schedule_with_warmup
 
 import mrsp
-from model import BARE
 
 
 @dataclass(frozen=True)
@@ -83,49 +82,17 @@ def batches(items: list, size: int, steps: int, seed: int):
         queue = queue[size:]
 
 
-@dataclass
-class Packable:
-    """A group, ready for mrsp.pack: the shared prompt, its branches, and their given tokens."""
-
-    prompt: object
-    branches: list
-    context: list
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt.ids) + sum(len(b) for b in self.branches)
-
-    @property
-    def targets(self) -> int:
-        return sum(len(b) - c for b, c in zip(self.branches, self.context))
-
-
-def to_branches(model, rows: list, features, template, system=None) -> Packable:
-    """Rows about the same media -> the part before their questions as the prompt, and
-    question + response + end token of each as a branch."""
-    out = Packable(None, [], [])
+def to_branches(model, rows: list, features, thinking: bool) -> tuple:
+    """Rows about the same media -> the part before their questions as the prompt, question +
+    response + end token of each as a branch, and how many tokens of each branch are given."""
+    branches, context = [], []
     for row in rows:
-        full = model.build_prompt(row, features, template, system)
+        full = model.build_prompt(row, features, thinking)
         cut = full.shared
-        shared = replace(full, ids=full.ids[:cut], positions=full.positions[..., :cut])
-        after = shared.positions.max() + 1 + torch.arange(len(full.ids) - cut)
-        if not (full.positions[..., cut:] == after).all():
-            raise ValueError("text behind the media must have consecutive positions")
         answer = model.tokenizer(row.response, add_special_tokens=False).input_ids + [model.eos]
-        out.prompt = shared
-        out.branches.append(torch.cat([full.ids[cut:], torch.tensor(answer)]))
-        out.context.append(len(full.ids) - cut)
-    return out
-
-
-def split_evenly(items: list, parts: int) -> list[list]:
-    """items in order, in at most `parts` parts of nearly equal size, none empty.
-
-    >>> split_evenly([1, 2, 3, 4, 5], 2), split_evenly([1], 3)
-    ([[1, 2, 3], [4, 5]], [[1]])
-    """
-    size = -(-len(items) // parts)
-    return [items[i : i + size] for i in range(0, len(items), size or 1)]
+        branches.append(torch.cat([full.ids[cut:], torch.tensor(answer)]))
+        context.append(len(full.ids) - cut)
+    return replace(full, ids=full.ids[:cut], positions=full.positions[..., :cut]), branches, context
 
 
 def optimizers(model, config: SFTConfig) -> list[torch.optim.Optimizer]:
@@ -149,82 +116,46 @@ def optimizers(model, config: SFTConfig) -> list[torch.optim.Optimizer]:
     return out
 
 
-def schedule(step: int, config: SFTConfig) -> float:
-    """Factor of the learning rate at a step: linear warm-up, then half a cosine down to 0."""
-    warm = max(1, round(config.steps * config.warmup))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, config.steps - warm)))
-
-
-def train(
-    model,
-    examples,
-    config: SFTConfig,
-    num_frames: int,
-    template,
-    cache=None,
-    system=None,
-    rank=0,
-    world=1,
-    group=None,
-    seed=0,
-    bar=iter,
-    log=lambda step, metrics: None,
-):
+def train(model, rows, config: SFTConfig, rank=0, world=1, seed=0, bar=iter, log=None) -> None:
     """Train model in place on rows (Examples with a response). Every rank calls this with the same
-    rows and takes every world-th group of each batch.
-
-    Metrics per step: loss (mean negative log-likelihood of a target token), accuracy (share of
-    targets whose... see below), grad_norm, lr, tokens (targets in the batch, all ranks).
-    """
-    groups = group_rows(examples, config.texts)
-    opts = optimizers(model, config)
+    rows and takes every world-th group of each batch. bar wraps the steps, log(step, metrics)
+    takes loss, grad_norm, lr and tokens of each (explained in train.METRICS)."""
+    groups, opts = group_rows(rows, config.texts), optimizers(model, config)
     trained = [p for p in model.parameters() if p.requires_grad]
-    base_lr = [g["lr"] for o in opts for g in o.param_groups]
+    warm, frames = round(config.steps * config.warmup), model.recipe.num_frames
+    schedules = [get_cosine_schedule_with_warmup(o, warm, config.steps) for o in opts]
+
+    def size(group):  # roughly its tokens (4 characters each)
+        media = (group[0].num_frames or frames) if group[0].media else 0
+        return media + sum(len(r.problem) + len(r.response) for r in group) / 4
+
     model.train()
     for step, batch in enumerate(bar(batches(groups, config.groups, config.steps, seed))):
-        # Dealt by size, so that the ranks have like amounts of work.
-        batch.sort(
-            key=lambda rows: (
-                (rows[0].num_frames or num_frames) * (rows[0].media != "") * 4
-                + sum(len(r.problem) + len(r.response) for r in rows)
-            )
-        )
-        mine, first = batch[rank::world], [rows[0] for rows in batch[rank::world]]
+        # Dealt by size: the ranks have like amounts of work, and groups of like length, which
+        # are padded to the longest of them, share a pack.
+        mine = sorted(batch, key=size)[rank::world]
+        first = [group[0] for group in mine]
         if config.train == "llm":
-            media = [model.features(e, num_frames, cache) for e in first]
+            media = [model.features(e, frames) for e in first]
         else:  # the embeddings change with every step: no cache
-            media = model.features_trainable(first, num_frames)
-        how = template if config.thinking else BARE
-        packable = [to_branches(model, rows, x, how, system) for rows, x in zip(mine, media)]
-        total = mrsp.all_sum(torch.tensor(float(sum(p.targets for p in packable))), group)
-        loss = torch.zeros(())
-        # Rows of a pack are padded to the longest: groups of like length go together.
-        packable.sort(key=lambda p: p.length)
-        for part in split_evenly(packable, config.micro_batches):
-            packed = mrsp.pack(*zip(*[(p.prompt, p.branches, p.context) for p in part]))
-            part_loss = -model(packed)[0].sum() / total
-            # one graph over the tower's features serves all parts
-            part_loss.backward(retain_graph=config.train != "llm")
-            loss += part_loss.detach()
-        mrsp.all_reduce_gradients(trained, group)
+            media = model.features_trainable(first, frames)
+        parts = [to_branches(model, g, m, config.thinking) for g, m in zip(mine, media)]
+        count = sum(len(b) - c for _, bs, cs in parts for b, c in zip(bs, cs))
+        total, loss = mrsp.all_sum(torch.tensor(float(count))), torch.zeros(())
+        each = max(1, -(-len(parts) // config.micro_batches))
+        for i in range(0, len(parts), each):
+            logp, _ = model(mrsp.pack(*zip(*parts[i : i + each])))
+            part = -logp.sum() / total
+            part.backward(retain_graph=config.train != "llm")  # the tower's graph serves all parts
+            loss += part.detach()
+        mrsp.all_reduce_gradients(trained)
         norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip)
-        factor = schedule(step, config)
-        for group_, lr in zip([g for o in opts for g in o.param_groups], base_lr):
-            group_["lr"] = lr * factor
-        for o in opts:
-            o.step()
-            o.zero_grad()
-        loss = mrsp.all_sum(loss, group)
-        log(
-            step,
-            {
-                "loss": loss.item(),
-                "grad_norm": norm.item(),
-                "lr": factor * config.lr,
-                "tokens": total.item(),
-            },
-        )
+        if log:
+            metrics = {"loss": mrsp.all_sum(loss).item(), "grad_norm": norm.item()}
+            log(step, metrics | {"lr": schedules[0].get_last_lr()[0], "tokens": total.item()})
+        for optimizer, scheduler in zip(opts, schedules):
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
     if config.train != "llm":
         model.forget_encoder()

@@ -9,11 +9,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import data  # noqa: E402
-from model import VILA  # noqa: E402
-from train import toy_checkpoint  # noqa: E402
+from model import VILA, Recipe, toy_checkpoint  # noqa: E402
 
 torch.set_num_threads(1)
-TEMPLATE = "{problem} Think, then answer."
+RECIPE = Recipe(num_frames=5, max_tokens=8, template="{problem} Think, then answer.")
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +21,9 @@ def toy(tmp_path_factory):
     root = tmp_path_factory.mktemp("toy")
     sizes = data.ToyConfig(base=3, sft=3, rl=6, test=4, other=2, images=2)
     data.toy_build(str(root), sizes, seed=7)
-    toy_checkpoint(str(root / "init"), root, TEMPLATE, seed=7)
+    rows = [e for name in root.glob("*.jsonl") for e in data.load_rows(str(name))]
+    texts = [text for e in rows for text in (e.problem, e.response)]
+    toy_checkpoint(str(root / "init"), texts, data.SIZE, RECIPE, seed=7)
     return root
 
 
@@ -35,13 +36,13 @@ def model(toy):
 @pytest.fixture
 def prompts(toy, model):
     """Three prompts of different lengths: two with video, one text only."""
-    cache, out = __import__("mrsp").EmbeddingCache(), []
     rows = data.load_rows(str(toy / "rl.jsonl"))
-    for row, frames in ((rows[0], 9), (rows[7], 4)):
-        out.append(model.build_prompt(row, model.features(row, frames, cache), TEMPLATE))
     text = next(r for r in data.load_rows(str(toy / "base.jsonl")) if r.data_type == "text")
-    out.append(model.build_prompt(text, None, TEMPLATE))
-    return out
+    return [
+        model.prompt(rows[0], num_frames=9),
+        model.prompt(rows[7], num_frames=4),
+        model.prompt(text),
+    ]
 
 
 def answers(model, lengths, seed=0):

@@ -2,9 +2,7 @@
 
 The test video shows the number of each frame as 8 black or white tiles, so that a frame taken in
 another one's place is seen. Broken videos are decoded in a child process with a time limit: a
-decoder that hangs or crashes fails its test and not the run. A test marked `defect` states a
-property that does not hold yet; it is strict, so that a repair shows up as a failure here: then
-take the mark away.
+decoder that hangs or crashes fails its test and not the run.
 """
 
 import hashlib
@@ -22,10 +20,6 @@ from PIL import Image
 
 import data
 from data import DataError, Example, ToyConfig, frame_indices, load_media, load_rows, write_mp4
-
-
-def defect(reason, raises=None):
-    return pytest.mark.xfail(strict=True, reason=reason, raises=raises)
 
 
 def numbered_frames(n):
@@ -128,6 +122,14 @@ def test_colours_and_sides_are_not_swapped(tmp_path):
     frames[:, 16:, 32:, 2] = 220
     write_mp4(str(tmp_path / "v.mp4"), frames)
     assert psnr(load_media(example(tmp_path / "v.mp4"), 8)[0], frames).min() > 30
+
+
+def test_a_toy_video_keeps_its_noise_and_its_flashes(tmp_path):
+    rng = np.random.default_rng(0)
+    frames = data.toy_frames(data.toy_scene(rng), rng)
+    write_mp4(str(tmp_path / "v.mp4"), frames)
+    quality = psnr(load_media(example(tmp_path / "v.mp4"), 256)[0], frames)
+    assert np.median(quality) > 36 and quality.min() > 26  # small flashes lose half their colour
 
 
 def test_writing_leaves_only_the_finished_file(clip):
@@ -256,15 +258,13 @@ def test_a_faststart_video_cut_within_a_packet_is_refused(faststart, tmp_path, s
     assert_refused(tmp_path / "cut.mp4")
 
 
-@defect("decord ends where the file ends: loads fewer frames than the index has", AssertionError)
-@pytest.mark.parametrize("packets", (35, 69))
+@pytest.mark.parametrize("packets", (35, 67))  # 2 % are allowed: some files declare too many
 def test_a_faststart_video_cut_between_packets_is_refused(faststart, tmp_path, packets):
     starts = packet_starts(faststart)
     (tmp_path / "cut.mp4").write_bytes(faststart.read_bytes()[: starts[packets]])
     assert_refused(tmp_path / "cut.mp4")
 
 
-@defect("as above; a Matroska file has no frame count: its duration would tell", AssertionError)
 def test_a_truncated_matroska_video_is_refused(tmp_path):
     with av.open(str(tmp_path / "v.mkv"), "w") as container:
         stream = container.add_stream("mpeg4", rate=4)
@@ -304,7 +304,11 @@ def test_a_truncated_image_is_refused(tmp_path):
 def test_a_missing_or_empty_file_or_a_directory_is_refused_by_name(tmp_path, data_type):
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "directory.mp4").mkdir()
-    for name, words in (("no", "no such file"), ("empty", "empty"), ("directory", "no such file")):
+    for name, words in (
+        ("no", "no such file"),
+        ("empty", "is empty"),
+        ("directory", "no such file"),
+    ):
         with pytest.raises(DataError, match=words) as error:
             load_media(example(tmp_path / f"{name}.mp4", data_type), 8)
         message = str(error.value)
@@ -450,7 +454,6 @@ def test_a_file_without_rows_or_no_file_is_refused_by_name(tmp_path):
             load_rows(str(path))
 
 
-@defect("raises UnicodeDecodeError, which names no file")
 def test_a_file_that_is_not_utf8_is_refused_by_name(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json.dumps(ROW).encode() + b"\n\xff\xfe\n")
@@ -458,13 +461,11 @@ def test_a_file_that_is_not_utf8_is_refused_by_name(tmp_path):
         load_rows(str(path))
 
 
-@defect("num_frames is not looked at when the row is read")
 @pytest.mark.parametrize("value", ("8", 0, -3, 2.5, True, [8]))
 def test_a_malformed_num_frames_is_refused(tmp_path, value):
     assert "num_frames" in error_of(tmp_path, ROW | {"num_frames": value})
 
 
-@defect("segment is only turned into a tuple; 5 is a TypeError, 0 and [] count as not given")
 @pytest.mark.parametrize(
     "value",
     (5, 0, [], "ab", [1], [1, 2, 3], ["0", "1"], [3, 1], [2, 2], [-1, 2], [float("nan"), 2]),
@@ -473,32 +474,27 @@ def test_a_malformed_segment_is_refused(tmp_path, value):
     assert "segment" in error_of(tmp_path, ROW | {"segment": value})
 
 
-@defect("response is not checked to be a string")
 @pytest.mark.parametrize("value", (5, ["red"], "  "))
 def test_a_malformed_response_is_refused(tmp_path, value):
     assert "response" in error_of(tmp_path, ROW | {"response": value})
 
 
-@defect("with a response, the answer is stored with its tags and never compared to the options")
 @pytest.mark.parametrize("answer, expected", (("<answer>B</answer>", "B"), ("", "")))
 def test_a_row_with_a_response_still_has_its_letter(tmp_path, answer, expected):
     rows = [ROW | {"response": "x", "answer": answer}, ROW | {"problem_id": "8", "response": "x"}]
     assert [e.answer for e in load_rows(write_rows(tmp_path, *rows))] == [expected, "B"]
 
 
-@defect("\\s* of the pattern crosses the line: A gets the whole line 'B. red' for a text")
 def test_an_option_without_text_is_refused(tmp_path):
     row = ROW | {"problem": "Which?\nA.\nB. red", "answer": "<answer>A</answer>"}
     assert "problem" in error_of(tmp_path, row)
 
 
-@defect("any line that begins with a letter and . ) or : counts as an option")
 def test_a_question_may_begin_with_a_letter(tmp_path):
     (one,) = load_rows(write_rows(tmp_path, ROW | {"problem": "Q: Which?\nA. red\nB. blue"}))
     assert one.options == ("red", "blue")
 
 
-@defect("an open-ended answer may hold further tags: .+? grows as far as it must")
 def test_an_open_ended_row_has_one_answer_span(tmp_path):
     row = ROW | {"problem": "Why?", "answer": "<answer>x</answer> <answer>y</answer>"}
     assert "answer" in error_of(tmp_path, row)

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 
 import pytest
-from conftest import TEMPLATE
 
 import data
 import eval as evaluation
@@ -29,7 +28,7 @@ class Oracle:
 def test_accuracy_is_counted_by_question_and_category(toy, model):
     rows = data.load_rows(str(toy / "test.jsonl"))
     engine = Oracle(model, lambda p: "<think> x </think> <answer> B </answer>")
-    result = evaluation.evaluate(model, engine, rows, 4, template=TEMPLATE, batch=3)
+    result = evaluation.evaluate(model, engine, rows, 4, batch=3)
     gold = [r.answer for r in rows]
     assert result["accuracy"] == pytest.approx(gold.count("B") / len(rows))
     assert [r["problem_id"] for r in result["records"]] == [r.id for r in rows]
@@ -44,7 +43,7 @@ def test_a_broken_video_counts_as_wrong_and_is_listed(toy, model):
     rows[2] = replace(rows[2], media=str(toy / "videos" / "gone.mp4"))
     right = iter([r.answer for i, r in enumerate(rows) if i != 2])
     engine = Oracle(model, lambda p: f"<think> x </think> <answer> {next(right)} </answer>")
-    result = evaluation.evaluate(model, engine, rows, 4, template=TEMPLATE)
+    result = evaluation.evaluate(model, engine, rows, 4)
     assert result["accuracy"] == 0.75
     ((name, message),) = result["errors"]
     assert name == rows[2].id and "gone.mp4" in message
@@ -62,22 +61,16 @@ def test_the_wrong_video_is_never_the_right_one(toy):
 def test_a_forced_beginning_is_part_of_the_graded_answer(toy, model):
     rows = data.load_rows(str(toy / "test.jsonl"))[:2]
     engine = Oracle(model, lambda p: "</think> <answer> A </answer>")
-    result = evaluation.evaluate(model, engine, rows, 4, template=TEMPLATE, prefill="<think> seen")
+    result = evaluation.evaluate(model, engine, rows, 4, prefill="<think> seen")
     assert all(r["completion"].startswith("<think> seen </think>") for r in result["records"])
     assert all(p.text.endswith("<think> seen") for p in engine.prompts) and result["format"] == 1.0
 
 
 def test_the_command_line_prints_the_accuracy_of_the_saved_model(toy, model, tmp_path, capsys):
+    model.recipe = replace(model.recipe, data=str(toy / "test.jsonl"))
     model.save_pretrained(tmp_path / "m")
-    recipe = {
-        "num_frames": 5,
-        "max_tokens": 4,
-        "template": TEMPLATE,
-        "data": str(toy / "test.jsonl"),
-    }
-    (tmp_path / "m" / "recipe.json").write_text(json.dumps(recipe))
     rows = data.load_rows(str(toy / "test.jsonl"))
-    here = evaluation.evaluate(model, TorchEngine(model), rows, 5, 4, TEMPLATE)
+    here = evaluation.evaluate(model, TorchEngine(model), rows)
     out = tmp_path / "out.jsonl"
     there = evaluation.main(["--model", str(tmp_path / "m"), "--output", str(out)])
     assert there["accuracy"] == here["accuracy"]

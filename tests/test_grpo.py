@@ -2,8 +2,6 @@
 
 The loss is checked against `plain_loss`, a loop over single tokens in Python floats that is
 written by cases and shares no code with grpo.py; gradients against its central differences.
-A test marked `defect` states a property that does not hold yet; it is strict, so that a repair
-shows up as a failure here: then take the mark away.
 """
 
 import math
@@ -23,11 +21,6 @@ from grpo import (
     kl_k3,
     policy_loss,
 )
-
-
-def defect(reason):
-    return pytest.mark.xfail(strict=True, reason=reason)
-
 
 # Below, inside and above both sides of the clip (0.8, 1.3) and of the dual clip (3). 0.75 and 1.25
 # tell the two sides apart. None lies on a kink, where a finite difference means nothing.
@@ -241,7 +234,6 @@ def test_wrong_use_is_an_error():
         grpo_loss(logp, advantage[:, :1], mask, config, old, ref)
 
 
-@defect("0 * inf in the backward of exp: an overflowing ratio that a clip cut off gives nan")
 @pytest.mark.parametrize("advantage", (1.0, -1.0))
 def test_a_clipped_token_has_no_gradient_however_large_its_ratio(advantage):
     logp, old = torch.tensor([[[-1.0]]]), torch.tensor([[[-100.0]]])
@@ -250,7 +242,6 @@ def test_a_clipped_token_has_no_gradient_however_large_its_ratio(advantage):
     assert gradient.item() == 0
 
 
-@defect("0 / 0: total_tokens = 0 counts as not given, and an empty mask divides by 0")
 @pytest.mark.parametrize("average", ("token", "sequence"))
 def test_a_part_without_tokens_has_loss_zero(average):
     config, zero = LossConfig(kl_coef=0, average=average), torch.zeros(1, 2, 3)
@@ -283,7 +274,6 @@ def test_equal_rewards_have_advantage_zero(scale_std):
     assert torch.equal(advantages(torch.full((2, 8), 1.1), scale_std), torch.zeros(2, 8))
 
 
-@defect("the mean of equal float32 rewards is off by rounding, and its std is just as small")
 @pytest.mark.parametrize("group, reward", ((8, 0.1), (8, 0.7), (12, 1.1)))
 def test_equal_rewards_have_advantage_zero_whatever_rounding_does(group, reward):
     assert advantages(torch.full((1, group), reward)).abs().max() < 1e-4  # is up to 0.1
@@ -344,7 +334,6 @@ def test_format_is_one_think_then_one_answer_and_nothing_else(completion, expect
     assert format_reward(completion) == expected
 
 
-@defect(".*? grows past the first closing tag, so that tags may repeat and text stand between")
 @pytest.mark.parametrize(
     "completion",
     (
@@ -453,6 +442,5 @@ def test_only_one_answer_span_counts(completion, expected):
     assert accuracy_reward(completion, "B", COLORS) == expected
 
 
-@defect("'A. Smith' is read as letter A with a wrong text, and the options' texts are not tried")
 def test_an_option_whose_text_begins_like_a_letter_can_be_named():
     assert chosen_letter("A. Smith", ("J. Doe", "A. Smith")) == "B"

@@ -2,14 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TEMPLATE
 from safetensors.torch import load_file, save_file
 
 import data
-import mrsp
 from model import THINKING, VILA, BlockDownsample, ModelError, build_projector
 
 
@@ -36,7 +35,7 @@ def test_block_downsample_equals_loops(side, n):
     [
         ("mlp_downsample", 256, {"1": 4 * 1152, "2": 4 * 1152, "4": 64}),
         ("mlp_downsample_2x2_fix", 256, {"1": 4 * 1152, "2": 4 * 1152, "4": 64}),
-        ("mlp_downsample_3x3_fix", 121, {"1": 9 * 1152, "2": 9 * 1152, "4": 3456, "5": 3456, "7": 64}),
+        ("mlp_downsample_3x3_fix", 121, {"1": 10368, "2": 10368, "4": 3456, "5": 3456, "7": 64}),
     ],
 )  # fmt: skip
 def test_projectors_have_the_published_tensors_and_tokens_a_frame(kind, tokens, names):
@@ -66,8 +65,8 @@ def test_frames_are_encoded_independently_of_each_other(model):
 
 def test_the_video_stands_before_the_text_and_nothing_between(toy, model):
     row = data.load_rows(str(toy / "rl.jsonl"))[0]
-    features = model.features(row, 5, mrsp.EmbeddingCache())
-    p = model.build_prompt(row, features, TEMPLATE, system="the user")
+    model.recipe = replace(model.recipe, system="the user")
+    p, features = model.prompt(row), model.features(row, 5)
     tokens = model.tokenizer.convert_ids_to_tokens(p.ids.tolist())
     head = ["<|im_start|>", "system", "the", "user", "<|im_end|>", "<|im_start|>", "user"]
     assert tokens[: len(head)] == head
@@ -84,14 +83,14 @@ def test_the_video_stands_before_the_text_and_nothing_between(toy, model):
 def test_end_tokens_follow_every_frame(toy, model):
     model.end_ids = [9]
     row = data.load_rows(str(toy / "rl.jsonl"))[0]
-    p = model.build_prompt(row, torch.ones(3, 2, 128), TEMPLATE)
+    p = model.build_prompt(row, torch.ones(3, 2, 128))
     v = model.media_token
     assert p.ids[2:11].tolist() == [v, v, 9] * 3 and p.media_at.tolist() == [2, 3, 5, 6, 8, 9]
 
 
 def test_the_forced_beginning_of_an_answer_ends_the_prompt(toy, model):
     row = data.load_rows(str(toy / "rl.jsonl"))[0]
-    p = model.build_prompt(row, None, TEMPLATE, prefill="<think> seen")
+    p = model.build_prompt(row, None, prefill="<think> seen")
     assert model.tokenizer.convert_ids_to_tokens(p.ids.tolist())[-3:] == [
         "assistant",
         "<think>",
@@ -101,10 +100,8 @@ def test_the_forced_beginning_of_an_answer_ends_the_prompt(toy, model):
 
 def test_a_media_token_in_a_question_is_refused(toy, model):
     row = data.load_rows(str(toy / "rl.jsonl"))[0]
-    import dataclasses
-
     with pytest.raises(ModelError, match="rl_0.*<vila/video>"):
-        model.build_prompt(dataclasses.replace(row, problem="<vila/video>?"), None, TEMPLATE)
+        model.build_prompt(replace(row, problem="<vila/video>?"), None)
 
 
 def test_the_default_template_asks_for_both_spans():
@@ -117,7 +114,7 @@ def test_a_checkpoint_folder_loads_again_with_the_same_weights(model, tmp_path):
     again = VILA.from_pretrained(tmp_path)
     a, b = model.state_dict(), again.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert again.encoder_hash() == model.encoder_hash()
+    assert again.encoder_hash() == model.encoder_hash() and again.recipe == model.recipe
     text = "<|im_start|>user Which color came first? A. red<|im_end|>"
     assert again.tokenizer(text).input_ids == model.tokenizer(text).input_ids
     assert 0 not in again.tokenizer(text).input_ids  # no word is lost

@@ -9,6 +9,8 @@ from conftest import answers
 from torch.multiprocessing import spawn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+import data
+import model as model_file
 import mrsp
 
 LENGTHS = [[5, 1, 3], [1], [2, 7, 2, 1]]  # ragged groups, with answers of one token
@@ -210,37 +212,29 @@ def test_a_padding_mask_is_not_silently_ignored(prompts):
 
 
 def test_cached_embeddings_equal_fresh_ones_and_skip_decoding(toy, model, tmp_path, monkeypatch):
-    import data
-    import model as model_file
-
     row = data.load_rows(str(toy / "rl.jsonl"))[0]
-    frames, _ = data.load_media(row, 6)
-    fresh = model.encode(frames)
-    cache = mrsp.EmbeddingCache(str(tmp_path))
-    first = model.features(row, 6, cache)
+    fresh = model.encode(data.load_media(row, 6)[0])
+    model.cache = first = mrsp.EmbeddingCache(str(tmp_path))
+    assert torch.equal(model.features(row, 6), fresh)
     calls = []
     monkeypatch.setattr(model_file, "load_media", lambda *a: calls.append(a))
-    assert torch.equal(model.features(row, 6, cache), first)  # from memory
-    again = mrsp.EmbeddingCache(str(tmp_path))
-    assert torch.equal(model.features(row, 6, again), first)  # from disk, in another process
-    assert not calls and (cache.hits, cache.misses, again.hits, again.misses) == (1, 1, 1, 0)
-    assert torch.equal(first, fresh)
+    assert torch.equal(model.features(row, 6), fresh)  # from memory
+    model.cache = again = mrsp.EmbeddingCache(str(tmp_path))
+    assert torch.equal(model.features(row, 6), fresh)  # from disk, as another process would
+    assert not calls and (first.hits, first.misses, again.hits, again.misses) == (1, 1, 1, 0)
 
 
 def test_the_cache_key_changes_with_file_frames_segment_and_weights(toy, model):
-    import data
-
     rows = data.load_rows(str(toy / "rl.jsonl"))
-    cache = mrsp.EmbeddingCache()
-    model.features(rows[0], 6, cache)
-    model.features(rows[0], 5, cache)
-    model.features(replace(rows[0], segment=(0.0, 20.0)), 6, cache)
-    model.features(next(r for r in rows if r.media != rows[0].media), 6, cache)
+    model.features(rows[0], 6)
+    model.features(rows[0], 5)
+    model.features(replace(rows[0], segment=(0.0, 20.0)), 6)
+    model.features(next(r for r in rows if r.media != rows[0].media), 6)
     with torch.no_grad():
         model.projector.layers[2].weight.mul_(1.5)
     model.forget_encoder()
-    model.features(rows[0], 6, cache)
-    assert (cache.hits, cache.misses) == (0, 5)
+    model.features(rows[0], 6)
+    assert (model.cache.hits, model.cache.misses) == (0, 5)
 
 
 def test_a_damaged_cache_entry_is_reported_and_computed_again(tmp_path, capsys):

@@ -5,12 +5,10 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import TEMPLATE
 from torch.multiprocessing import spawn
 
 import data
@@ -55,13 +53,8 @@ class FixedEngine:
     sync = wake = sleep = lambda self, *_: None
 
 
-def fake_run(rank=0, world=1):
-    config = SimpleNamespace(num_frames=5, template=TEMPLATE, system=None, seed=0)
-    return SimpleNamespace(rank=rank, world=world, config=config, cache=mrsp.EmbeddingCache())
-
-
 CONFIG = GRPOConfig(
-    prompts=5, update_prompts=3, micro_prompts=2, group=4, max_tokens=8, temperature=0.8, lr=1e-3,
+    prompts=5, update_prompts=3, micro_prompts=2, group=4, max_tokens=8, temperature=0.8, lr=1e-4,
     kl_coef=0.1,
 )  # fmt: skip
 
@@ -76,17 +69,16 @@ def three_steps(folder, dtype, rank, world, average):
         reference.llm.model.norm.weight.mul_(0.7)
     model.tower.requires_grad_(False)
     model.projector.requires_grad_(False)
-    cache, gold = mrsp.EmbeddingCache(), {}
-    for row in rows:
-        prompt = model.build_prompt(row, model.features(row, 5, cache), TEMPLATE)
-        gold[int(prompt.ids.sum())] = row.answer
-    run, engine = fake_run(rank, world), FixedEngine(model, gold)
+    gold = {int(model.prompt(row).ids.sum()): row.answer for row in rows}
+    engine = FixedEngine(model, gold)
     optimizer = torch.optim.AdamW(model.llm.parameters(), lr=CONFIG.lr)
     seen = []
     for step in range(3):
         batch = rows[step * 5 : step * 5 + 5]
         config = replace(CONFIG, average=average)
-        metrics, _ = train.grpo_step(run, model, reference, engine, optimizer, batch, step, config)
+        metrics, _ = train.grpo_step(
+            model, reference, engine, optimizer, batch, step, config, 0, rank, world
+        )
         seen.append({k: v for k, v in metrics.items() if not k.startswith("seconds")})
     return seen, {k: v.detach().clone() for k, v in model.llm.state_dict().items()}
 
@@ -125,15 +117,16 @@ def test_groups_of_equal_reward_are_skipped_and_counted_and_change_nothing(toy, 
     rows = data.load_rows(str(toy / "rl.jsonl"))[:3]
     gold = {}
     for i, row in enumerate(rows):
-        prompt = model.build_prompt(row, model.features(row, 5, mrsp.EmbeddingCache()), TEMPLATE)
-        gold[int(prompt.ids.sum())] = row.answer if i else "Z"  # the first group: all wrong
+        gold[int(model.prompt(row).ids.sum())] = (
+            row.answer if i else "Z"
+        )  # the first group: all wrong
     model.tower.requires_grad_(False)
     packed = []
     model.register_forward_pre_hook(lambda m, args: packed.append(len(args[0].ids)))
     engine = FixedEngine(VILA.from_pretrained(toy / "init"), gold)
     optimizer = torch.optim.SGD(model.llm.parameters(), lr=0.0)
     config = replace(CONFIG, prompts=3, update_prompts=3, micro_prompts=8, kl_coef=0.0)
-    metrics, _ = train.grpo_step(fake_run(), model, None, engine, optimizer, rows, 0, config)
+    metrics, _ = train.grpo_step(model, None, engine, optimizer, rows, 0, config)
     assert metrics["skipped_groups"] == 1 and packed == [2]  # one pass: no old, no reference pass
 
 
@@ -145,7 +138,7 @@ def test_a_sampler_that_sees_other_weights_stops_training(toy, model):
     optimizer = torch.optim.SGD(model.llm.parameters(), lr=0.0)
     config = replace(CONFIG, prompts=4, update_prompts=4, kl_coef=1e-3, max_mismatch=0.1)
     with pytest.raises(ModelError, match="sampler and trainer.*--grpo_max_mismatch"):
-        train.grpo_step(fake_run(), model, model, engine, optimizer, rows, 0, config)
+        train.grpo_step(model, model, engine, optimizer, rows, 0, config)
 
 
 def test_overfitting_24_fixed_prompts_drives_the_reward_to_one(toy, model):
@@ -157,19 +150,15 @@ def test_overfitting_24_fixed_prompts_drives_the_reward_to_one(toy, model):
         for r in rows for x in letters
     ]  # fmt: skip
     config = sft.SFTConfig(steps=30, groups=4, texts=8, train="llm", optimizer="muon", lr=2e-3)
-    sft.train(model, guesses, config, 5, TEMPLATE, mrsp.EmbeddingCache())
+    sft.train(model, guesses, config)
     config = GRPOConfig(
         prompts=24, update_prompts=24, micro_prompts=12, group=8, max_tokens=10, top_p=1.0, lr=1e-3,
         weight_decay=0.0, kl_coef=0.0, scale_std=False,
     )  # fmt: skip
-    optimizer, run, engine = (
-        torch.optim.AdamW(model.llm.parameters(), lr=1e-3),
-        fake_run(),
-        TorchEngine(model),
-    )
+    optimizer, engine = torch.optim.AdamW(model.llm.parameters(), lr=1e-3), TorchEngine(model)
     history = []
     for step in range(100):
-        metrics, _ = train.grpo_step(run, model, None, engine, optimizer, rows, step, config)
+        metrics, _ = train.grpo_step(model, None, engine, optimizer, rows, step, config)
         history.append(metrics["reward"])
         if history[-1] > 0.99:
             break
@@ -192,7 +181,7 @@ def test_an_unknown_option_is_an_error_of_one_line(bad):
 
 
 def test_every_setting_and_every_metric_is_explained(toy, model):
-    for part in ("run", "toy", "images", "sft", "grpo"):
+    for part in ("run", "recipe", "toy", "images", "sft", "grpo"):
         config = getattr(train.PRESETS["toy"], part)
         helps = train.sentences(type(config))
         assert all(len(helps.get(name, "")) > 9 for name in vars(config)), part
@@ -205,7 +194,7 @@ def test_every_setting_and_every_metric_is_explained(toy, model):
 SMALLEST = (
     "--toy_base 8 --toy_sft 4 --toy_rl 8 --toy_test 6 --toy_other 4 --images_steps 2 "
     "--images_groups 8 --base_steps 2 --base_groups 4 --sft_steps 4 --sft_groups 4 --grpo_steps 2 "
-    "--grpo_prompts 4 --grpo_update_prompts 2 --grpo_max_tokens 6 --frame_counts 4,8 --num_frames 8"
+    "--grpo_prompts 4 --grpo_update_prompts 2 --grpo_max_tokens 6 --frame_counts 4,8 --recipe_num_frames 8 --recipe_max_tokens 6"
 ).split()
 
 
