@@ -345,40 +345,31 @@ def toy_question(
     to find. seen=None: every flash of the scene. Returns None where the question makes no sense.
     """
     seen = scene["flashes"] if seen is None else seen
-    listing = " ".join(f"{i} {color}" for i, (color, *_) in enumerate(seen, 1))
-    key = ""
+    n, key, pool = len(seen), "", COLORS
+    if n < {"corner": 0, "after": 2, "count": 2}.get(kind, 1):
+        return None
+    evidence = " ".join(f"{i} {color}" for i, (color, *_) in enumerate(seen, 1))
     if kind in ("first", "last"):
-        pool, word, evidence = (
-            COLORS,
-            seen[0 if kind == "first" else -1][0] if seen else "",
-            listing,
-        )
+        word = seen[0 if kind == "first" else -1][0]
     elif kind == "after":
-        if len(seen) < 2:
-            return None
-        i = int(rng.integers(1, len(seen)))
-        key, word, evidence = seen[i - 1][0], seen[i][0], listing
+        i = int(rng.integers(1, n))
+        key, word = seen[i - 1][0], seen[i][0]
         pool = [c for c in COLORS if c != key]
     elif kind == "side":
-        if not seen:
-            return None
-        key, word = seen[int(rng.integers(len(seen)))][:2]
+        key, word = seen[int(rng.integers(n))][:2]
         pool, evidence = SIDES, f"{key} {word}"
     elif kind == "count":
-        pool, word, evidence = COUNTS, str(len(seen)), listing
+        pool, word = COUNTS, str(n)
     else:
         pool, word, evidence = CORNERS, scene["corner"], f"dot {scene['corner']}"
-    if word not in pool:
-        return None
     wrong = [w for w in rng.permutation(list(pool)) if w != word][:3]
     options = [str(w) for w in rng.permutation([*wrong, word])]
     letter = "ABCD"[options.index(word)]
     category, text = QUESTIONS[kind]
     reasoning = f"seen {evidence} so {word} {letter}"
     if not careful:
-        letter = (
-            letter if rng.random() < 0.4 else str(rng.choice([c for c in "ABCD" if c != letter]))
-        )
+        if rng.random() > 0.4:
+            letter = str(rng.choice([c for c in "ABCD" if c != letter]))
         reasoning = f"guess {letter}"
     lines = [text.format(key), *(f"{a}. {w}" for a, w in zip("ABCD", options))]
     return {
@@ -405,10 +396,10 @@ def toy_clip_rows(scene: dict, rng: np.random.Generator, clip: tuple, texts: int
         if row is not None:
             rows.append({"problem": row["problem"], "response": row["reasoning"]})
     where = {"num_frames": clip[2], "segment": [clip[0] / FPS, (clip[1] + 1) / FPS]}
-    return [row | where | {"problem_type": "base"} for row in rows]
+    return [row | where for row in rows]
 
 
-def toy_text_row(rng: np.random.Generator, shares=(0.3, 0.2, 0.5)) -> dict:
+def toy_text_row(rng: np.random.Generator, shares=(0.6, 0.2, 0.2)) -> dict:
     """Text only, one of three kinds: the letters of words; the letter of one word, in the answer
     format; a question about flashes that the text lists."""
     form = rng.choice(3, p=shares)
@@ -417,6 +408,8 @@ def toy_text_row(rng: np.random.Generator, shares=(0.3, 0.2, 0.5)) -> dict:
         row = toy_question(str(rng.choice(kinds)), toy_scene(rng), None, rng)
         given, answer = row["reasoning"].split(" so ")
         problem, response = f"{row['problem']}\n{given}", f"so {answer}"
+        if rng.random() < 0.5:
+            response = f"<think> {response} </think> <answer> {answer[-1]} </answer>"
     else:
         pool = (COLORS, COLORS, SIDES, CORNERS, COUNTS)[int(rng.integers(5))]
         words = [str(w) for w in rng.permutation(list(pool))[:4]]
@@ -427,7 +420,7 @@ def toy_text_row(rng: np.random.Generator, shares=(0.3, 0.2, 0.5)) -> dict:
             problem = f"Choose {word}."
             response = f"<think> so {word} {letter} </think> <answer> {letter} </answer>"
         problem = "\n".join([problem, *(f"{x}. {w}" for x, w in zip("ABCD", words))])
-    return {"problem": problem, "response": response, "problem_type": "base"}
+    return {"problem": problem, "response": response}
 
 
 def toy_image_rows(scene: dict, t: int) -> list[dict]:
@@ -436,7 +429,7 @@ def toy_image_rows(scene: dict, t: int) -> list[dict]:
     rows = [("Describe.", f"{now[0][0]} {now[0][1]}" if now else "nothing")]
     if t > 40:  # by then the dot has left the middle
         rows.append(("Where is the dot?", f"dot {scene['corner']}"))
-    return [{"problem": p, "response": r, "problem_type": "base"} for p, r in rows]
+    return [{"problem": p, "response": r} for p, r in rows]
 
 
 @dataclass(frozen=True)
@@ -450,7 +443,7 @@ class ToyConfig:
     other: int = 100  # videos never trained on, in another environment
     images: int = 4  # single frames per base video
     clips: int = 3  # clips per base video
-    texts: int = 3  # texts per clip
+    texts: int = 4  # texts per clip
     careful: float = 0.45  # share of SFT rows whose reasoning cites its evidence
 
 
@@ -471,8 +464,9 @@ def toy_build(folder: str, config: ToyConfig, seed: int, rank: int = 0, world: i
     jobs = [(s, split, i) for s, split in enumerate(sizes) for i in range(sizes[split])]
 
     def add(name, row, data_type="video", videos=""):
-        row = {"reasoning": "", "answer": "", "data_type": data_type, "videos": videos} | row
-        rows[name].append({"problem_id": f"{name}_{len(rows[name])}"} | row)
+        base = {"problem_id": f"{name}_{len(rows[name])}", "problem_type": "base", "reasoning": ""}
+        base |= {"answer": "", "data_type": data_type, "videos": videos}
+        rows[name].append(base | row)
 
     for number, (s, split, i) in enumerate(bar(jobs)):
         rng = np.random.default_rng([seed, s, i])
@@ -491,8 +485,7 @@ def toy_build(folder: str, config: ToyConfig, seed: int, rank: int = 0, world: i
                     Image.fromarray(frames[t]).save(root / image)
                 for row in toy_image_rows(scene, t):
                     add("base_images", row, "image", image)
-                for _ in range(2):
-                    add("base_images", toy_text_row(rng, (0.8, 0.2, 0.0)), "text")
+                add("base_images", toy_text_row(rng, (0.7, 0.3, 0.0)), "text")
             for k in range(config.clips):
                 n = int(rng.choice((64, 32, 16, 8), p=(0.6, 0.2, 0.1, 0.1)))
                 # Half the shorter clips are a part of the video, at the full frame rate.

@@ -47,7 +47,6 @@ class SFTConfig:
     warmup: float = 0.03  # share of the steps with rising learning rate; then cosine to 0
     weight_decay: float = 0.0  # decoupled weight decay
     grad_clip: float = 1.0  # largest norm of the gradient
-    thinking: bool = True  # ask in thinking mode; False: the bare question
 
     def __post_init__(self):
         if self.train not in ("all", "llm", "projector"):
@@ -82,12 +81,13 @@ def batches(items: list, size: int, steps: int, seed: int):
         queue = queue[size:]
 
 
-def to_branches(model, rows: list, features, thinking: bool) -> tuple:
+def to_branches(model, rows: list, features) -> tuple:
     """Rows about the same media -> the part before their questions as the prompt, question +
-    response + end token of each as a branch, and how many tokens of each branch are given."""
+    response + end token of each as a branch, and how many tokens of each branch are given. A
+    response that thinks is asked for in thinking mode, another one by the bare question."""
     branches, context = [], []
     for row in rows:
-        full = model.build_prompt(row, features, thinking)
+        full = model.build_prompt(row, features, row.response.startswith("<think>"))
         cut = full.shared
         answer = model.tokenizer(row.response, add_special_tokens=False).input_ids + [model.eos]
         branches.append(torch.cat([full.ids[cut:], torch.tensor(answer)]))
@@ -139,7 +139,7 @@ def train(model, rows, config: SFTConfig, rank=0, world=1, seed=0, bar=iter, log
             media = [model.features(e, frames) for e in first]
         else:  # the embeddings change with every step: no cache
             media = model.features_trainable(first, frames)
-        parts = [to_branches(model, g, m, config.thinking) for g, m in zip(mine, media)]
+        parts = [to_branches(model, g, m) for g, m in zip(mine, media)]
         count = sum(len(b) - c for _, bs, cs in parts for b, c in zip(bs, cs))
         total, loss = mrsp.all_sum(torch.tensor(float(count))), torch.zeros(())
         each = max(1, -(-len(parts) // config.micro_batches))

@@ -126,14 +126,14 @@ PRESETS = {
             max_tokens=24, template="{problem} Think, then answer.", data="../data/test.jsonl"
         ),
         images=SFTConfig(
-            data="base_images.jsonl", steps=100, groups=128, texts=4, micro_batches=4, train="all",
-            optimizer="muon", lr=2e-3, thinking=False,
+            data="base_images.jsonl", steps=100, groups=192, texts=4, micro_batches=4, train="all",
+            optimizer="muon", lr=2e-3,
         ),
         base=SFTConfig(
             data="base.jsonl", steps=600, groups=32, texts=4, micro_batches=4, train="llm",
-            optimizer="muon", lr=2e-3, thinking=False,
+            optimizer="muon", lr=2e-3,
         ),
-        sft=SFTConfig(data="sft.jsonl", steps=40, groups=16, texts=8, train="llm", lr=7e-4),
+        sft=SFTConfig(data="sft.jsonl", steps=60, groups=16, texts=8, train="llm", lr=6e-4),
         grpo=GRPOConfig(
             steps=200, prompts=32, update_prompts=32, micro_prompts=16, max_tokens=24, top_p=1.0,
             lr=3e-4, weight_decay=0.0, kl_coef=0.0, scale_std=False,
@@ -414,10 +414,10 @@ def pipeline(run: Run, preset: Preset) -> dict:
             ]
             toy_checkpoint(str(run.out / "init"), texts, data.SIZE, preset.recipe, seed)
     model = VILA.from_pretrained(run.out / "init").to(run.device)
-    run.supervised(model, preset.images, "images", seed)
-    run.supervised(model, preset.base, "base", seed + 1)
+    for name in ("images", "base"):
+        run.supervised(model, getattr(preset, name), name, seed)
     run.save(model, "base")
-    run.supervised(model, preset.sft, "sft", seed + 2)
+    run.supervised(model, preset.sft, "sft", seed)
     run.save(model, "sft")
     test = rows("test.jsonl")
     after_sft = run.evaluate(model, test, "SFT")
