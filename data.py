@@ -237,7 +237,7 @@ def check_whole(path: str, frames: int, end: float) -> None:
     seconds = float(length or 0) / av.time_base
     if frames < 0.98 * declared or (not declared and end < 0.9 * seconds - 1):
         raise DataError(
-            f"the file is cut off: {frames} frames, {end:.1f} s, of {declared or '?'}, {seconds:.1f} s"
+            f"the file is cut off: {frames} frames of {declared}, {end:.1f} s of {seconds:.1f} s"
         )
 
 
@@ -486,7 +486,7 @@ def toy_build(folder: str, config: ToyConfig, seed: int, rank: int = 0, world: i
                 for row in toy_image_rows(scene, t):
                     add("base_images", row, "image", image)
                 add("base_images", toy_text_row(rng, (0.7, 0.3, 0.0)), "text")
-            for k in range(config.clips):
+            for _ in range(config.clips):
                 n = int(rng.choice((64, 32, 16, 8), p=(0.6, 0.2, 0.1, 0.1)))
                 # Half the shorter clips are a part of the video, at the full frame rate.
                 whole = n == 64 or rng.random() < 0.5

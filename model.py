@@ -332,13 +332,15 @@ class VILA(nn.Module):
             media = features.flatten(0, 1)
         text = template.format(problem=example.problem)
         rest = tok(f"{text}<|im_end|>\n<|im_start|>assistant\n{prefill}")
-        ids = torch.tensor(head_ids + media_ids + rest)
+        device = self.llm.get_input_embeddings().weight.device
+        ids = torch.tensor(head_ids + media_ids + rest, device=device)
+        shown = f"[{len(media_ids)} media tokens]{self.tokenizer.decode(rest)}"
         return Prompt(
             ids=ids,
-            positions=torch.arange(len(ids)),
+            positions=torch.arange(len(ids), device=device),
             media=media,
-            media_at=torch.tensor(media_at, dtype=torch.long),
-            text=f"{head}<|im_start|>user\n[{len(media_ids)} media tokens]{self.tokenizer.decode(rest)}",
+            media_at=torch.tensor(media_at, dtype=torch.long, device=device),
+            text=f"{head}<|im_start|>user\n{shown}",
             shared=len(head_ids) + len(media_ids),
         )
 

@@ -182,7 +182,7 @@ def pack(prompts, branches, context=None) -> Pack:
         ids=ids.to(device),
         positions=positions.to(device),
         media=torch.cat(media) if media else None,
-        media_at=torch.cat(media_at).to(device) if media_at else torch.zeros(0, dtype=torch.long),
+        media_at=torch.cat([torch.zeros(0, dtype=torch.long), *media_at]).to(device),
         layout=Layout(segment, order, segment, order, lengths),
         hidden_at=torch.cat(hidden_at).to(device),
         targets=torch.cat(targets).to(device),
@@ -339,7 +339,8 @@ def encode_parallel(encode, frames: Tensor, group=None) -> Tensor:
     frame. Returns (F, K, D) on every rank, equal to encode(frames).
 
     Communication: one all-gather; each rank sends its ceil(F / n) frames' embeddings (the last
-    ranks pad with copies of the last frame; padding is cut off again). No backward: the tower is frozen.
+    ranks pad with copies of the last frame; padding is cut off again). No backward: the tower is
+    frozen.
     """
     n = dist.get_world_size(group) if group is not None else 1
     if n == 1 or len(frames) == 0:

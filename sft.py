@@ -90,7 +90,7 @@ def to_branches(model, rows: list, features) -> tuple:
         full = model.build_prompt(row, features, row.response.startswith("<think>"))
         cut = full.shared
         answer = model.tokenizer(row.response, add_special_tokens=False).input_ids + [model.eos]
-        branches.append(torch.cat([full.ids[cut:], torch.tensor(answer)]))
+        branches.append(torch.cat([full.ids[cut:].cpu(), torch.tensor(answer)]))
         context.append(len(full.ids) - cut)
     return replace(full, ids=full.ids[:cut], positions=full.positions[..., :cut]), branches, context
 
@@ -141,18 +141,18 @@ def train(model, rows, config: SFTConfig, rank=0, world=1, seed=0, bar=iter, log
             media = model.features_trainable(first, frames)
         parts = [to_branches(model, g, m) for g, m in zip(mine, media)]
         count = sum(len(b) - c for _, bs, cs in parts for b, c in zip(bs, cs))
-        total, loss = mrsp.all_sum(torch.tensor(float(count))), torch.zeros(())
+        total, loss = mrsp.all_sum(torch.tensor(float(count))).item(), 0.0
         each = max(1, -(-len(parts) // config.micro_batches))
         for i in range(0, len(parts), each):
             logp, _ = model(mrsp.pack(*zip(*parts[i : i + each])))
             part = -logp.sum() / total
             part.backward(retain_graph=config.train != "llm")  # the tower's graph serves all parts
-            loss += part.detach()
+            loss += part.item()
         mrsp.all_reduce_gradients(trained)
         norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip)
         if log:
-            metrics = {"loss": mrsp.all_sum(loss).item(), "grad_norm": norm.item()}
-            log(step, metrics | {"lr": schedules[0].get_last_lr()[0], "tokens": total.item()})
+            metrics = {"loss": mrsp.all_sum(torch.tensor(loss)).item(), "grad_norm": norm.item()}
+            log(step, metrics | {"lr": schedules[0].get_last_lr()[0], "tokens": total})
         for optimizer, scheduler in zip(opts, schedules):
             optimizer.step()
             optimizer.zero_grad()

@@ -62,7 +62,7 @@ METRICS = {
     "format": "share of sampled answers in the <think> <answer> format",
     "length": "mean tokens of an answer",
     "finished": "share of answers that ended by themselves, not at max_tokens",
-    "skipped_groups": "prompts whose answers all got the same reward: nothing to learn, not trained",
+    "skipped_groups": "prompts whose answers all got the same reward: they teach nothing",
     "clip_fraction": "share of trained tokens whose gradient a clip cut off; 0 on-policy",
     "kl": "mean k3 estimate of KL(policy || reference); 0 if the coefficient is 0",
     "entropy": "mean entropy (nats) of the policy at the trained tokens",
@@ -96,7 +96,6 @@ class GRPOConfig(grpo.LossConfig):
     group: int = 8  # G, answers to each prompt
     temperature: float = 1.0  # of sampling, and of the log-probs that are trained
     top_p: float = 0.99  # nucleus of sampling
-    max_tokens: int = 2048  # longest answer
     accuracy_weight: float = 0.9  # reward of a right answer
     format_weight: float = 0.1  # reward of the right format
     scale_std: bool = True  # divide advantages by the group's standard deviation
@@ -135,8 +134,8 @@ PRESETS = {
         ),
         sft=SFTConfig(data="sft.jsonl", steps=60, groups=16, texts=8, train="llm", lr=6e-4),
         grpo=GRPOConfig(
-            steps=200, prompts=32, update_prompts=32, micro_prompts=16, max_tokens=24, top_p=1.0,
-            lr=3e-4, weight_decay=0.0, kl_coef=0.0, scale_std=False,
+            steps=200, prompts=32, update_prompts=32, micro_prompts=16, top_p=1.0, lr=3e-4,
+            weight_decay=0.0, kl_coef=0.0, scale_std=False,
         ),
     ),
 }  # fmt: skip
@@ -254,7 +253,7 @@ def grpo_step(
     examples = [e for share in shares for _, e in share]
     seeds = [(seed * 10**6 + step) * 10**6 + i for share in shares for i, _ in share]
     prompts = [model.prompt(e) for e in examples]
-    sampling = Sampling(config.temperature, config.top_p, config.max_tokens)
+    sampling = Sampling(config.temperature, config.top_p, model.recipe.max_tokens)
     engine.wake()
     answers = engine.generate(prompts, config.group, sampling, seeds)  # b lists of G
     engine.sleep()
@@ -343,8 +342,8 @@ def reduce_metrics(sums: dict, config: GRPOConfig, world: int) -> dict:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     if largest > config.max_mismatch:
         raise ModelError(
-            f"a sampled token's log-prob differs by {largest:.3f} between sampler and trainer (limit "
-            f"--grpo_max_mismatch {config.max_mismatch}): they see different inputs or weights"
+            f"a sampled token's log-prob differs by {largest:.3f} between sampler and trainer "
+            f"(--grpo_max_mismatch {config.max_mismatch}): they see different inputs or weights"
         )
     values = mrsp.all_sum(torch.tensor([sums[n] for n in names], dtype=torch.float64))
     t = dict(zip(names, values.tolist()))

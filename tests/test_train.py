@@ -54,7 +54,7 @@ class FixedEngine:
 
 
 CONFIG = GRPOConfig(
-    prompts=5, update_prompts=3, micro_prompts=2, group=4, max_tokens=8, temperature=0.8, lr=1e-4,
+    prompts=5, update_prompts=3, micro_prompts=2, group=4, temperature=0.8, lr=1e-4,
     kl_coef=0.1,
 )  # fmt: skip
 
@@ -142,27 +142,29 @@ def test_a_sampler_that_sees_other_weights_stops_training(toy, model):
 
 
 def test_overfitting_24_fixed_prompts_drives_the_reward_to_one(toy, model):
-    """From a model that only knows the format and guesses letters."""
+    """From a model that knows the format and guesses: the right letter with 40 %, each other one
+    with 20 %."""
     rows = data.load_rows(str(toy / "rl.jsonl"))[:24]
-    letters = "ABCD"
     guesses = [
-        replace(r, id=f"{r.id}{x}", response=f"<think> guess {x} </think> <answer> {x} </answer>")
-        for r in rows for x in letters
+        replace(r, response=f"<think> guess {x} </think> <answer> {x} </answer>")
+        for r in rows for x in "ABCD" + r.answer
     ]  # fmt: skip
-    config = sft.SFTConfig(steps=30, groups=4, texts=8, train="llm", optimizer="muon", lr=2e-3)
+    config = sft.SFTConfig(
+        steps=120, groups=4, texts=10, train="llm", optimizer="muon", lr=2e-3, muon_lr=0.01
+    )
     sft.train(model, guesses, config)
     config = GRPOConfig(
-        prompts=24, update_prompts=24, micro_prompts=12, group=8, max_tokens=10, top_p=1.0, lr=1e-3,
+        prompts=24, update_prompts=24, micro_prompts=24, group=8, top_p=1.0, lr=3e-4,
         weight_decay=0.0, kl_coef=0.0, scale_std=False,
     )  # fmt: skip
-    optimizer, engine = torch.optim.AdamW(model.llm.parameters(), lr=1e-3), TorchEngine(model)
+    optimizer, engine = torch.optim.AdamW(model.llm.parameters(), lr=3e-4), TorchEngine(model)
     history = []
     for step in range(100):
         metrics, _ = train.grpo_step(model, None, engine, optimizer, rows, step, config)
         history.append(metrics["reward"])
         if history[-1] > 0.99:
             break
-    assert history[0] < 0.5 and history[-1] > 0.99, history[::10]
+    assert history[0] < 0.7 and history[-1] > 0.99, history[::10]
 
 
 # -------------------------------------------------------------------------------------- options
@@ -194,7 +196,8 @@ def test_every_setting_and_every_metric_is_explained(toy, model):
 SMALLEST = (
     "--toy_base 8 --toy_sft 4 --toy_rl 8 --toy_test 6 --toy_other 4 --images_steps 2 "
     "--images_groups 8 --base_steps 2 --base_groups 4 --sft_steps 4 --sft_groups 4 --grpo_steps 2 "
-    "--grpo_prompts 4 --grpo_update_prompts 2 --grpo_max_tokens 6 --frame_counts 4,8 --recipe_num_frames 8 --recipe_max_tokens 6"
+    "--grpo_prompts 4 --grpo_update_prompts 2 --frame_counts 4,8 --recipe_num_frames 8 "
+    "--recipe_max_tokens 6"
 ).split()
 
 
