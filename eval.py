@@ -143,7 +143,7 @@ def plot_curves(metrics: str, path: str) -> None:
         "reward": "mean reward",
         "accuracy": "accuracy of sampled answers",
         "length": "tokens an answer",
-        "clip_fraction": "clip fraction",
+        "clip_fraction": "clip fraction (0: every step is on-policy)",
         "mismatch_mean": "|log-prob sampler - trainer|",
         "entropy": "entropy (nats a token)",
     }
@@ -161,6 +161,8 @@ def plot_curves(metrics: str, path: str) -> None:
             )
             axis.set_yscale("symlog", linthresh=1e-7)
             axis.legend()
+        if not any(y):
+            axis.set_ylim(0, 1)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -175,7 +177,7 @@ def plot_frames(summary: dict, path: str) -> None:
 
     grpo = summary["grpo"]
     frames = [int(n) for n in grpo["by_frames"]]
-    figure, axis = plt.subplots(figsize=(6.5, 4.2), constrained_layout=True)
+    figure, axis = plt.subplots(figsize=(6.5, 5), constrained_layout=True)
     values = [100 * v for v in grpo["by_frames"].values()]
     axis.plot(frames, values, "o-", color="#08519c", label="after GRPO")
     lines = {
@@ -191,7 +193,7 @@ def plot_frames(summary: dict, path: str) -> None:
     axis.set(xlabel="frames a video", ylabel="accuracy (%)", ylim=(0, 100))
     axis.set_title(f"{summary['questions']} held-out questions, seed {summary['seed']}")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

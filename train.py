@@ -129,12 +129,12 @@ PRESETS = {
             optimizer="muon", lr=2e-3,
         ),
         base=SFTConfig(
-            data="base.jsonl", steps=600, groups=32, texts=4, micro_batches=4, train="llm",
+            data="base.jsonl", steps=350, groups=32, texts=4, micro_batches=4, train="llm",
             optimizer="muon", lr=2e-3,
         ),
         sft=SFTConfig(data="sft.jsonl", steps=60, groups=16, texts=8, train="llm", lr=6e-4),
         grpo=GRPOConfig(
-            steps=200, prompts=32, update_prompts=32, micro_prompts=16, top_p=1.0, lr=3e-4,
+            steps=250, prompts=32, update_prompts=32, micro_prompts=16, top_p=1.0, lr=3e-4,
             weight_decay=0.0, kl_coef=0.0, scale_std=False,
         ),
     ),
