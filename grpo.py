@@ -101,7 +101,7 @@ def accuracy_reward(completion: str, gold: str, options: tuple[str, ...] = ()) -
     0.0
     """
     spans = re.findall(r"<answer>(.*?)</answer>", completion, flags=re.DOTALL)
-    if len(spans) != 1 or completion.count("<answer>") != 1:
+    if len(spans) != 1 or completion.count("<answer>") != 1:  # DEVIATION 1
         return 0.0
     answer = spans[0].strip()
     if options:

@@ -236,7 +236,7 @@ class VILA(nn.Module):
         weight = self.projector.layers[1].weight
         x = torch.as_tensor(np.ascontiguousarray(frames)).to(weight.device).permute(0, 3, 1, 2)
         x = x.float()
-        if x.shape[-2:] != (size, size):
+        if x.shape[-2:] != (size, size):  # DEVIATION 2
             x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0, 255)
         mean, std = (
             torch.tensor(p[k], device=x.device)[:, None, None] for k in ("image_mean", "image_std")
@@ -359,11 +359,12 @@ class VILA(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Log-probs (M,) float32 (or wider) of the pack's targets at a sampling temperature, and
         the entropy (M,) of each predicted distribution (no gradient)."""
-        x = self.embed(pack.ids, pack.media, pack.media_at)
+        x = self.embed(pack.ids, pack.media, pack.media_at)  # (B, L, D)
         body = self.llm.model
         hidden = body(
             inputs_embeds=x, position_ids=pack.positions, use_cache=False, mrsp=pack.layout
-        ).last_hidden_state
+        ).last_hidden_state  # (B, L, D)
+        # DEVIATION 1: only M of B * L hidden states reach the LM head.
         hidden = hidden.reshape(-1, hidden.shape[-1])[pack.hidden_at]  # (M, D)
         parts = []
         for h, t in zip(hidden.split(chunk), pack.targets.split(chunk)):

@@ -131,7 +131,7 @@ class Pack:
 
 
 def pack(prompts, branches, context=None) -> Pack:
-    """Pack B prompts with their answers: [prompt | r_1 | ... | r_G] in each row.
+    """Pack B prompts with their answers: [prompt | r_1 | ... | r_G] in each row (DEVIATION 1).
 
     prompts: B objects with ids (P,), positions (P,) or (3, P), media (N, D) or None, media_at (N,)
     branches: B lists of token ids (R,), every R >= 1. The lists may differ in length.
@@ -354,7 +354,8 @@ def encode_parallel(encode, frames: Tensor, group=None) -> Tensor:
 
 
 class EmbeddingCache:
-    """Embeddings by key, in memory (least recently used goes first) and, with a folder, on disk.
+    """Embeddings by key, in memory (least recently used goes first) and, with a folder, on disk
+    (DEVIATION 2).
 
     A key names everything the embedding depends on: the media file's content, the frames taken,
     and the encoder's weights and preprocessing (see media_key). Disk entries are safetensors

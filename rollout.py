@@ -190,7 +190,7 @@ class TorchEngine:
         wide = torch.promote_types(logits.dtype, torch.float32)
         logits = logits.to(wide) / (sampling.temperature or 1.0)
         logp = logits.log_softmax(-1)
-        allowed = logits.clone()
+        allowed = logits.clone()  # DEVIATION 2: no media tokens
         allowed[..., self.policy.media_token] = float("-inf")
         if sampling.temperature == 0:
             token = allowed.argmax(-1)
@@ -202,6 +202,7 @@ class TorchEngine:
             # The first token whose cumulated probability exceeds the uniform number.
             u = uniform.flatten()[:, None] * cdf[:, -1:]
             token = torch.searchsorted(cdf, u, right=True).view(logits.shape[:-1])
+        # DEVIATION 1: logp is that of the full softmax
         return token, logp.gather(-1, token[..., None])[..., 0]
 
     def _response(self, tokens, logps, length: int, finished: bool) -> Response:

@@ -92,11 +92,12 @@ def to_branches(model, rows: list, features) -> tuple:
         answer = model.tokenizer(row.response, add_special_tokens=False).input_ids + [model.eos]
         branches.append(torch.cat([full.ids[cut:].cpu(), torch.tensor(answer)]))
         context.append(len(full.ids) - cut)
+    # DEVIATION 1: the part up to the media is one prompt for all of them.
     return replace(full, ids=full.ids[:cut], positions=full.positions[..., :cut]), branches, context
 
 
 def optimizers(model, config: SFTConfig) -> list[torch.optim.Optimizer]:
-    """Freeze what is not trained; one or two optimizers for the rest."""
+    """Freeze what is not trained; one or two optimizers (DEVIATION 2) for the rest."""
     parts = {"all": [model], "llm": [model.llm], "projector": [model.projector]}[config.train]
     model.requires_grad_(False)
     for part in parts:

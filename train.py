@@ -15,10 +15,12 @@ Ranks are data-parallel: each takes every world-th prompt of a batch, gradients 
 loss is divided by global counts, so that any number of ranks trains the same model.
 
 The toy is the real thing, small: mp4 files, decord, the VILA classes from a checkpoint folder,
-every stage. Its two "base" stages stand for the pretrained model that the paper starts from.
+every stage. Its "images" and "base" stages stand for the pretrained model that the paper starts
+from.
 
 Outputs (--output_dir): summary.json, metrics.jsonl, samples.jsonl, curves.png, frames.png, sft/
-and model/ (checkpoints in VILA's layout, with recipe.json for eval.py), data/ (the toy's).
+and model/ (checkpoints in VILA's layout, with recipe.json for eval.py; init/ and base/ are those
+before SFT), data/ (the toy's).
 Each metric is explained in METRICS.
 
 Check this file alone:  pytest tests/test_train.py
@@ -196,7 +198,7 @@ class Run:
 
     def bar(self, name: str, total: int | None = None):
         """Wraps a loop in a progress bar with the time left, on rank 0."""
-        return lambda items: tqdm(items, name, total, disable=self.rank > 0, mininterval=1)
+        return lambda items: tqdm(items, name, total, disable=self.rank > 0)
 
     def write(self, name: str, line: dict) -> None:
         """Append a line to a .jsonl file of the run, on rank 0."""
@@ -214,6 +216,7 @@ class Run:
         self.seconds[name] += time.time() - start
 
     def supervised(self, model, config: SFTConfig, name: str, seed: int) -> None:
+        """One supervised stage on the rows that its config names."""
         rows = data.load_rows(str(self.out / "data" / config.data))
         log = lambda step, m: self.write("metrics.jsonl", {"stage": name, "step": step} | m)  # noqa: E731
         with self.stage(name):
@@ -221,6 +224,7 @@ class Run:
             sft.train(model, rows, config, self.rank, self.world, seed, bar, log)
 
     def evaluate(self, model, rows: list, name: str, num_frames=None, prefill="") -> dict:
+        """evaluation.evaluate with this run's ranks and a bar."""
         with self.stage("eval"):
             return evaluation.evaluate(
                 model, TorchEngine(model), rows, num_frames, prefill,
@@ -228,6 +232,7 @@ class Run:
             )  # fmt: skip
 
     def save(self, model, name: str) -> None:
+        """Write a checkpoint folder, on rank 0."""
         with self.stage("save"):
             if self.rank == 0:
                 model.save_pretrained(self.out / name)
@@ -384,6 +389,10 @@ def train_grpo(run: Run, model, config: GRPOConfig, rows: list) -> None:
             )
             if step % run.config.show_every == 0 or step + 1 == config.steps:
                 run.write("samples.jsonl", sample)
+                if sample and run.rank == 0:  # show the data: one question and one of its answers
+                    first = sample["responses"][0]
+                    asked = " / ".join(sample["question"].splitlines())
+                    tqdm.write(f"step {step}: {asked} -> {first['text']} reward {first['reward']}")
 
 
 # ---------------------------------------------------------------------------------------- main
