@@ -351,7 +351,7 @@ class VILA(nn.Module):
         x = self.llm.get_input_embeddings()(ids)
         if media is not None and len(media):
             flat = x.reshape(-1, x.shape[-1])
-            x = flat.index_copy(0, media_at, media.to(flat.dtype)).view_as(x)
+            x = flat.index_copy(0, media_at, media.to(flat.device, flat.dtype)).view_as(x)
         return x
 
     def forward(

@@ -380,7 +380,7 @@ class EmbeddingCache:
         value = self._read(key)
         if value is None:
             self.misses += 1
-            value = compute()
+            value = compute().cpu()  # host memory: the model moves what it uses
             self._write(key, value)
         else:
             self.hits += 1
@@ -443,12 +443,12 @@ def all_reduce_gradients(parameters, group=None) -> None:
     is the gradient of the global mean, whatever the number of ranks and however uneven their
     shares. A parameter without gradient on this rank takes part with zeros.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
-        return
     parameters = [p for p in parameters if p.requires_grad]
-    for p in parameters:
+    for p in parameters:  # on one rank too: optimizers step on zeros, but skip a missing gradient
         if p.grad is None:
             p.grad = torch.zeros_like(p)
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+        return
     flat = torch.cat([p.grad.reshape(-1) for p in parameters])
     dist.all_reduce(flat, group=group)
     for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):

@@ -271,7 +271,7 @@ def grpo_step(
         for group, e in zip(answers, examples)
     ]
     rewards = torch.tensor([[g["reward"] for g in group] for group in graded])
-    rewards = rewards.view(-1, config.group)  # a rank may have no prompt
+    rewards = rewards.view(len(prompts), config.group)  # (0, G) on a rank without prompts
     advantage = grpo.advantages(rewards, config.scale_std)
     useful = grpo.informative(rewards) | (config.kl_coef > 0)
     for answer, grade in zip(sum(answers, []), sum(graded, [])):
