@@ -31,17 +31,22 @@ import torch.distributed as dist
 
 from data import DataError, load_rows
 from grpo import accuracy_reward, format_reward
-from model import VILA, ModelError
+from model import VILA
+from mrsp import EmbeddingCache
 from rollout import Sampling, TorchEngine
 
 
 def swap_media(examples: list) -> list:
-    """The wrong-video control: every question about the media that stand half the set away."""
-    media = list(dict.fromkeys(e.media for e in examples))
-    if len(media) < 2:
-        raise DataError("the wrong-video control needs questions about at least two videos")
-    other = {m: media[(i + len(media) // 2) % len(media)] for i, m in enumerate(media)}
-    return [replace(e, media=other[e.media]) for e in examples]
+    """The wrong-video control: every question about the video (or image) that stands half the set
+    away, with that one's segment. Text questions have none, and stay."""
+    other = {}
+    for kind in ("video", "image"):
+        media = list(dict.fromkeys((e.media, e.segment) for e in examples if e.data_type == kind))
+        if len({path for path, _ in media}) == 1:
+            raise DataError(f"the wrong-{kind} control needs questions about at least two of them")
+        other |= {m: media[(i + len(media) // 2) % len(media)] for i, m in enumerate(media)}
+    swap = lambda e: dict(zip(("media", "segment"), other[e.media, e.segment]))  # noqa: E731
+    return [replace(e, **swap(e)) if e.media else e for e in examples]
 
 
 def evaluate(
@@ -214,11 +219,12 @@ def main(argv=None) -> dict:
     add("--max_tokens", type=int, help="longest answer; default: from recipe.json")
     add("--prefill", default="", help="forced beginning of every answer")
     add("--wrong_video", action="store_true", help="control: ask about another video")
+    add("--cache_dir", help="folder of embeddings kept across runs; default: none are kept")
     add("--output", help="write one JSON line a question to this file")
     args = parser.parse_args(argv)
     try:
         return run(args)
-    except (DataError, ModelError) as error:
+    except ValueError as error:  # DataError, ModelError, an impossible option
         sys.exit(f"error: {error}")
 
 
@@ -226,8 +232,10 @@ def run(args) -> dict:
     from tqdm import tqdm
 
     model = VILA.from_pretrained(args.model)
-    chosen = {k: getattr(args, k) for k in ("num_frames", "max_tokens") if getattr(args, k)}
-    model.recipe = replace(model.recipe, **chosen)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.cache = EmbeddingCache(args.cache_dir)
+    chosen = {k: getattr(args, k) for k in ("num_frames", "max_tokens")}
+    model.recipe = replace(model.recipe, **{k: v for k, v in chosen.items() if v is not None})
     source = args.data or model.recipe.data and os.path.join(args.model, model.recipe.data)
     if not source:
         raise DataError(f"{args.model}/recipe.json names no data; give --data FILE.jsonl")

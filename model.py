@@ -79,6 +79,12 @@ class Recipe:
     system: str | None = None  # system prompt; None leaves the turn out
     data: str = ""  # rows to evaluate on, relative to the checkpoint folder
 
+    def __post_init__(self):
+        if self.num_frames < 1 or self.max_tokens < 1 or "{problem}" not in self.template:
+            raise ValueError(
+                f"need num_frames, max_tokens >= 1 and {{problem}} in template: {self}"
+            )
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -186,8 +192,15 @@ class VILA(nn.Module):
         from safetensors.torch import load_file
 
         config = json.loads((root / "config.json").read_text())
-        llm = Qwen2ForCausalLM.from_pretrained(root / "llm", dtype=dtype)
-        tower = SiglipVisionModel.from_pretrained(root / "vision_tower", dtype=dtype)
+        parts = {}
+        for part, kind in (("llm", Qwen2ForCausalLM), ("vision_tower", SiglipVisionModel)):
+            parts[part], info = kind.from_pretrained(
+                root / part, dtype=dtype, output_loading_info=True
+            )
+            if info["missing_keys"] or info["mismatched_keys"]:  # would be random weights
+                bad = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
+                raise ModelError(f"{folder}/{part}: missing or misshapen tensors {bad}")
+        llm, tower = parts["llm"], parts["vision_tower"]
         projector = build_projector(
             config["mm_projector_type"], tower.config.hidden_size, llm.config.hidden_size
         )
@@ -210,7 +223,10 @@ class VILA(nn.Module):
             json.loads((root / "vision_tower" / "preprocessor_config.json").read_text()),
         )
         if (root / "recipe.json").exists():
-            model.recipe = Recipe(**json.loads((root / "recipe.json").read_text()))
+            try:
+                model.recipe = Recipe(**json.loads((root / "recipe.json").read_text()))
+            except (TypeError, ValueError) as error:
+                raise ModelError(f"{folder}/recipe.json: {error}") from None
         return model
 
     def save_pretrained(self, folder: str) -> None:
@@ -260,9 +276,10 @@ class VILA(nn.Module):
         if self._tower_hash is None:
             import hashlib
 
-            digest = hashlib.sha256(
-                json.dumps([self.config, self.preprocess], sort_keys=True).encode()
-            )
+            named = ("hidden_act", "num_attention_heads", "layer_norm_eps", "image_size")
+            tower = {name: getattr(self.tower.config, name) for name in named}
+            settings = json.dumps([self.config, self.preprocess, tower], sort_keys=True)
+            digest = hashlib.sha256(settings.encode())
             for module in (self.tower, self.projector):
                 for name, tensor in sorted(module.state_dict().items()):
                     digest.update(name.encode())
@@ -316,10 +333,9 @@ class VILA(nn.Module):
         """
         system, template = self.recipe.system, self.recipe.template if thinking else BARE
         tok = lambda text: self.tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
-        if self.config["video_token"] in example.problem:
-            raise ModelError(
-                f"question {example.id} contains the token {self.config['video_token']}"
-            )
+        for token in (self.config["video_token"], "<|im_start|>", "<|im_end|>"):
+            if token in example.problem:
+                raise ModelError(f"question {example.id} contains the control token {token}")
         head = f"<|im_start|>system\n{system}<|im_end|>\n" if system is not None else ""
         head_ids = tok(head + "<|im_start|>user\n")
         media, media_ids, media_at = None, [], []

@@ -212,7 +212,8 @@ def mrsp_attention(
     """The attention function for Hugging Face models: AttentionInterface.register("mrsp", this).
 
     query (B, H, Lq, D), key and value (B, Hkv, Lk, D) -> (B, Lq, H, D), None. Dropout and sliding
-    windows are not supported by the packed layout.
+    windows are not supported by the packed layout. Padding belongs into the layout: transformers
+    drops a model's attention_mask for attention functions it does not know.
     """
     if attention_mask is not None:
         raise ValueError("attention 'mrsp' takes its mask from the layout; pass no attention_mask")

@@ -34,7 +34,7 @@ Glossary: B prompts, G answers each, P longest prompt, V vocabulary, t decode st
 Check this file alone:  pytest tests/test_rollout.py
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -145,7 +145,7 @@ class TorchEngine:
             position_ids=positions.to(device),
             past_key_values=cache,
             use_cache=True,
-            mrsp=Layout(segment, order, segment, order),
+            mrsp=Layout(segment, order, segment, order, [(len(p.ids), []) for p in prompts]),
         ).last_hidden_state
         length = torch.tensor([len(p.ids) for p in prompts], device=device)
         after = torch.stack([p.positions.max() + 1 for p in prompts]).to(device)  # next position
@@ -209,8 +209,3 @@ class TorchEngine:
         ids = tokens[:length].clone()
         text = self.policy.tokenizer.decode(ids[:-1] if finished else ids)
         return Response(ids, logps[:length].clone(), text, finished)
-
-
-def greedy(sampling: Sampling) -> Sampling:
-    """The same settings at temperature 0, for evaluation."""
-    return replace(sampling, temperature=0.0, top_p=1.0)

@@ -59,9 +59,9 @@ def group_rows(examples, texts: int) -> list[list]:
     """Rows that share their media, in groups of at most `texts`. Text rows share "no media".
 
     >>> from types import SimpleNamespace as S
-    >>> rows = [S(media=m, segment=None, num_frames=None) for m in "aabaa"]
-    >>> [[r.media for r in g] for g in group_rows(rows, 3)]
-    [['a', 'a', 'a'], ['a'], ['b']]
+    >>> rows = [S(media=m, segment=s, num_frames=None) for m, s in ("a0", "a0", "b0", "a0", "a1")]
+    >>> [[r.media + r.segment for r in g] for g in group_rows(rows, 2)]
+    [['a0', 'a0'], ['a0'], ['b0'], ['a1']]
     """
     by_media = {}
     for example in examples:
@@ -147,10 +147,12 @@ def train(model, rows, config: SFTConfig, rank=0, world=1, seed=0, bar=iter, log
         for i in range(0, len(parts), each):
             logp, _ = model(mrsp.pack(*zip(*parts[i : i + each])))
             part = -logp.sum() / total
-            part.backward(retain_graph=config.train != "llm")  # the tower's graph serves all parts
+            if part.requires_grad:  # training the projector, a part of text has nothing to train
+                # the graph of the tower's features serves all parts
+                part.backward(retain_graph=config.train != "llm")
             loss += part.item()
         mrsp.all_reduce_gradients(trained)
-        norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip, error_if_nonfinite=True)
         if log:
             metrics = {"loss": mrsp.all_sum(torch.tensor(loss)).item(), "grad_norm": norm.item()}
             log(step, metrics | {"lr": schedules[0].get_last_lr()[0], "tokens": total})

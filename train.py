@@ -84,6 +84,11 @@ class RunConfig:
     careful_prefill: str = "<think> seen"  # control: the SFT model, forced to begin like this
     frame_counts: str = "8,16,32,64"  # frames of the scaling curve
     show_every: int = 20  # GRPO steps between two decoded rollouts in samples.jsonl
+    cache_dir: str | None = None  # folder of embeddings kept across runs; None: in memory only
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.frame_counts) or self.show_every < 1:
+            raise ValueError(f"need frame_counts like 8,16 and show_every >= 1: {self}")
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,13 @@ class GRPOConfig(grpo.LossConfig):
     weight_decay: float = 1e-2  # decoupled weight decay
     grad_clip: float = 1.0  # largest norm of the gradient
     max_mismatch: float = 1.0  # stop if a token's log-prob differs by more: inputs are not the same
+
+    def __post_init__(self):
+        counts = self.prompts, self.update_prompts, self.micro_prompts
+        if min(counts) < 1 or self.group < 2 or self.temperature <= 0:
+            raise ValueError(f"need prompt counts >= 1, group >= 2 and temperature > 0: {self}")
+        if self.average not in ("token", "sequence"):
+            raise ValueError(f"average must be token or sequence, not {self.average!r}")
 
 
 @dataclass(frozen=True)
@@ -168,9 +180,13 @@ def parse_options(argv: list[str]) -> Preset:
     *values, _, unknown = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True)
     if unknown:
         raise DataError(f"unknown option {' '.join(unknown)}; see python train.py --help")
-    return Preset(
-        **{name: type(p)(*asdict(v).values()) for (name, p), v in zip(parts.items(), values)}
-    )
+    built = {}
+    for (name, part), value in zip(parts.items(), values):
+        try:
+            built[name] = type(part)(*asdict(value).values())
+        except ValueError as error:
+            raise DataError(f"options of {name}: {error}") from None
+    return Preset(**built)
 
 
 # ------------------------------------------------------------------------------------- one run
@@ -183,6 +199,8 @@ class Run:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         cuda = torch.cuda.is_available()
         self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
+        if cuda:
+            torch.cuda.set_device(self.device)
         if self.world > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         self.config, self.out = config, Path(config.output_dir)
@@ -280,7 +298,7 @@ def grpo_step(
         sums["length"] += len(answer.ids)
         sums["finished"] += answer.finished
         sums["answers"] += 1
-    sums["skipped_groups"] = float((~useful).sum())
+    sums["skipped_groups"] = float((~grpo.informative(rewards)).sum())
     sums["seconds_rollout"], clock = time.time() - clock, time.time()
 
     # 3. Pack the groups of each update; take the log-probs that must precede the first update.
@@ -323,8 +341,14 @@ def grpo_step(
                 sums["gap"] += gap.sum().item()
                 sums["gap_tokens"] += len(gap)
                 sums["gap_max"] = max(sums["gap_max"], gap.max().item())
+                if not gap.max() <= config.max_mismatch:  # catches nan too
+                    raise ModelError(
+                        f"a sampled token's log-prob differs by {gap.max():.3f} between sampler "
+                        f"and trainer (limit --grpo_max_mismatch {config.max_mismatch}): they see "
+                        "different inputs or weights"
+                    )
         mrsp.all_reduce_gradients(trained)
-        norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip, error_if_nonfinite=True)
         optimizer.step()
         optimizer.zero_grad()
         sums["grad_norm"] += norm.item() / len(updates) / world
@@ -345,11 +369,6 @@ def reduce_metrics(sums: dict, config: GRPOConfig, world: int) -> dict:
     largest, names = torch.tensor(sums.pop("gap_max", 0.0)), sorted(SUMS)
     if world > 1:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    if largest > config.max_mismatch:
-        raise ModelError(
-            f"a sampled token's log-prob differs by {largest:.3f} between sampler and trainer "
-            f"(--grpo_max_mismatch {config.max_mismatch}): they see different inputs or weights"
-        )
     values = mrsp.all_sum(torch.tensor([sums[n] for n in names], dtype=torch.float64))
     t = dict(zip(names, values.tolist()))
     answers, tokens = max(t["answers"], 1), max(t["tokens"], 1)
@@ -371,7 +390,8 @@ def train_grpo(run: Run, model, config: GRPOConfig, rows: list) -> None:
     """The GRPO stage: config.steps rollout batches."""
     model.requires_grad_(False)
     model.llm.requires_grad_(True)  # tower and projector are frozen in RL, as for VILA in the paper
-    reference = copy.deepcopy(model) if config.kl_coef else None
+    shared = {id(part): part for part in (model.tower, model.projector, model.cache)}
+    reference = copy.deepcopy(model, shared) if config.kl_coef else None  # a copy of the llm alone
     engine = TorchEngine(model)
     optimizer = torch.optim.AdamW(
         model.llm.parameters(), config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay
@@ -422,6 +442,7 @@ def pipeline(run: Run, preset: Preset) -> dict:
             ]
             toy_checkpoint(str(run.out / "init"), texts, data.SIZE, preset.recipe, seed)
     model = VILA.from_pretrained(run.out / "init").to(run.device)
+    model.cache = mrsp.EmbeddingCache(run.config.cache_dir)
     for name in ("images", "base"):
         run.supervised(model, getattr(preset, name), name, seed)
     run.save(model, "base")

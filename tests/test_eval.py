@@ -58,6 +58,15 @@ def test_the_wrong_video_is_never_the_right_one(toy):
     assert {r.media for r in swapped} == {r.media for r in rows}
 
 
+def test_the_wrong_video_control_keeps_kinds_apart_and_takes_the_other_ones_segment(toy):
+    rows = data.load_rows(str(toy / "base.jsonl")) + data.load_rows(str(toy / "base_images.jsonl"))
+    where = {(r.media, r.segment) for r in rows}
+    for a, b in zip(rows, evaluation.swap_media(rows)):
+        assert (b.media, b.segment) in where and a.data_type == b.data_type
+        assert a.data_type == "text" or (a.media, a.segment) != (b.media, b.segment)
+        assert b.media.endswith({"video": ".mp4", "image": ".png", "text": ""}[b.data_type])
+
+
 def test_a_forced_beginning_is_part_of_the_graded_answer(toy, model):
     rows = data.load_rows(str(toy / "test.jsonl"))[:2]
     engine = Oracle(model, lambda p: "</think> <answer> A </answer>")
@@ -83,5 +92,7 @@ def test_command_line_errors_are_one_line(toy, tmp_path):
         evaluation.main(["--model", str(tmp_path)])
     with pytest.raises(SystemExit, match="error: .*give --data"):
         evaluation.main(["--model", str(toy / "init")])
+    with pytest.raises(SystemExit, match="error: need num_frames"):
+        evaluation.main(["--model", str(toy / "init"), "--num_frames", "0"])
     with pytest.raises(SystemExit, match="error: .*nothing.jsonl: no such file"):
         evaluation.main(["--model", str(toy / "init"), "--data", "nothing.jsonl"])

@@ -98,10 +98,11 @@ def test_the_forced_beginning_of_an_answer_ends_the_prompt(toy, model):
     ]
 
 
-def test_a_media_token_in_a_question_is_refused(toy, model):
+@pytest.mark.parametrize("token", ["<vila/video>", "<|im_start|>", "<|im_end|>"])
+def test_a_control_token_in_a_question_is_refused(toy, model, token):
     row = data.load_rows(str(toy / "rl.jsonl"))[0]
-    with pytest.raises(ModelError, match="rl_0.*<vila/video>"):
-        model.build_prompt(replace(row, problem="<vila/video>?"), None)
+    with pytest.raises(ModelError, match="rl_0 contains the control token"):
+        model.build_prompt(replace(row, problem=f"Which {token}?"), None)
 
 
 def test_the_default_template_asks_for_both_spans():
@@ -130,6 +131,20 @@ def test_broken_checkpoints_are_refused_by_name(toy, tmp_path):
     tensors["layers.9.weight"] = tensors.pop("layers.4.weight")
     save_file(tensors, path)
     with pytest.raises(ModelError, match=r"missing tensors \['layers.4.weight'\].*layers.9.weight"):
+        VILA.from_pretrained(folder)
+    for part in ("llm", "vision_tower"):
+        path = folder / part / "model.safetensors"
+        tensors = load_file(path)
+        name = next(k for k in sorted(tensors) if "layers.0" in k and "q_proj.weight" in k)
+        save_file({k: v for k, v in tensors.items() if k != name}, path, {"format": "pt"})
+        with pytest.raises(ModelError, match=f"{part}: missing.*q_proj.weight"):
+            VILA.from_pretrained(folder)
+        save_file(tensors, path, {"format": "pt"})
+    (folder / "recipe.json").write_text('{"frames": 8}')
+    with pytest.raises(ModelError, match="recipe.json.*frames"):
+        shutil.copyfile(
+            toy / "init/mm_projector/model.safetensors", folder / "mm_projector/model.safetensors"
+        )
         VILA.from_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"mm_projector_type": "linear"}))

@@ -192,8 +192,7 @@ def test_bad_input_is_refused(model, prompts):
         mrsp.mrsp_attention(None, q, q, q, torch.ones(1, 3), packed.layout)
 
 
-def test_a_padding_mask_is_not_silently_ignored(prompts):
-    """A plain Hugging Face model, not only VILA, takes the attention function."""
+def test_a_plain_hugging_face_model_takes_the_attention_function():
     config = Qwen2Config(
         vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
         num_attention_heads=4, num_key_value_heads=2,

@@ -5,7 +5,7 @@ import torch
 from conftest import answers
 
 import mrsp
-from rollout import Sampling, TorchEngine, greedy
+from rollout import Sampling, TorchEngine
 
 
 def test_sampler_logprobs_equal_the_trainers_for_the_same_tokens(model, prompts):
@@ -93,9 +93,33 @@ def test_top_p_keeps_the_log_probs_of_the_full_softmax(model, prompts):
     assert (trainer - torch.cat([r.logps for g in out for r in g])).abs().max() < 1e-4
 
 
+def test_top_p_samples_only_from_the_nucleus(model, prompts):
+    """The most likely tokens whose probabilities sum up to top_p, and the last one needed."""
+    n = 500
+    with torch.no_grad():
+        model.llm.model.norm.weight.mul_(3)  # a peaked distribution
+        every = torch.arange(model.llm.config.vocab_size)
+        p, _ = model(mrsp.pack(prompts[:1], [[v[None] for v in every]]))
+    p[model.media_token] = -torch.inf
+    order = p.softmax(-1).sort(descending=True)
+    nucleus = set(order.indices[(order.values.cumsum(-1) - order.values) < 0.5].tolist())
+    out = TorchEngine(model).generate(prompts[:1], n, Sampling(top_p=0.5, max_tokens=1), [3])
+    sampled = {int(r.ids[0]) for r in out[0]}
+    assert sampled == nucleus and len(nucleus) < 0.5 * len(every)
+
+
+def test_prefill_in_blocks_equals_prefill_with_a_mask(model, prompts, monkeypatch):
+    sampling = Sampling(max_tokens=5)
+    dense = TorchEngine(model).generate(prompts, 3, sampling)
+    monkeypatch.setattr(mrsp, "DENSE_LIMIT", 0)
+    blocks = TorchEngine(model).generate(prompts, 3, sampling)
+    for a, b in zip(sum(dense, []), sum(blocks, [])):
+        assert a.ids.equal(b.ids) and torch.allclose(a.logps, b.logps, atol=1e-4)
+
+
 def test_bad_settings_are_refused(model, prompts):
     with pytest.raises(ValueError, match="greedy"):
-        TorchEngine(model).generate(prompts, 2, greedy(Sampling()))
+        TorchEngine(model).generate(prompts, 2, Sampling(temperature=0.0))
     with pytest.raises(ValueError, match="seeds"):
         TorchEngine(model).generate(prompts, 2, Sampling(), [1])
     for bad in ({"top_p": 0.0}, {"temperature": -1.0}, {"max_tokens": 0}):

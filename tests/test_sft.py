@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.multiprocessing import spawn
 
 import data
 import mrsp
 import sft
+from model import VILA
 from sft import SFTConfig
 
 
@@ -60,6 +63,40 @@ def test_only_what_is_named_is_trained(toy, model, part):
         == {"all": {"llm", "tower", "projector"}, "llm": {"llm"}, "projector": {"projector"}}[part]
     )
     assert (model.encoder_hash() == key) == (part == "llm")  # old embeddings are not reused
+
+
+def _train(rank, world, folder, out):
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", f"file://{out}/store", rank=rank, world_size=world)
+    model = VILA.from_pretrained(f"{folder}/init").double()
+    config = SFTConfig(steps=3, groups=3, texts=3, train="all", lr=1e-3, warmup=0.0)
+    losses = []
+    rows = data.load_rows(f"{folder}/base_images.jsonl")[:9]  # images and text, all trained
+    sft.train(model, rows, config, rank, world, log=lambda step, m: losses.append(m))
+    torch.save((losses, model.state_dict()), f"{out}/{world}_{rank}.pt")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def test_two_ranks_train_like_one(toy, tmp_path):
+    """Three groups a step: one rank has two of them, the other one."""
+    _train(0, 1, str(toy), str(tmp_path))
+    spawn(_train, (2, str(toy), str(tmp_path)), nprocs=2)
+    one, parameters = torch.load(tmp_path / "1_0.pt")
+    for rank in (0, 1):
+        two, parameters2 = torch.load(tmp_path / f"2_{rank}.pt")
+        for a, b in zip(one, two):
+            assert a == pytest.approx(b, rel=1e-9)
+        for name, value in parameters.items():
+            assert (value - parameters2[name]).abs().max() < 1e-9, name
+
+
+def test_text_rows_are_skipped_where_only_the_projector_is_trained(toy, model):
+    rows = [r for r in rows_of(toy, "base") if r.data_type == "text"][:2] + rows_of(toy)[:2]
+    config = SFTConfig(steps=1, groups=2, texts=2, micro_batches=2, train="projector")
+    (metrics,) = run(model, rows, config)
+    assert metrics["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch.multiprocessing import spawn
 
 import data
+import grpo
 import mrsp
 import sft
 import train
 from model import VILA, ModelError
-from rollout import Response, TorchEngine
+from rollout import Response, Sampling, TorchEngine
 from train import GRPOConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -130,6 +131,88 @@ def test_groups_of_equal_reward_are_skipped_and_counted_and_change_nothing(toy, 
     assert metrics["skipped_groups"] == 1 and packed == [2]  # one pass: no old, no reference pass
 
 
+def test_leaving_out_groups_of_equal_reward_changes_nothing(toy):
+    """The same step with all groups packed (a KL weight of 1e-15 keeps them) moves the same way."""
+    rows, after = data.load_rows(str(toy / "rl.jsonl"))[:4], []
+    for kl_coef in (0.0, 1e-15):
+        model = VILA.from_pretrained(toy / "init").double()
+        gold = {
+            int(model.prompt(r).ids.sum()): r.answer if i > 1 else "Z" for i, r in enumerate(rows)
+        }
+        config = replace(CONFIG, prompts=4, update_prompts=4, kl_coef=kl_coef)
+        optimizer = torch.optim.SGD(model.llm.parameters(), lr=1.0)
+        metrics, _ = train.grpo_step(
+            model, model, FixedEngine(model, gold), optimizer, rows, 0, config
+        )
+        assert metrics["skipped_groups"] == 2 and metrics["grad_norm"] > 1e-3
+        after.append({k: v.detach().clone() for k, v in model.llm.state_dict().items()})
+    for name, value in after[0].items():
+        assert (value - after[1][name]).abs().max() < 1e-9, name
+
+
+def test_two_updates_with_kl_equal_the_loss_written_out(toy):
+    """The second update takes its ratio against the policy before the first, and both the KL
+    against the reference: the same by hand, from G copies of each prompt."""
+    rows = data.load_rows(str(toy / "rl.jsonl"))[:4]
+    config = replace(CONFIG, prompts=4, update_prompts=2, kl_coef=0.5, grad_clip=1e9)
+    ours, ref, hand = (VILA.from_pretrained(toy / "init").double() for _ in range(3))
+    ref.llm.model.norm.weight.data.mul_(0.7)
+    gold = {int(ours.prompt(r).ids.sum()): r.answer for r in rows}
+    engine = FixedEngine(VILA.from_pretrained(toy / "init").double(), gold)
+    prompts = [hand.prompt(r) for r in rows]
+    answers = engine.generate(prompts, 4, Sampling(config.temperature), None)
+    optimizer = torch.optim.SGD(ours.llm.parameters(), lr=0.5)
+    train.grpo_step(ours, ref, engine, optimizer, rows, 0, config)
+
+    scores = [
+        [grpo.reward(a.text, r.answer, r.options)["reward"] for a in g]
+        for g, r in zip(answers, rows)
+    ]
+    adv = grpo.advantages(torch.tensor(scores))
+    groups = [[a.ids for a in g] for g in answers]
+    logp = lambda m, i: m(mrsp.pack(*mrsp.copies([prompts[i]], [groups[i]])[:2]), 0.8)[0]  # noqa: E731
+    with torch.no_grad():
+        old, fixed = [logp(hand, i) for i in range(4)], [logp(ref, i) for i in range(4)]
+    optimizer = torch.optim.SGD(hand.llm.parameters(), lr=0.5)
+    for update in ((0, 1), (2, 3)):
+        total, count = 0.0, 0
+        for i in update:
+            now, start = logp(hand, i), 0
+            for g, ids in enumerate(groups[i]):
+                for t in range(start, start + len(ids)):
+                    rho, a = (now[t] - old[i][t]).exp(), adv[i, g]
+                    clipped = rho.clamp(0.8, 1.3)
+                    loss = -torch.min(rho * a, clipped * a)
+                    loss = torch.min(loss, -3 * a) if a < 0 else loss
+                    d = fixed[i][t] - now[t]
+                    total, count = total + loss + 0.5 * (d.exp() - d - 1), count + 1
+                start += len(ids)
+        optimizer.zero_grad()
+        (total / count).backward()
+        optimizer.step()
+    start = VILA.from_pretrained(toy / "init").double().llm.state_dict()
+    for name, value in ours.llm.state_dict().items():
+        assert (value - hand.llm.state_dict()[name]).abs().max() < 1e-6, name
+    assert (ours.llm.model.norm.weight - start["model.norm.weight"]).abs().max() > 1e-3
+
+
+def test_seeds_follow_the_prompt_and_not_the_rank(toy, model):
+    rows, seen = data.load_rows(str(toy / "rl.jsonl"))[:5], {}
+
+    class Recorder(TorchEngine):
+        def generate(self, prompts, n, sampling, seeds):
+            seen.setdefault(self.world, {}).update(zip([p.text for p in prompts], seeds))
+            raise StopIteration
+
+    for world in (1, 2):
+        for rank in range(world):
+            engine = Recorder(model)
+            engine.world = world
+            with pytest.raises(StopIteration):
+                train.grpo_step(model, None, engine, None, rows, 3, CONFIG, 0, rank, world)
+    assert seen[1] == seen[2] and len(set(seen[1].values())) == 5
+
+
 def test_a_sampler_that_sees_other_weights_stops_training(toy, model):
     rows = data.load_rows(str(toy / "rl.jsonl"))[:4]
     engine = TorchEngine(VILA.from_pretrained(toy / "init"))
@@ -138,6 +221,10 @@ def test_a_sampler_that_sees_other_weights_stops_training(toy, model):
     optimizer = torch.optim.SGD(model.llm.parameters(), lr=0.0)
     config = replace(CONFIG, prompts=4, update_prompts=4, kl_coef=1e-3, max_mismatch=0.1)
     with pytest.raises(ModelError, match="sampler and trainer.*--grpo_max_mismatch"):
+        train.grpo_step(model, model, engine, optimizer, rows, 0, config)
+    with torch.no_grad():
+        model.llm.model.norm.weight.fill_(torch.nan)  # nan is no agreement either
+    with pytest.raises(ModelError, match="differs by nan"):
         train.grpo_step(model, model, engine, optimizer, rows, 0, config)
 
 
@@ -180,6 +267,17 @@ def test_presets_give_defaults_and_options_override_them():
 def test_an_unknown_option_is_an_error_of_one_line(bad):
     with pytest.raises(SystemExit, match=f"error: unknown option {bad[0]}"):
         train.main(bad)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ["--grpo_group 1", "--grpo_average x", "--grpo_update_prompts 0", "--frame_counts a"]
+    + ["--sft_train x", "--recipe_template why", "--recipe_num_frames 0", "--grpo_temperature 0"],
+)  # fmt: skip
+def test_an_impossible_setting_is_an_error_before_anything_runs(bad, tmp_path):
+    with pytest.raises(SystemExit, match="error: options of"):
+        train.main([*bad.split(), "--output_dir", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()
 
 
 def test_every_setting_and_every_metric_is_explained(toy, model):
