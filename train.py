@@ -359,7 +359,7 @@ def grpo_step(
     if examples:
         e = examples[0]
         sample = {"step": step, "problem_id": e.id, "question": e.problem, "answer": e.answer}
-        sample |= {"num_media_tokens": len(prompts[0].media_at), "prompt": prompts[0].text}
+        sample |= {"num_frames": e.num_frames or model.recipe.num_frames, "prompt": prompts[0].text}
         sample["responses"] = [{"text": a.text} | g for a, g in zip(answers[0], graded[0])]
     return reduce_metrics(sums, config, world), sample
 

@@ -327,8 +327,10 @@ def test_the_whole_pipeline_runs_on_two_ranks_and_its_model_scores_the_same_agai
     stages = [json.loads(line)["stage"] for line in (out / "metrics.jsonl").open()]
     assert stages == ["images"] * 2 + ["base"] * 2 + ["sft"] * 4 + ["grpo"] * 2
     sample = json.loads((out / "samples.jsonl").open().readline())
-    assert len(sample["responses"]) == 8 and {"text", "reward", "accuracy", "format"} <= set(
-        sample["responses"][0]
+    assert (
+        sample["num_frames"] == 8
+        and len(sample["responses"]) == 8
+        and {"text", "reward", "accuracy", "format"} <= set(sample["responses"][0])
     )
     for name in ("curves.png", "frames.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
