@@ -142,7 +142,7 @@ def train(model, rows, config: SFTConfig, rank=0, world=1, seed=0, bar=iter, log
             media = model.features_trainable(first, frames)
         parts = [to_branches(model, g, m) for g, m in zip(mine, media)]
         count = sum(len(b) - c for _, bs, cs in parts for b, c in zip(bs, cs))
-        total, loss = mrsp.all_sum(torch.tensor(float(count))).item(), 0.0
+        total, loss = mrsp.all_sum(torch.tensor(count)).item(), 0.0
         each = max(1, -(-len(parts) // config.micro_batches))
         for i in range(0, len(parts), each):
             logp, _ = model(mrsp.pack(*zip(*parts[i : i + each])))
@@ -154,7 +154,7 @@ def train(model, rows, config: SFTConfig, rank=0, world=1, seed=0, bar=iter, log
         mrsp.all_reduce_gradients(trained)
         norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip, error_if_nonfinite=True)
         if log:
-            metrics = {"loss": mrsp.all_sum(torch.tensor(loss)).item(), "grad_norm": norm.item()}
+            metrics = {"loss": mrsp.all_sum(torch.tensor(loss, dtype=torch.float64)).item(), "grad_norm": norm.item()}
             log(step, metrics | {"lr": schedules[0].get_last_lr()[0], "tokens": total})
         for optimizer, scheduler in zip(opts, schedules):
             optimizer.step()

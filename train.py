@@ -307,7 +307,7 @@ def grpo_step(
     for u, share in enumerate(shares):
         mine, first = range(first, first + len(share)), first + len(share)
         tokens = sum(len(a.ids) for i in mine for a in answers[i])
-        counts = torch.tensor([float(tokens), float(len(share) * config.group)])
+        counts = torch.tensor([tokens, len(share) * config.group])
         totals = mrsp.all_sum(counts).tolist()  # tokens and answers on all ranks
         kept, micro = [i for i in mine if useful[i]], []
         for k in range(0, len(kept), config.micro_prompts):
