@@ -153,9 +153,10 @@ def train(model, rows, config: SFTConfig, rank=0, world=1, seed=0, bar=iter, log
             loss += part.item()
         mrsp.all_reduce_gradients(trained)
         norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip, error_if_nonfinite=True)
+        loss = mrsp.all_sum(torch.tensor(loss, dtype=torch.float64)).item()
         if log:
-            metrics = {"loss": mrsp.all_sum(torch.tensor(loss, dtype=torch.float64)).item(), "grad_norm": norm.item()}
-            log(step, metrics | {"lr": schedules[0].get_last_lr()[0], "tokens": total})
+            metrics = {"loss": loss, "grad_norm": norm.item(), "tokens": total}
+            log(step, metrics | {"lr": schedules[0].get_last_lr()[0]})
         for optimizer, scheduler in zip(opts, schedules):
             optimizer.step()
             optimizer.zero_grad()
