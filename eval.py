@@ -148,7 +148,7 @@ def plot_curves(metrics: str, path: str) -> None:
         "reward": "mean reward",
         "accuracy": "accuracy of sampled answers",
         "length": "tokens an answer",
-        "clip_fraction": "clip fraction (0: every step is on-policy)",
+        "clip_fraction": "clip fraction",
         "mismatch_mean": "|log-prob sampler - trainer|",
         "entropy": "entropy (nats a token)",
     }
@@ -166,8 +166,8 @@ def plot_curves(metrics: str, path: str) -> None:
             )
             axis.set_yscale("symlog", linthresh=1e-7)
             axis.legend()
-        if not any(y):
-            axis.set_ylim(0, 1)
+        if name == "clip_fraction" and not any(y):
+            axis.set(title="clip fraction (0: on-policy)", ylim=(0, 1))
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
