@@ -326,7 +326,6 @@ def write_mp4(path: str, frames: np.ndarray, fps: int = FPS) -> None:
         stream = container.add_stream("mpeg4", rate=fps, options={"g": "32"})
         stream.codec_context.thread_count = 1  # frames this small: threads cost 6 times the work
         stream.codec_context.flags |= 1 << 1  # AV_CODEC_FLAG_QSCALE: constant quality
-        stream.codec_context.global_quality = 2 * 118  # FF_QP2LAMBDA
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

@@ -245,3 +245,34 @@ def grpo_loss(
             "ratio_error": ((ratio - 1).abs() * mask).sum(),
         }
     return loss, sums
+
+
+# ----------------------------------------------------------------------- settings of the stage
+
+
+@dataclass(frozen=True)
+class GRPOConfig(LossConfig):
+    """The GRPO stage; defaults are the released ones of Long-RL where they are stated."""
+
+    data: str = "rl.jsonl"  # rows; the path is relative to the data directory
+    steps: int = 100  # rollout batches
+    prompts: int = 512  # prompts of a rollout batch, over all ranks
+    update_prompts: int = 128  # prompts of one optimizer step; fewer than prompts: off-policy
+    micro_prompts: int = 1  # prompts in one forward pass of a rank
+    group: int = 8  # G, answers to each prompt
+    temperature: float = 1.0  # of sampling, and of the log-probs that are trained
+    top_p: float = 0.99  # nucleus of sampling
+    accuracy_weight: float = 0.9  # reward of a right answer
+    format_weight: float = 0.1  # reward of the right format
+    scale_std: bool = True  # divide advantages by the group's standard deviation
+    lr: float = 1e-6  # AdamW, constant
+    weight_decay: float = 1e-2  # decoupled weight decay
+    grad_clip: float = 1.0  # largest norm of the gradient
+    max_mismatch: float = 1.0  # stop if a token's log-prob differs by more: inputs are not the same
+
+    def __post_init__(self):
+        counts = self.prompts, self.update_prompts, self.micro_prompts
+        if min(counts) < 1 or self.group < 2 or self.temperature <= 0:
+            raise ValueError(f"need prompt counts >= 1, group >= 2 and temperature > 0: {self}")
+        if self.average not in ("token", "sequence"):
+            raise ValueError(f"average must be token or sequence, not {self.average!r}")

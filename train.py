@@ -50,6 +50,7 @@ import grpo
 import mrsp
 import sft
 from data import DataError, ToyConfig
+from grpo import GRPOConfig
 from model import VILA, ModelError, Recipe, toy_checkpoint
 from rollout import Sampling, TorchEngine
 from sft import SFTConfig
@@ -67,6 +68,7 @@ METRICS = {
     "skipped_groups": "prompts whose answers all got the same reward: they teach nothing",
     "clip_fraction": "share of trained tokens whose gradient a clip cut off; 0 on-policy",
     "kl": "mean k3 estimate of KL(policy || reference); 0 if the coefficient is 0",
+    "ratio_error": "mean |ratio - 1| at the trained tokens; 0 on-policy",
     "entropy": "mean entropy (nats) of the policy at the trained tokens",
     "mismatch_mean": "mean |log-prob of the sampler - log-prob of the trainer|, first update",
     "mismatch_max": "the largest of those; near 0, or sampler and trainer see different inputs",
@@ -89,34 +91,6 @@ class RunConfig:
     def __post_init__(self):
         if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.frame_counts) or self.show_every < 1:
             raise ValueError(f"need frame_counts like 8,16 and show_every >= 1: {self}")
-
-
-@dataclass(frozen=True)
-class GRPOConfig(grpo.LossConfig):
-    """The GRPO stage; defaults are the released ones of Long-RL where they are stated."""
-
-    data: str = "rl.jsonl"  # rows; the path is relative to the data directory
-    steps: int = 100  # rollout batches
-    prompts: int = 512  # prompts of a rollout batch, over all ranks
-    update_prompts: int = 128  # prompts of one optimizer step; fewer than prompts: off-policy
-    micro_prompts: int = 1  # prompts in one forward pass of a rank
-    group: int = 8  # G, answers to each prompt
-    temperature: float = 1.0  # of sampling, and of the log-probs that are trained
-    top_p: float = 0.99  # nucleus of sampling
-    accuracy_weight: float = 0.9  # reward of a right answer
-    format_weight: float = 0.1  # reward of the right format
-    scale_std: bool = True  # divide advantages by the group's standard deviation
-    lr: float = 1e-6  # AdamW, constant
-    weight_decay: float = 1e-2  # decoupled weight decay
-    grad_clip: float = 1.0  # largest norm of the gradient
-    max_mismatch: float = 1.0  # stop if a token's log-prob differs by more: inputs are not the same
-
-    def __post_init__(self):
-        counts = self.prompts, self.update_prompts, self.micro_prompts
-        if min(counts) < 1 or self.group < 2 or self.temperature <= 0:
-            raise ValueError(f"need prompt counts >= 1, group >= 2 and temperature > 0: {self}")
-        if self.average not in ("token", "sequence"):
-            raise ValueError(f"average must be token or sequence, not {self.average!r}")
 
 
 @dataclass(frozen=True)
@@ -373,8 +347,8 @@ def reduce_metrics(sums: dict, config: GRPOConfig, world: int) -> dict:
     t = dict(zip(names, values.tolist()))
     answers, tokens = max(t["answers"], 1), max(t["tokens"], 1)
     out = {n: t[n] / answers for n in ("reward", "accuracy", "format", "length", "finished")}
-    out |= {"clip_fraction": t["clipped"] / tokens, "kl": t["kl"] / tokens}
-    out |= {"entropy": t["entropy"] / tokens, "lr": config.lr}
+    out |= {n: t[n] / tokens for n in ("kl", "entropy", "ratio_error")}
+    out |= {"clip_fraction": t["clipped"] / tokens, "lr": config.lr}
     out |= {n: t[n] for n in ("loss", "grad_norm", "skipped_groups", "tokens")}
     out |= {"mismatch_mean": t["gap"] / max(t["gap_tokens"], 1), "mismatch_max": largest.item()}
     return out | {n: t[n] / world for n in ("seconds_rollout", "seconds_train")}
@@ -382,7 +356,7 @@ def reduce_metrics(sums: dict, config: GRPOConfig, world: int) -> dict:
 
 SUMS = (
     "reward accuracy format length finished answers skipped_groups tokens clipped kl entropy loss "
-    "grad_norm gap gap_tokens seconds_rollout seconds_train"
+    "ratio_error grad_norm gap gap_tokens seconds_rollout seconds_train"
 ).split()
 
 
@@ -396,17 +370,15 @@ def train_grpo(run: Run, model, config: GRPOConfig, rows: list) -> None:
     optimizer = torch.optim.AdamW(
         model.llm.parameters(), config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay
     )
-    seed, where = run.config.seed, (run.config.seed, run.rank, run.world)
+    seed, at = run.config.seed, (run.config.seed, run.rank, run.world)
     with run.stage("grpo"):
         bar = run.bar("grpo", config.steps)(sft.batches(rows, config.prompts, config.steps, seed))
         for step, batch in enumerate(bar):
             metrics, sample = grpo_step(
-                model, reference, engine, optimizer, batch, step, config, *where
+                model, reference, engine, optimizer, batch, step, config, *at
             )
             run.write("metrics.jsonl", {"stage": "grpo", "step": step} | metrics)
-            bar.set_postfix_str(
-                f"accuracy {metrics['accuracy']:.2f}, length {metrics['length']:.0f}"
-            )
+            bar.set_postfix(accuracy=round(metrics["accuracy"], 2), length=round(metrics["length"]))
             if step % run.config.show_every == 0 or step + 1 == config.steps:
                 run.write("samples.jsonl", sample)
                 if sample and run.rank == 0:  # show the data: one question and one of its answers
@@ -434,12 +406,8 @@ def pipeline(run: Run, preset: Preset) -> dict:
     with run.stage("data"):
         data.toy_build(str(folder), preset.toy, seed, run.rank, run.world, run.bar("videos"))
         if run.rank == 0:
-            texts = [
-                t
-                for f in folder.glob("*.jsonl")
-                for e in rows(f.name)
-                for t in (e.problem, e.response)
-            ]
+            files = sorted(folder.glob("*.jsonl"))
+            texts = [f"{e.problem} {e.response}" for file in files for e in rows(file.name)]
             toy_checkpoint(str(run.out / "init"), texts, data.SIZE, preset.recipe, seed)
     model = VILA.from_pretrained(run.out / "init").to(run.device)
     model.cache = mrsp.EmbeddingCache(run.config.cache_dir)

@@ -309,7 +309,7 @@ def test_the_whole_pipeline_runs_on_two_ranks_and_its_model_scores_the_same_agai
         "--nproc_per_node",
         "2",
     ]
-    command += ["train.py", "--output_dir", str(out), *SMALLEST]
+    command += ["train.py", "--output_dir", str(out), "--cache_dir", str(tmp_path / "c"), *SMALLEST]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -334,7 +334,12 @@ def test_the_whole_pipeline_runs_on_two_ranks_and_its_model_scores_the_same_agai
     )
     for name in ("curves.png", "frames.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
+    kept = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "c").iterdir()}
     command = [sys.executable, "eval.py", "--model", str(out / "model")]
+    command += ["--cache_dir", str(tmp_path / "c")]
     again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
     assert f"accuracy {summary['grpo']['accuracy']:.4f}" in again.stdout, again.stderr[-2000:]
+    # evaluation found every embedding that training had computed
+    assert kept == {file.name: file.stat().st_mtime_ns for file in (tmp_path / "c").iterdir()}
+    assert len(kept) > 20 and all(name.endswith(".safetensors") for name in kept)
     assert "after GRPO" in done.stdout and "GRPO" in done.stdout and str(out) in done.stdout
