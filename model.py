@@ -38,6 +38,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -152,8 +153,9 @@ class VILA(nn.Module):
     def __init__(self, config: dict, llm, tower, projector, tokenizer, preprocess: dict):
         super().__init__()
         self.recipe, self.cache = Recipe(), mrsp.EmbeddingCache()
+        self.mesh, self.sharded = mrsp.Mesh(), False  # ranks of a sequence; parameters in FSDP2?
         self.config, self.tokenizer, self.preprocess = config, tokenizer, preprocess
-        self.llm, self.tower, self.projector = llm, tower, projector
+        self.policy, self.tower, self.projector = Policy(llm), tower, projector
         llm.set_attn_implementation("mrsp")
         self.media_token = tokenizer.convert_tokens_to_ids(config["video_token"])
         self.eos = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -165,6 +167,10 @@ class VILA(nn.Module):
         end = encoder.get("end_tokens")
         self.end_ids = tokenizer(end, add_special_tokens=False).input_ids if end else []
         self._tower_hash = None
+
+    @property
+    def llm(self):
+        return self.policy.llm
 
     # -- checkpoints
 
@@ -229,15 +235,19 @@ class VILA(nn.Module):
                 raise ModelError(f"{folder}/recipe.json: {error}") from None
         return model
 
-    def save_pretrained(self, folder: str) -> None:
-        """Write the same layout; llm/ alone is a Qwen2 checkpoint that vLLM can serve."""
+    def save_pretrained(self, folder: str, write: bool = True) -> None:
+        """Write the same layout; llm/ alone is a Qwen2 checkpoint that vLLM can serve. With sharded
+        parameters every rank calls this (they are gathered one by one), and one of them writes."""
         from safetensors.torch import save_file
 
+        weights = {k: mrsp.whole(v) for k, v in self.llm.state_dict().items()}
+        if not write:
+            return
         root = Path(folder)
         (root / "mm_projector").mkdir(parents=True, exist_ok=True)
         (root / "config.json").write_text(json.dumps(self.config, indent=2))
         (root / "recipe.json").write_text(json.dumps(asdict(self.recipe), indent=2))
-        self.llm.save_pretrained(root / "llm")
+        self.llm.save_pretrained(root / "llm", state_dict=weights)
         self.tokenizer.save_pretrained(root / "llm")
         self.tower.save_pretrained(root / "vision_tower")
         (root / "vision_tower" / "preprocessor_config.json").write_text(json.dumps(self.preprocess))
@@ -291,10 +301,11 @@ class VILA(nn.Module):
         """The tower's or projector's weights changed: cached embeddings no longer apply."""
         self._tower_hash = None
 
+    @torch.no_grad()
     def features(self, example: Example, num_frames: int, group=None) -> Tensor | None:
         """Features (F, K, D) of an example's media; None for text. Computed once: on a hit of the
-        cache the file is not even decoded. No gradient: for a frozen tower. `group`: the ranks
-        that encode this video together."""
+        cache the file is not even decoded. No gradient: for a frozen tower. group: ranks that all
+        call this for the same examples in the same order, and encode a video together."""
         if example.data_type == "text":
             return None
 
@@ -304,21 +315,29 @@ class VILA(nn.Module):
 
         taken = (example.num_frames or num_frames, example.segment, example.data_type)
         content = mrsp.file_hash(example.media) if os.path.isfile(example.media) else example.media
-        return self.cache.get(mrsp.media_key(content, self.encoder_hash(), *taken), compute)
+        key = mrsp.media_key(content, self.encoder_hash(), *taken)
+        return self.cache.get(key, compute, group)
 
     def features_trainable(self, examples: list[Example], num_frames: int) -> list[Tensor | None]:
         """features() of several examples, with gradients into tower and projector, and no cache."""
         media = {
-            i: load_media(e, num_frames)[0] for i, e in enumerate(examples) if e.data_type != "text"
+            i: torch.from_numpy(load_media(e, num_frames)[0])
+            for i, e in enumerate(examples)
+            if e.data_type != "text"
         }
-        found = dict(zip(media, self.encode_many(list(media.values())))) if media else {}
+        if self.mesh.sp == 1:
+            found = self.encode_many(list(media.values())) if media else []
+        else:  # the ranks of a sequence have the same examples, and encode each together
+            group = self.mesh.sp_group
+            found = [mrsp.encode_parallel(self.encode, m, group) for m in media.values()]
+        found = dict(zip(media, found))
         return [found.get(i) for i in range(len(examples))]
 
     # -- prompt
 
-    def prompt(self, example: Example, num_frames: int | None = None, prefill: str = "") -> Prompt:
+    def prompt(self, example: Example, num_frames=None, prefill: str = "", group=None) -> Prompt:
         """The Prompt of an example in thinking mode, as the recipe says, from cached features."""
-        features = self.features(example, num_frames or self.recipe.num_frames)
+        features = self.features(example, num_frames or self.recipe.num_frames, group)
         return self.build_prompt(example, features, prefill=prefill)
 
     def build_prompt(self, example, features, thinking: bool = True, prefill: str = "") -> Prompt:
@@ -360,34 +379,81 @@ class VILA(nn.Module):
             shared=len(head_ids) + len(media_ids),
         )
 
+    def idle(self) -> mrsp.Pack:
+        """The smallest Pack: a rank that has nothing to train runs it beside the others, because
+        gathering sharded parameters needs all ranks. Its loss is multiplied by zero."""
+        one, none = torch.zeros(1, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+        one = one.to(next(self.parameters()).device)
+        return mrsp.pack([Prompt(one, one, None, none, "", 1)], [[one]])
+
     # -- policy
+
+    def embed(self, ids: Tensor, media: Tensor | None, media_at: Tensor) -> Tensor:
+        return self.policy.embed(ids, media, media_at)
+
+    def forward(self, pack: mrsp.Pack, temperature: float = 1.0, chunk: int = 8192):
+        """Log-probs (M,) and entropies (M,) of a Pack's targets; see Policy."""
+        return self.policy(mrsp.shard(pack, self.mesh), temperature, chunk)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep only each layer's input for backward; layers run twice."""
+        self.llm.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def shard_parameters(self, dtype=torch.bfloat16) -> None:
+        """FSDP2 over all ranks: each keeps its share of every decoder layer, in the precision the
+        model has now (float32: the master weights, which the optimizer steps); a layer is gathered
+        in `dtype` when it runs, its gradients are added up in float32. Tower and projector stay
+        whole: small beside the decoder, frozen in RL (mrsp.all_reduce_gradients adds theirs up)."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        device = next(self.llm.parameters()).device.type
+        mesh = init_device_mesh(device, (dist.get_world_size(),))
+        wide = torch.promote_types(next(self.llm.parameters()).dtype, torch.float32)
+        settings = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(dtype, wide)}
+        for module in (*self.llm.model.layers, self.policy):
+            # Freed after each forward, the root too: what a later optimizer step changes is never
+            # read from an old copy.
+            fully_shard(module, **settings, reshard_after_forward=True)
+            # FSDP averages over ranks; ours is a sum (each rank's loss is divided by global counts)
+            module.set_gradient_divide_factor(1.0)
+        self.sharded = True
+
+
+class Policy(nn.Module):
+    """Decoder and log-probs as one module. It is the root of FSDP2: whatever touches a sharded
+    parameter has to happen inside its forward."""
+
+    def __init__(self, llm):
+        super().__init__()
+        self.llm = llm
 
     def embed(self, ids: Tensor, media: Tensor | None, media_at: Tensor) -> Tensor:
         """Token embeddings (B, L, D), with media features at flat positions media_at."""
         x = self.llm.get_input_embeddings()(ids)
-        if media is not None and len(media):
+        if media is not None:  # also if none of it is here: its gradient is awaited by all ranks
             flat = x.reshape(-1, x.shape[-1])
             x = flat.index_copy(0, media_at, media.to(flat.device, flat.dtype)).view_as(x)
         return x
 
     def forward(
-        self, pack: mrsp.Pack, temperature: float = 1.0, chunk: int = 8192
+        self, share: mrsp.Pack, temperature: float = 1.0, chunk: int = 8192
     ) -> tuple[Tensor, Tensor]:
-        """Log-probs (M,) float32 (or wider) of the pack's targets at a sampling temperature, and
-        the entropy (M,) of each predicted distribution (no gradient)."""
-        x = self.embed(pack.ids, pack.media, pack.media_at)  # (B, L, D)
-        body = self.llm.model
-        hidden = body(
-            inputs_embeds=x, position_ids=pack.positions, use_cache=False, mrsp=pack.layout
-        ).last_hidden_state  # (B, L, D)
-        # DEVIATION 1: only M of B * L hidden states reach the LM head.
-        hidden = hidden.reshape(-1, hidden.shape[-1])[pack.hidden_at]  # (M, D)
+        """Log-probs (M,) float32 (or wider) of the targets at a sampling temperature, and the
+        entropy (M,) of each predicted distribution (no gradient). share: this rank's part of a
+        Pack (mrsp.shard); the result is that of the whole Pack, on every rank."""
+        x = self.embed(share.ids, share.media, share.media_at)  # (B, Ls, D)
+        hidden = self.llm.model(
+            inputs_embeds=x, position_ids=share.positions, use_cache=False, mrsp=share.layout
+        ).last_hidden_state  # (B, Ls, D)
+        # DEVIATION 1: only the hidden states that predict a target reach the LM head.
+        hidden = hidden.reshape(-1, hidden.shape[-1])[share.hidden_at]  # (width, D)
         parts = []
-        for h, t in zip(hidden.split(chunk), pack.targets.split(chunk)):
-            # Checkpointed: backward computes a chunk's logits again instead of keeping (M, V).
+        for h, t in zip(hidden.split(chunk), share.targets.split(chunk)):
+            # Checkpointed: backward computes a chunk's logits again instead of keeping (width, V).
             parts.append(checkpoint(self._log_probs, h, t, temperature, use_reentrant=False))
         logps, entropies = zip(*parts)
-        return torch.cat(logps), torch.cat(entropies)
+        return mrsp.collect(torch.cat(logps), share), mrsp.collect(torch.cat(entropies), share)
 
     def _log_probs(self, hidden: Tensor, targets: Tensor, temperature: float):
         logits = self.llm.lm_head(hidden)
@@ -396,10 +462,6 @@ class VILA(nn.Module):
         with torch.no_grad():
             entropy = -(logp.exp() * logp).sum(-1)
         return logp.gather(-1, targets[:, None])[:, 0], entropy
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Keep only each layer's input for backward; layers run twice."""
-        self.llm.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 # ------------------------------------------------------------------------------------ the toy

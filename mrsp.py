@@ -1,4 +1,5 @@
-"""MR-SP: one packed sequence for a prompt and its G answers, and embeddings computed once.
+"""MR-SP: one packed sequence for a prompt and its G answers, sharded over ranks, and embeddings
+computed once.
 
 GRPO trains G sampled answers to ONE prompt, and the prompt of a long video is long: P = 256,000
 tokens against R = 1,000 of an answer. Training code runs G full copies of the prompt, G * (P + R)
@@ -17,60 +18,206 @@ and its order within prompt + answer; query i sees key j if
              r_1            all     causal   .       every answer, as if the others were not there.
              r_2            all       .    causal
 
-Log-probs and gradients are equal to those of the copies: nothing is approximated (the tests hold
-both at 1e-9 in float64). The first token of every answer is predicted from the prompt's last
-hidden state. The same rule serves sampling (G answers grow side by side behind one prompt, see
-rollout.py) and SFT (one video, several questions: the branches are question + answer).
+Log-probs and gradients are those of the copies: nothing is approximated (the tests hold both at
+1e-9 in float64). The same rule serves sampling (rollout.py) and SFT (one video, several questions).
+(*) enters unmodified Hugging Face models as one attention function, "mrsp"; the Layout travels as
+a keyword, model(..., mrsp=layout), and so survives gradient checkpointing.
 
-(*) enters unmodified Hugging Face models as one attention function, registered as "mrsp"; the
-Layout travels as a keyword, model(..., mrsp=layout), and so reaches every layer, also when
-gradient checkpointing runs it again. Two implementations of the same rule:
-    dense    one masked call. Fine while L * L bits are little (below DENSE_LIMIT tokens).
-    blocks   prompt causal, answers x prompt full, each answer causal on itself; partial results
-             merged by their log-sum-exp. Linear memory, and only the needed blocks are computed.
+Stage 1 of the paper's MR-SP (section 5): the frames of a video are encoded by all ranks together
+(encode_parallel), and the embeddings are kept (EmbeddingCache), since the tower is frozen in RL.
 
-Stage 1 of the paper's MR-SP is here too: encode_parallel splits the frames of a video over the
-ranks and gathers the embeddings; EmbeddingCache keeps them, since the tower is frozen in RL.
+Stage 2: the packed sequence is sharded over S = O x U ranks. Only attention needs the others:
 
-Differences from the paper:
+    U, Ulysses   tokens are exchanged for heads: (H, L/U) a rank -> (H/U, L) -> (H/U, ..) -> back.
+                 Exact split of the work, but U must divide the heads of queries and of keys.
+    O, zigzag    rank r of O holds chunks r and 2O-1-r of the prompt's 2O (early tokens see little,
+                 late ones much: the pairs have equal work) and some of the answers, whole. Answers
+                 see only themselves and the prompt, so the prompt's keys and values (K/V) are all
+                 that travels: "gather", everything at once, or "ring", piece by piece.
+
+                  rank 0    [ c0 | c3 | r_1 ]     O = 2, four chunks, two answers
+                  rank 1    [ c1 | c2 | r_2 ]
+
+With U = S this is Ulysses, with O = S it is gather or ring, between them their product.
+
+What the large systems do: Ulysses or ring over G copies, padding or dropping tokens so that the
+length divides, with model classes rewritten for it. Differences from the paper:
     DEVIATION 1: one packed sequence instead of G copies (section 5 trains 5 full copies).
     DEVIATION 2: embeddings outlive the step: kept in memory, and on disk across epochs and runs.
+    DEVIATION 3: the paper shards evenly in order; here the prompt is dealt in zigzag when O > 1.
 
-Glossary: B prompts, G answers a prompt, P prompt tokens, R answer tokens, L packed length, M
-predicted tokens of a batch, H heads (Hkv of keys), D width of a head or of an embedding, F frames.
+Glossary: B prompts, G answers a prompt, P prompt tokens, R answer tokens, L packed length, Ls
+tokens on a rank, M predicted tokens of a batch, H heads (Hkv of keys), D width of a head or of an
+embedding, F frames, S = O x U sequence-parallel ranks.
 Check this file alone:  pytest tests/test_mrsp.py
 """
 
 import hashlib
+import importlib
 import os
+import zlib
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from math import gcd
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+# torch 2.13 renamed these two; the old names warn there, the new ones are missing before.
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 DENSE_LIMIT = 2048  # longest packed sequence for which the (L, L) mask is built
+RING_BYTES = 2 << 30  # "auto": K/V of a prompt and layer above this travel in a ring, not at once
+
+
+# ---------------------------------------------------------------------------------------- ranks
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Where this rank stands among dp x O x U ranks, U innermost (neighbours, on one node).
+
+    The groups are process groups of this rank: sp_group has all S ranks of a sequence, outer_group
+    the O ranks with the same heads, inner_group the U ranks that share a shard. None: just me.
+    """
+
+    rank: int = 0
+    dp: int = 1
+    outer: int = 1  # O
+    ulysses: int = 1  # U
+    method: str = "auto"  # how K/V travel among the outer ranks: gather, ring, or auto
+    sp_group: object = None
+    outer_group: object = None
+    inner_group: object = None
+    why: str = "no sequence parallelism: one rank a sequence"
+
+    @property
+    def sp(self) -> int:
+        return self.outer * self.ulysses
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.sp
+
+    @property
+    def sp_rank(self) -> int:
+        return self.rank % self.sp
+
+    @property
+    def outer_rank(self) -> int:
+        return self.sp_rank // self.ulysses
+
+
+def choose_method(method: str, sp: int, heads: int, kv_heads: int) -> tuple[int, str, str]:
+    """--sp_attention -> (U, how K/V travel, a sentence that says which and why).
+
+    auto takes the largest U that divides the ranks and both kinds of heads (it splits the work
+    exactly and moves the least), and gather for the rest: simplest, and indifferent to heads. A
+    7B with 28 / 4 heads on 8 ranks gets U = 4, O = 2.
+
+    >>> [choose_method("auto", 8, *heads)[:2] for heads in ((32, 8), (28, 4), (14, 2), (9, 3))]
+    [(8, 'auto'), (4, 'auto'), (2, 'auto'), (1, 'auto')]
+    """
+    known = ("auto", "ulysses", "gather", "ring", "ulysses+gather", "ulysses+ring")
+    if method not in known:
+        raise ValueError(f"sp_attention must be one of {', '.join(known)}, not {method!r}")
+    most = gcd(gcd(heads, kv_heads), sp)
+    if method == "ulysses" and most < sp:
+        raise ValueError(
+            f"ulysses needs head counts that {sp} ranks divide, but the model has {heads} query "
+            f"and {kv_heads} K/V heads: use --sp_attention auto or gather"
+        )
+    ulysses = 1 if method in ("gather", "ring") else most
+    travel = method.rpartition("+")[2] if ulysses < sp and method != "auto" else "auto"
+    outer = sp // ulysses
+    if sp == 1:
+        return 1, "auto", Mesh.why
+    why = f"{sp} ranks a sequence = ulysses {ulysses} x {outer} "
+    why += f"({heads} query and {kv_heads} K/V heads: at most {most} ranks can split them)"
+    if outer > 1 and travel == "auto":
+        why += f"; K/V are gathered, above {RING_BYTES >> 30} GiB a layer passed in a ring"
+    elif outer > 1:
+        why += f"; K/V travel by {travel}, as asked"
+    return ulysses, travel, why
+
+
+def make_mesh(sp: int = 1, method: str = "auto", heads: int = 1, kv_heads: int = 1) -> Mesh:
+    """The Mesh of this rank; every rank calls it (making process groups is a collective)."""
+    on = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if on else (0, 1)
+    if sp < 1 or world % sp:
+        raise ValueError(f"--sp {sp} does not divide the {world} ranks")
+    u, travel, why = choose_method(method, sp, heads, kv_heads)
+    found = {"sp_group": None, "outer_group": None, "inner_group": None}
+    for first in range(0, world, sp):  # every rank makes every group, and keeps its own
+        groups = [("sp_group", range(first, first + sp))]
+        groups += [("outer_group", range(first + i, first + sp, u)) for i in range(u)]
+        groups += [("inner_group", range(i, i + u)) for i in range(first, first + sp, u)]
+        for name, ranks in groups:
+            if len(ranks) > 1:
+                group = dist.new_group(list(ranks))
+                if rank in ranks:
+                    found[name] = group
+    return Mesh(rank, world // sp, sp // u, u, travel, **found, why=why)
 
 
 # -------------------------------------------------------------------------------------- layout
 
+Span = tuple[int, int, int]  # (segment, first order, end): consecutive tokens of one segment
+Block = tuple[int, int, int, int, bool]  # queries [q0, q1) see keys [k0, k1); causal, or all
+
+
+def plan_blocks(queries: list[Span], keys: list[Span]) -> list[Block]:
+    """Rule (*) as rectangles, for queries and keys that are back to back in memory. Squares are
+    causal, the rest is full: kernels disagree on where a rectangle's diagonal begins. Empty ones
+    are left out: the kernels crash on them.
+
+    >>> row = [(0, 0, 2), (1, 2, 3), (2, 2, 4)]  # prompt of 2, answers of 1 and 2
+    >>> plan_blocks(row, row)
+    [(0, 2, 0, 2, True), (2, 5, 0, 2, False), (2, 3, 2, 3, True), (3, 5, 3, 5, True)]
+    """
+    plan, k_at = [], 0
+    for k_seg, k0, k1 in keys:
+        q_at = 0
+        for q_seg, q0, q1 in queries:
+            low, high = max(q0, k0), min(q1, k1)  # the orders that both spans have
+            found = [
+                (q0, q1, k0, min(k1, q0), False),  # keys before all of the queries
+                (low, high, low, high, True),  # the diagonal
+                (high, q1, low, high, False),  # queries behind the diagonal
+            ]
+            for a, b, c, d, causal in found if k_seg in (0, q_seg) else []:
+                if a < b and c < d:
+                    block = (a - q0 + q_at, b - q0 + q_at, c - k0 + k_at, d - k0 + k_at, causal)
+                    if plan and plan[-1][1:] == (block[0], *block[2:4], False) and not causal:
+                        block = (plan.pop()[0], *block[1:])  # one rectangle for all answers
+                    plan.append(block)
+            q_at += q1 - q0
+        k_at += k1 - k0
+    return plan
+
 
 @dataclass
 class Layout:
-    """Who sees whom. Queries (B, Lq) and keys (B, Lk) carry segment and order; while training they
-    are the same tokens, while sampling the keys are the whole cache.
+    """Who sees whom, for the attention function.
 
-    lengths: per row (P, [R_1 ... R_G]), with prompt and answers back to back from token 0; needed
-    for the block form. None while sampling.
+    Queries (B, Lq) and keys (B, Lk) carry segment and order: what the dense form needs. While
+    training they are the same tokens, while sampling the keys are the whole cache.
+    parts: for each of the O outer ranks, for each row, the spans that it holds, back to back;
+    needed by the block form. None while sampling. `before` is the most prompt tokens of a part.
     """
 
     q_segment: Tensor
     q_order: Tensor
     k_segment: Tensor
     k_order: Tensor
-    lengths: list[tuple[int, list[int]]] | None = None
+    parts: list[list[list[Span]]] | None = None
+    mesh: Mesh = field(default_factory=Mesh)
     _mask: Tensor | None = field(default=None, repr=False)
 
     def mask(self) -> Tensor:
@@ -82,19 +229,23 @@ class Layout:
             self._mask = (((k_seg == 0) | (k_seg == q_seg)) & (k_ord <= q_ord))[:, None]
         return self._mask
 
-    def blocks(self, row: int) -> list[tuple[int, int, int, int, bool]]:
-        """Rule (*) as rectangles (q0, q1, k0, k1, causal) of one row: squares are causal, the
-        rest is full. Empty ones are left out: the kernels crash on them.
+    def blocks(self, source: int) -> list[tuple]:
+        """The plan for this rank's queries and the keys that come from an outer rank: its prompt
+        tokens (they precede its answers), and if that is this rank, all it has. As index tuples
+        into (B, H, L, D) or (B, H, L): [(queries, keys, causal)]."""
+        me, plan = self.mesh.outer_rank, []
+        for b, (queries, keys) in enumerate(zip(self.parts[me], self.parts[source])):
+            keys = keys if source == me else [span for span in keys if span[0] == 0]
+            for q0, q1, k0, k1, causal in plan_blocks(queries, keys):
+                row, all_heads = slice(b, b + 1), slice(None)
+                plan.append(
+                    ((row, all_heads, slice(q0, q1)), (row, all_heads, slice(k0, k1)), causal)
+                )
+        return plan
 
-        >>> Layout(*[torch.zeros(1, 5)] * 4, lengths=[(2, [1, 2])]).blocks(0)
-        [(0, 2, 0, 2, True), (2, 5, 0, 2, False), (2, 3, 2, 3, True), (3, 5, 3, 5, True)]
-        """
-        p, answers = self.lengths[row]
-        plan, start = [(0, p, 0, p, True), (p, p + sum(answers), 0, p, False)], p
-        for r in answers:
-            plan.append((start, start + r, start, start + r, True))
-            start += r
-        return [b for b in plan if b[1] > b[0] and b[3] > b[2]]
+    def prompt_tokens(self) -> int:
+        """The most prompt tokens that a part has: what travels, padded to this."""
+        return max(sum(b - a for s, a, b in row if s == 0) for part in self.parts for row in part)
 
 
 @dataclass
@@ -106,6 +257,7 @@ class Pack:
     hidden_at (M,): index into B * L of the hidden state that predicts targets (M,);
     row, branch (M,): which prompt and which of its answers a target belongs to; step (M,): where
     in the answer it stands.
+    gathered_at (M,): of a share (see shard), where each target's value is after the all-gather.
     """
 
     ids: Tensor
@@ -118,6 +270,7 @@ class Pack:
     row: Tensor
     branch: Tensor
     step: Tensor
+    gathered_at: Tensor | None = None
 
     def pad(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """(M,) values of the targets -> (B, G, R) with zeros where nothing is, and the mask.
@@ -148,6 +301,7 @@ def pack(prompts, branches, context=None) -> Pack:
     total = max(p + sum(group) for p, group in lengths)  # L
 
     ids = torch.zeros(b_rows, total, dtype=torch.long)
+    spans = [[(0, 0, p), *((g + 1, p, p + r) for g, r in enumerate(rs))] for p, rs in lengths]
     segment = torch.full((b_rows, total), -1)
     order = torch.arange(total).repeat(b_rows, 1)
     positions = torch.zeros(*prompts[0].positions.shape[:-1], b_rows, total, dtype=torch.long)
@@ -183,7 +337,7 @@ def pack(prompts, branches, context=None) -> Pack:
         positions=positions.to(device),
         media=torch.cat(media) if media else None,
         media_at=torch.cat([torch.zeros(0, dtype=torch.long), *media_at]).to(device),
-        layout=Layout(segment, order, segment, order, lengths),
+        layout=Layout(segment, order, segment, order, [spans]),
         hidden_at=torch.cat(hidden_at).to(device),
         targets=torch.cat(targets).to(device),
         row=row,
@@ -203,6 +357,133 @@ def copies(prompts, branches, context=None) -> tuple[list, list, list | None]:
     )
 
 
+# ------------------------------------------------------------------- stage 2: deal, shard, collect
+
+
+def deal(row: list[Span], outer: int) -> list[list[Span]]:
+    """Deal a packed row to the outer ranks: rank r gets chunks r and 2 * outer - 1 - r of the
+    prompt, and whole answers, the longest first to the rank with the fewest tokens. Nothing is
+    dropped or padded; pieces of a short prompt may be empty.
+
+    >>> deal([(0, 0, 8), (1, 8, 10), (2, 8, 13)], 2)
+    [[(0, 0, 2), (0, 6, 8), (2, 8, 13)], [(0, 2, 4), (0, 4, 6), (1, 8, 10)]]
+    """
+    if outer == 1:
+        return [row]
+    size = lambda spans: sum(b - a for _, a, b in spans)  # noqa: E731
+    cuts = [row[0][2] * j // (2 * outer) for j in range(2 * outer + 1)]
+    chunks = [(0, a, b) for a, b in zip(cuts, cuts[1:])]
+    parts = [[chunks[r], chunks[-1 - r]] for r in range(outer)]
+    for span in sorted(row[1:], key=lambda s: s[1] - s[2]):
+        min(parts, key=size).append(span)
+    return [[s for s in part if s[1] < s[2]] for part in parts]
+
+
+def shard(pack: Pack, mesh: Mesh) -> Pack:
+    """This rank's share of a Pack, (B, L) -> (B, Ls), the same tensors for a part of the tokens;
+    hidden_at and targets are those that this rank predicts, (width,), padded to the same width on
+    every rank (so that all ranks run the LM head, which FSDP needs); collect() undoes it.
+
+    The outer deal comes first; each part is padded to a multiple of U, and cut in U even slices.
+    Text and media may fall anywhere. No communication: every rank has the whole Pack.
+    """
+    rows, device = pack.layout.parts[0], pack.ids.device
+    (b_rows, total), outer, u, me = pack.ids.shape, mesh.outer, mesh.ulysses, mesh.sp_rank
+    dealt = [deal(row, outer) for row in rows]
+    parts = [[spans[o] for spans in dealt] for o in range(outer)]
+    size = max(sum(b - a for _, a, b in spans) for part in parts for spans in part)
+    size = max(size + -size % u, u)  # Lo, tokens of a part; at least one for each rank
+    # at[o, b, i]: where in packed row b token i of part o stands; `total` is padding
+    at = torch.full((outer, b_rows, size), total)
+    for b, row in enumerate(rows):
+        first, begin = {}, 0  # of each segment: its place in the packed row less its first order
+        for segment, a, z in row:
+            first[segment], begin = begin - a, begin + z - a
+        for o, part in enumerate(parts):
+            places = [torch.arange(a, z) + first[segment] for segment, a, z in part[b]]
+            if places:
+                at[o, b, : sum(map(len, places))] = torch.cat(places)
+    at = at.to(device)
+    # (O, B, Lo) -> (S, B, Ls), rank = o * U + u
+    every = at.view(outer, b_rows, u, -1).transpose(1, 2).flatten(0, 1)
+    local = every.shape[1:].numel()  # B * Ls
+    # went[b * L + j] = rank * (B * Ls) + place there, of each packed token
+    went = torch.zeros(b_rows, total + 1, dtype=torch.long, device=device)
+    slots = torch.arange(every.numel(), device=device).view_as(every)
+    went.scatter_(1, every.transpose(0, 1).flatten(1), slots.transpose(0, 1).flatten(1))
+    went = went[:, :total].flatten()
+
+    def take(x, index, fill):  # (..., B, L) at (B, n) -> (..., B, n)
+        x = F.pad(x, (0, 1), value=fill)
+        return x.gather(-1, index.expand(*x.shape[:-1], -1))
+
+    segment = take(pack.layout.q_segment, at[mesh.outer_rank], -1)
+    order = take(pack.layout.q_order, at[mesh.outer_rank], 0)
+    owner = went[pack.hidden_at] // local
+    counts = owner.bincount(minlength=mesh.sp)
+    by_owner = owner.argsort(stable=True)
+    nth = torch.empty_like(owner)  # the how manieth of its owner a target is
+    nth[by_owner] = (
+        torch.arange(len(owner), device=device) - (counts.cumsum(0) - counts)[owner[by_owner]]
+    )
+    width, mine = int(counts.max()), owner == me
+    media, media_at = pack.media, went[pack.media_at]
+    if media is not None:
+        here = media_at // local == me
+        media, media_at = media[here.to(media.device)], media_at[here] % local
+    return replace(
+        pack,
+        ids=take(pack.ids, every[me], 0),
+        positions=take(pack.positions, every[me], 0),
+        media=media,
+        media_at=media_at,
+        layout=Layout(segment, order, segment, order, parts, mesh),
+        hidden_at=F.pad(went[pack.hidden_at][mine] % local, (0, width - int(counts[me]))),
+        targets=F.pad(pack.targets[mine], (0, width - int(counts[me]))),
+        gathered_at=owner * width + nth,
+    )
+
+
+class AllGather(torch.autograd.Function):
+    """(n, ...) of each rank -> (S * n, ...) on every rank, in rank order. Backward: reduce-scatter,
+    (S * n, ...) -> (n, ...): each rank gets the sum of all ranks' gradients for its own part."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        out = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
+        all_gather(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        out = grad.new_empty(grad.shape[0] // dist.get_world_size(ctx.group), *grad.shape[1:])
+        reduce_scatter(out, grad.contiguous(), group=ctx.group)
+        return out, None
+
+
+class Collect(torch.autograd.Function):
+    """All-gather of (n,) values, from which every rank then computes the SAME loss. Backward: the
+    own slice, no communication; summing the equal gradients of S ranks would count them S times."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.own = slice(dist.get_rank(group) * len(x), (dist.get_rank(group) + 1) * len(x))
+        return AllGather.forward(ctx, x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad[ctx.own], None
+
+
+def collect(values: Tensor, share: Pack) -> Tensor:
+    """(width,) of each rank's targets -> (M,) of all targets, in the order of the unsharded Pack.
+    Parameter gradients of the S ranks then ADD UP to the whole (as they do over data parallel
+    ranks): each rank has the gradient of its own targets, through all tokens."""
+    group = share.layout.mesh.sp_group
+    return (values if group is None else Collect.apply(values, group))[share.gathered_at]
+
+
 # ----------------------------------------------------------------------------------- attention
 
 
@@ -211,53 +492,155 @@ def mrsp_attention(
 ):
     """The attention function for Hugging Face models: AttentionInterface.register("mrsp", this).
 
-    query (B, H, Lq, D), key and value (B, Hkv, Lk, D) -> (B, Lq, H, D), None. Dropout and sliding
-    windows are not supported by the packed layout. Padding belongs into the layout: transformers
-    drops a model's attention_mask for attention functions it does not know.
+    query (B, H, Lq, D), key and value (B, Hkv, Lk, D) -> (B, Lq, H, D), None; of the tokens of this
+    rank. Dropout and sliding windows are not supported by the packed layout. Padding belongs into
+    the layout: transformers drops a model's attention_mask for functions it does not know.
     """
     if attention_mask is not None:
         raise ValueError("attention 'mrsp' takes its mask from the layout; pass no attention_mask")
     if mrsp is None:
         raise ValueError("attention 'mrsp' needs the keyword mrsp=Layout in the model's call")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if mrsp.lengths is None or query.shape[2] <= DENSE_LIMIT:
+    mesh = mrsp.mesh
+    if mesh.ulysses > 1:  # (B, H, Ls, D) -> (B, H / U, Lo, D): fewer heads, more tokens
+        query, key, value = tokens_for_heads([query, key, value], mesh.inner_group)
+    if mrsp.parts is None or (mesh.outer == 1 and query.shape[2] <= DENSE_LIMIT):
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mrsp.mask(), scale=scale, enable_gqa=True
         )
     else:
-        out = torch.cat(
-            [
-                BlockAttention.apply(query[[b]], key[[b]], value[[b]], mrsp.blocks(b), scale)
-                for b in range(query.shape[0])
-            ]
-        )
+        out = BlockAttention.apply(query, key, value, mrsp, scale)
+    if mesh.ulysses > 1:
+        out = heads_for_tokens(out, mesh.inner_group)
     return out.transpose(1, 2).contiguous(), None
 
 
-def has_kernel(q: Tensor) -> bool:
-    """Does block_forward have a kernel for this tensor's device?"""
-    return q.device.type == "cpu"
+def attention_naive(q, k, v, layout: Layout, scale: float) -> Tensor:
+    """NAIVE: what every method below must equal. Each rank gets the queries, keys and values of all
+    S ranks, computes the attention of the whole sequence, and keeps its own tokens: S times the
+    work, S times the memory. q (B, H, Ls, D), k, v (B, Hkv, Ls, D) -> (B, H, Ls, D)."""
+    mesh, here = layout.mesh, slice(0, q.shape[2])
+    if mesh.sp_group is not None:
+        n = q.shape[2]
+        here = slice(mesh.sp_rank * n, (mesh.sp_rank + 1) * n)
+        inner = slice(mesh.sp_rank % mesh.ulysses * n, (mesh.sp_rank % mesh.ulysses + 1) * n)
+        whole = lambda x, dim: AllGather.apply(x.movedim(dim, 0), mesh.sp_group).movedim(0, dim)  # noqa: E731
+        q, k, v = whole(q, 2), whole(k, 2), whole(v, 2)  # (B, ., S * Ls, D)
+        segment = whole(layout.q_segment[:, inner], 1)  # (B, S * Ls)
+        order = whole(layout.q_order[:, inner], 1)
+        layout = Layout(segment, order, segment, order)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=layout.mask(), scale=scale, enable_gqa=True
+    )
+    return out[:, :, here]
+
+
+# -- Ulysses: exchange tokens for heads, attend, exchange back
+
+
+class AllToAll(torch.autograd.Function):
+    """(U, ...): slice i goes to rank i, slice j of the result comes from rank j. Backward: the same
+    exchange; gradients go back where the values came from."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return AllToAll.forward(ctx, grad, ctx.group), None
+
+
+def tokens_for_heads(tensors: list[Tensor], group) -> list[Tensor]:
+    """(B, H, Ls, D) of each -> (B, H / U, U * Ls, D): my heads of all tokens. One message for all.
+    (Naive: all-gather all heads of all tokens, keep mine; U times the traffic.)"""
+    u = dist.get_world_size(group)
+    split = [x.unflatten(1, (u, -1)).movedim(1, 0) for x in tensors]  # (U, B, H / U, Ls, D)
+    got = AllToAll.apply(torch.cat(split, 2), group)
+    got = got.split([x.shape[2] for x in split], 2)
+    return [x.movedim(0, 2).flatten(2, 3) for x in got]
+
+
+def heads_for_tokens(x: Tensor, group) -> Tensor:
+    """Back: (B, H / U, U * Ls, D) -> (B, H, Ls, D)."""
+    split = x.unflatten(2, (dist.get_world_size(group), -1)).movedim(2, 0)  # (U, B, H / U, Ls, D)
+    return AllToAll.apply(split, group).movedim(0, 1).flatten(1, 2)
+
+
+# -- one block
+
+
+def flash_attn():
+    """The package flash-attn, if it is installed and this is CUDA; else None."""
+    try:
+        return importlib.import_module("flash_attn.flash_attn_interface")
+    except ImportError:
+        return None
+
+
+def kernel(q: Tensor) -> str:
+    """Which kernel computes a block: "cpu" and "cuda" are torch's own, "flash_attn" the package's,
+    "plain" a softmax that builds the block's scores (float32 on CUDA, other devices)."""
+    if q.device.type == "cpu":
+        return "cpu"
+    half = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0
+    if q.device.type != "cuda" or not half or q.shape[-1] > 256:
+        return "plain"
+    return "flash_attn" if flash_attn() else "cuda"
 
 
 def block_forward(q, k, v, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of one block: out (1, H, Lq, D) and its log-sum-exp (1, H, Lq), natural log."""
-    if has_kernel(q):
+    which = kernel(q)
+    if which == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, scale=scale
         )
+    if which == "cuda":  # its tensors are (1, L, H, D)
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            *(x.transpose(1, 2) for x in (q, k, v)), None, None, q.shape[2], k.shape[2],
+            0.0, causal, False, scale=scale,
+        )  # fmt: skip
+        return out.transpose(1, 2), lse
+    if which == "flash_attn":  # (L, H, D), lse (H, L)
+        out, lse, *_ = flash_attn()._flash_attn_varlen_forward(
+            *(x[0].transpose(0, 1) for x in (q, k, v)), *varlen(q, k),
+            dropout_p=0.0, softmax_scale=scale, causal=causal,
+        )  # fmt: skip
+        return out.transpose(0, 1)[None], lse[None]
     score = block_score(q, k, causal, scale)
     lse = score.logsumexp(-1)
     weight = (score - lse[..., None]).exp().to(v.dtype)
     return weight @ v.repeat_interleave(q.shape[1] // v.shape[1], 1), lse
 
 
-def block_backward(grad, q, k, v, out, lse, causal: bool, scale: float):
+def block_backward(grad, q, out, lse, k, v, causal: bool, scale: float):
     """Gradients of one block from the FINAL out and lse of its rows: with those, softmax weights
     exp(score - lse) are the global ones, and each block's share simply adds up."""
-    if has_kernel(q):
+    which = kernel(q)
+    if which == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, causal, scale=scale
         )
+    if which == "cuda":
+        none = torch.empty(0, device=q.device)  # random state of dropout: not used
+        parts = torch.ops.aten._flash_attention_backward(
+            *(x.transpose(1, 2) for x in (grad, q, k, v, out)), lse.contiguous(), None, None,
+            q.shape[2], k.shape[2], 0.0, causal, none, none, scale=scale,
+        )  # fmt: skip
+        return [x.transpose(1, 2) for x in parts]
+    if which == "flash_attn":
+        flat = [x[0].transpose(0, 1) for x in (grad, q, k, v, out)]
+        parts = [torch.empty_like(x) for x in flat[1:4]]
+        flash_attn()._flash_attn_varlen_backward(
+            *flat, lse[0].contiguous(), *parts, *varlen(q, k), dropout_p=0.0, softmax_scale=scale,
+            causal=causal, window_size_left=-1, window_size_right=-1, softcap=0.0,
+            alibi_slopes=None, deterministic=False,
+        )  # fmt: skip
+        return [x.transpose(0, 1)[None] for x in parts]
     group = q.shape[1] // k.shape[1]
     k_all, v_all = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     weight = (block_score(q, k, causal, scale) - lse[..., None]).exp()  # (1, H, Lq, Lk)
@@ -269,7 +652,7 @@ def block_backward(grad, q, k, v, out, lse, causal: bool, scale: float):
 
 
 def block_score(q, k, causal: bool, scale: float) -> Tensor:
-    """NAIVE scores of one block in float32 or wider: for devices without a kernel below."""
+    """NAIVE scores of one block in float32 or wider, (1, H, Lq, Lk)."""
     wide = torch.promote_types(q.dtype, torch.float32)
     score = (q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT).to(wide) * scale
     if causal:
@@ -278,113 +661,206 @@ def block_score(q, k, causal: bool, scale: float) -> Tensor:
     return score
 
 
-class BlockAttention(torch.autograd.Function):
-    """Attention over a plan of blocks of one row: q (1, H, L, D), k, v (1, Hkv, L, D).
+def varlen(q: Tensor, k: Tensor) -> tuple:
+    """(cu_seqlens_q, cu_seqlens_k, max_q, max_k) of one sequence, for flash-attn."""
+    at = [torch.tensor([0, x.shape[2]], dtype=torch.int32, device=x.device) for x in (q, k)]
+    return *at, q.shape[2], k.shape[2]
 
-    Forward merges the blocks: with lse = log sum exp(score) of each,
+
+# -- all blocks: gather or ring
+
+
+def ring_pass(x: Tensor, group):
+    """Send x to the next rank of the ring and receive the previous rank's, of the same shape.
+    Returns wait() -> received; until then the transfer runs beside the computation."""
+    n, me = dist.get_world_size(group), dist.get_rank(group)
+    out, x = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous()
+    peers = [dist.get_global_rank(group, (me + step) % n) for step in (1, -1)]
+    works = dist.batch_isend_irecv(
+        [dist.P2POp(dist.isend, x, peers[0], group), dist.P2POp(dist.irecv, out, peers[1], group)]
+    )
+
+    def wait():
+        for work in works:
+            work.wait()
+        return out, x  # x is held until it is sent
+
+    return lambda: wait()[0]
+
+
+def travelling(k: Tensor, v: Tensor, layout: Layout):
+    """Yields (source, K, V) for every outer rank, this one first; the others' prompt K/V arrive
+    while that is computed. k, v (B, Hkv, Lo, D); others' have Pp = layout.prompt_tokens().
+
+    gather: all-gather of (2, B, Hkv, Pp, D), O times that is held at once; no order to wait for.
+    ring:   O - 1 times the same piece goes to the next rank; two pieces are held.
+    """
+    mesh, most = layout.mesh, layout.prompt_tokens()
+    me, n = mesh.outer_rank, mesh.outer
+    if n == 1:
+        yield me, k, v
+        return
+    piece = torch.stack([k[:, :, :most], v[:, :, :most]])
+    if not use_ring(layout, k):
+        whole = piece.new_empty(n, *piece.shape)
+        work = all_gather(whole.flatten(0, 1), piece, group=mesh.outer_group, async_op=True)
+        yield me, k, v
+        work.wait()
+        for step in range(1, n):
+            yield (me - step) % n, *whole[(me - step) % n]
+        return
+    wait = ring_pass(piece, mesh.outer_group)
+    yield me, k, v
+    for step in range(1, n):
+        piece = wait()
+        if step < n - 1:
+            wait = ring_pass(piece, mesh.outer_group)
+        yield (me - step) % n, *piece
+
+
+def use_ring(layout: Layout, k: Tensor) -> bool:
+    """Do K/V travel in a ring? `auto` gathers as long as all of it is small."""
+    mesh = layout.mesh
+    whole = 2 * mesh.outer * k[:, :, : layout.prompt_tokens()].nbytes
+    return mesh.method == "ring" or (mesh.method == "auto" and whole > RING_BYTES)
+
+
+class BlockAttention(torch.autograd.Function):
+    """Attention by blocks, over this rank's tokens and the prompt's K/V of all outer ranks:
+    q (B, H, Lo, D), k, v (B, Hkv, Lo, D) -> (B, H, Lo, D).
+
+    Naive: softmax needs all scores of a query at once; with score blocks s_1, s_2 its numerators
+    and denominators add up,
+        out = (sum exp(s_1) v_1 + sum exp(s_2) v_2) / (sum exp(s_1) + sum exp(s_2)).
+    Stable: keep each block's own softmax and its lse = log sum exp(s); then
         lse = logaddexp(lse_1, lse_2),  out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2.
-    It is one autograd.Function because the kernels' lse carries no gradient: plain autograd
-    through the merge runs, and is wrong by 40 %.
+
+    One autograd.Function, because the kernels' lse carries no gradient: plain autograd through the
+    merge runs, and is wrong by 40 %. Nothing that travelled is kept for backward: it travels again,
+    and the gradients of K/V go home: by reduce-scatter after gather, one step behind their keys
+    after ring. Sums are kept in float32 (or wider).
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, blocks, scale):
-        out = torch.zeros_like(q)
-        # lse is kept in the kernels' own precision: float64 for float64, else float32
+    def forward(ctx, q, k, v, layout: Layout, scale: float):
         wide = torch.promote_types(q.dtype, torch.float32)
+        out = torch.zeros(q.shape, dtype=wide, device=q.device)
         lse = torch.full(q.shape[:3], float("-inf"), dtype=wide, device=q.device)
-        for q0, q1, k0, k1, causal in blocks:
-            part, part_lse = block_forward(
-                q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1], causal, scale
-            )
-            both = torch.logaddexp(lse[:, :, q0:q1], part_lse.to(wide))
-            keep = (lse[:, :, q0:q1] - both).exp()[..., None].to(q.dtype)
-            add = (part_lse - both).exp()[..., None].to(q.dtype)
-            out[:, :, q0:q1] = out[:, :, q0:q1] * keep + part * add
-            lse[:, :, q0:q1] = both
+        for source, keys, values in travelling(k, v, layout):
+            for at, cols, causal in layout.blocks(source):
+                part, part_lse = block_forward(q[at], keys[cols], values[cols], causal, scale)
+                both = torch.logaddexp(lse[at], part_lse.to(wide))
+                keep, add = (lse[at] - both).exp(), (part_lse - both).exp()
+                out[at] = out[at] * keep[..., None] + part * add[..., None]
+                lse[at] = both
+        out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.blocks, ctx.scale = blocks, scale
+        ctx.layout, ctx.scale = layout, scale
         return out
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        grad = grad.contiguous()
-        for q0, q1, k0, k1, causal in ctx.blocks:
-            rows, cols = slice(q0, q1), slice(k0, k1)
-            parts = block_backward(
-                grad[:, :, rows],
-                q[:, :, rows],
-                k[:, :, cols],
-                v[:, :, cols],
-                out[:, :, rows],
-                lse[:, :, rows],
-                causal,
-                ctx.scale,
-            )
-            dq[:, :, rows] += parts[0]
-            dk[:, :, cols] += parts[1]
-            dv[:, :, cols] += parts[2]
-        return dq, dk, dv, None, None
+        layout, mesh, grad = ctx.layout, ctx.layout.mesh, grad.contiguous()
+        most, group = layout.prompt_tokens(), mesh.outer_group
+        dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
+        own = torch.zeros(2, *k.shape, dtype=lse.dtype, device=q.device)  # dk, dv of my tokens
+        shape = (2, *k.shape[:2], most, k.shape[3])  # dk, dv of another rank's prompt tokens
+        sent, wait = [], None
+        for source, keys, values in travelling(k, v, layout):
+            mine = source == mesh.outer_rank
+            dkv = own if mine else torch.zeros(shape, dtype=lse.dtype, device=q.device)
+            for at, cols, causal in layout.blocks(source):
+                here = [x[at] for x in (grad, q, out, lse)]
+                parts = block_backward(*here, keys[cols], values[cols], causal, ctx.scale)
+                dq[at] += parts[0]
+                dkv[0][cols] += parts[1]
+                dkv[1][cols] += parts[2]
+            if not mine and use_ring(layout, k):
+                # The previous rank's sum for this source, plus mine, goes on towards its home.
+                dkv = dkv + wait() if wait else dkv
+                wait = ring_pass(dkv, group)
+            elif not mine:
+                sent.append((source, dkv))
+        if wait:
+            own[:, :, :, :most] += wait()
+        if sent:  # everybody's gradients for everybody, (O, 2, B, Hkv, Pp, D); each gets its sum
+            every = torch.zeros(mesh.outer, *shape, dtype=lse.dtype, device=q.device)
+            for source, dkv in sent:
+                every[source] = dkv
+            home = torch.empty(shape, dtype=lse.dtype, device=q.device)
+            reduce_scatter(home, every.flatten(0, 1), group=group)
+            own[:, :, :, :most] += home
+        return dq.to(q.dtype), *own.to(k.dtype).unbind(), None, None
 
 
 # ---------------------------------------------------------------- stage 1: encode once, in parallel
 
 
-@torch.no_grad()
-def encode_parallel(encode, frames: Tensor, group=None) -> Tensor:
+def encode_parallel(encode, frames: Tensor, group=None, together: int = 1) -> Tensor:
     """Encode a video's frames, split evenly over the ranks of `group` (None: this process alone).
 
-    frames (F, H, W, 3), the same on every rank; encode maps (f, H, W, 3) -> (f, K, D), frame by
-    frame. Returns (F, K, D) on every rank, equal to encode(frames).
+    frames (F, H, W, 3), the same on every rank; encode maps (f, H, W, 3) to (f / together, K, D),
+    each `together` frames by themselves (1: frame by frame, 2: temporal patches, 8: TSP pooling;
+    the last few may be fewer). Returns (ceil(F / together), K, D) on every rank, equal to
+    encode(frames), for any F.
 
-    Communication: one all-gather; each rank sends its ceil(F / n) frames' embeddings (the last
-    ranks pad with copies of the last frame; padding is cut off again). No backward: the tower is
-    frozen.
+    Communication: one all-gather of ceil(units / n) units a rank, the last ranks padded with zeros.
+    Differentiable, if the tower is trained: backward is a reduce-scatter, which gives every rank
+    the gradient of the frames it encoded, summed over what all ranks did with them.
     """
-    n = dist.get_world_size(group) if group is not None else 1
-    if n == 1 or len(frames) == 0:
+    n, units = dist.get_world_size(group) if group is not None else 1, -(-len(frames) // together)
+    if n == 1 or units == 0:
         return encode(frames)
-    share = -(-len(frames) // n)
-    at = torch.arange(share) + dist.get_rank(group) * share
-    mine = encode(frames[at.clamp(max=len(frames) - 1)]).contiguous()  # (share, K, D)
-    whole = mine.new_empty(n * share, *mine.shape[1:])
-    dist.all_gather_into_tensor(whole, mine, group=group)
-    return whole[: len(frames)]
+    share = -(-units // n)
+    first, last = (min((dist.get_rank(group) + i) * share, units) for i in (0, 1))
+    # A rank without frames encodes the last ones and drops them: it learns shape and dtype.
+    start = min(first, units - 1)
+    mine = encode(frames[start * together : max(last, start + 1) * together])
+    if len(mine) != max(last, start + 1) - start:
+        raise ValueError(f"encode gave {len(mine)} features for every {together} of the frames")
+    mine = mine[: last - first]
+    padding = mine.new_zeros(share - len(mine), *mine.shape[1:])
+    return AllGather.apply(torch.cat([mine, padding]), group)[:units]
 
 
 class EmbeddingCache:
-    """Embeddings by key, in memory (least recently used goes first) and, with a folder, on disk
-    (DEVIATION 2).
+    """Embeddings by key, in memory and, with a folder, on disk (DEVIATION 2). Least recently used
+    entries go first when max_bytes (memory) or max_disk_bytes (folder) is exceeded.
 
     A key names everything the embedding depends on: the media file's content, the frames taken,
     and the encoder's weights and preprocessing (see media_key). Disk entries are safetensors
-    files, written under another name and renamed, so that ranks and runs may share a folder; one
-    that does not read back is reported and computed again.
+    files with a checksum, memory-mapped when read, written under another name and renamed: ranks
+    and runs may share a folder. A damaged one is reported and computed again.
     """
 
-    def __init__(self, folder: str | None = None, max_bytes: int = 4 << 30):
-        self.folder, self.max_bytes, self.bytes = folder, max_bytes, 0
+    def __init__(self, folder=None, max_bytes: int = 4 << 30, max_disk_bytes: int = 100 << 30):
+        self.folder, self.max_bytes, self.max_disk_bytes = folder, max_bytes, max_disk_bytes
         self.memory: OrderedDict[str, Tensor] = OrderedDict()
-        self.hits = self.misses = 0
+        self.bytes = self.hits = self.misses = 0
         if folder:
             os.makedirs(folder, exist_ok=True)
 
-    def get(self, key: str, compute) -> Tensor:
-        """The tensor under key; compute() makes it on a miss. Never give it back modified."""
+    def get(self, key: str, compute, group=None) -> Tensor:
+        """The tensor under key; compute() makes it on a miss. Never give it back modified.
+
+        group: ranks that ask for the same key together, whose compute() is a collective. A miss on
+        one of them is a miss on all, or the others would wait for it for ever (one all-reduce of a
+        flag); the first of them writes to disk."""
         value = self.memory.get(key)
-        if value is not None:
-            self.memory.move_to_end(key)
+        value = self._read(key) if value is None else value
+        hit = torch.tensor(value is not None, dtype=torch.uint8)
+        if group is not None:
+            dist.all_reduce(hit, dist.ReduceOp.MIN, group=group)
+        if hit:
             self.hits += 1
-            return value
-        value = self._read(key)
-        if value is None:
+        else:
             self.misses += 1
             value = compute().cpu()  # host memory: the model moves what it uses
-            self._write(key, value)
-        else:
-            self.hits += 1
+            if self.folder and (group is None or dist.get_rank(group) == 0):
+                self._write(key, value)
+        if key in self.memory:
+            self.bytes -= self.memory.pop(key).nbytes
         self.memory[key] = value
         self.bytes += value.nbytes
         while self.bytes > self.max_bytes and len(self.memory) > 1:
@@ -395,24 +871,47 @@ class EmbeddingCache:
         return os.path.join(self.folder, key + ".safetensors")
 
     def _read(self, key: str) -> Tensor | None:
-        if not self.folder or not os.path.isfile(self._path(key)):
+        if not self.folder:
             return None
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
 
         try:
-            return load_file(self._path(key))["embeddings"]
-        except (SafetensorError, KeyError, OSError) as error:
+            with safe_open(self._path(key), "pt") as file:  # memory-mapped
+                value = file.get_tensor("embeddings")
+                if checksum(value) != (file.metadata() or {}).get("crc32"):
+                    raise OSError("the checksum differs")
+            os.utime(self._path(key))  # used now: eviction goes by this time
+            return value
+        except FileNotFoundError:  # never written, or evicted by another process
+            return None
+        except (SafetensorError, OSError) as error:
             print(f"embedding cache: {self._path(key)} is damaged ({error}); computing it again")
             return None
 
     def _write(self, key: str, value: Tensor) -> None:
-        if self.folder:
-            from safetensors.torch import save_file
+        from safetensors.torch import save_file
 
-            part = f"{self._path(key)}.{os.getpid()}.part"
-            save_file({"embeddings": value.contiguous()}, part)
-            os.replace(part, self._path(key))
+        part = f"{self._path(key)}.{os.getpid()}.part"
+        save_file({"embeddings": value.contiguous()}, part, {"crc32": checksum(value)})
+        os.replace(part, self._path(key))
+        entries = []
+        for entry in os.scandir(self.folder):
+            try:
+                entries.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
+            except FileNotFoundError:  # evicted by another process
+                continue
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            # Readers that have a file open keep it: an unlinked file lives until it is closed.
+            if total > self.max_disk_bytes and path != self._path(key):
+                total -= size
+                with suppress(FileNotFoundError):
+                    os.remove(path)
+
+
+def checksum(value: Tensor) -> str:
+    """CRC-32 of a CPU tensor's bytes."""
+    return f"{zlib.crc32(value.contiguous().flatten().view(torch.uint8).numpy()):08x}"
 
 
 def media_key(content: str, encoder: str, *settings) -> str:
@@ -450,6 +949,9 @@ def all_reduce_gradients(parameters, group=None) -> None:
             p.grad = torch.zeros_like(p)
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return
+    parameters = [p for p in parameters if not isinstance(p, DTensor)]  # FSDP has added up its own
+    if not parameters:
+        return
     flat = torch.cat([p.grad.reshape(-1) for p in parameters])
     dist.all_reduce(flat, group=group)
     for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
@@ -463,3 +965,48 @@ def all_sum(values: Tensor, group=None) -> Tensor:
     values = values.clone()
     dist.all_reduce(values, group=group)
     return values
+
+
+def all_max(value: int, group=None) -> int:
+    """Largest value over the ranks."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+        return value
+    out = torch.tensor(value)
+    dist.all_reduce(out, dist.ReduceOp.MAX, group=group)
+    return int(out)
+
+
+def gather_dealt(mine: list, count: int, group) -> list:
+    """Undo a deal of `count` items, item i to rank i % S of the group: all of them, in order, on
+    every rank. The items are pickled; for token ids and the like."""
+    if group is None:
+        return mine
+    parts = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, mine, group=group)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(count)]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a sharded one (DTensor; every rank calls this), or the tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def clip_gradients(parameters, max_norm: float) -> float:
+    """Scale gradients in place so that their norm over all parameters, sharded or not, is at most
+    max_norm. Returns the norm before; RuntimeError if it is not finite."""
+    kinds = split_sharded(p for p in parameters if p.grad is not None)
+    norms = [whole(torch.nn.utils.get_total_norm(p.grad for p in kind)) for kind in kinds]
+    norm = torch.stack(norms).norm() if len(norms) > 1 else norms[0]
+    if not norm.isfinite():
+        raise RuntimeError(f"the norm of the gradient is {norm.item()}; nothing was changed")
+    for kind in kinds:
+        torch.nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
+    return norm.item()
+
+
+def split_sharded(parameters) -> list[list]:
+    """Sharded parameters and whole ones apart, without empty lists: torch's functions on lists of
+    tensors do not take both at once."""
+    parameters = list(parameters)
+    kinds = [[p for p in parameters if isinstance(p, DTensor) == sharded] for sharded in (1, 0)]
+    return [kind for kind in kinds if kind]

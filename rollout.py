@@ -18,7 +18,7 @@ needs nothing but the policy itself, is in lock-step with it by construction, an
 to copy. Its interface is what every engine has:
 
     generate(prompts, n, sampling, seeds) -> B lists of n Response
-    sync(policy)    take over new weights        (here: the weights are shared, nothing to do)
+    sync(policy)    take over new weights        (here: shared, or gathered into the own copy)
     sleep(), wake() give back and take memory    (here: nothing is held between calls)
 
 Sampling is by inverse transform: ONE uniform number per token, drawn from a generator seeded per
@@ -34,13 +34,14 @@ Glossary: B prompts, G answers each, P longest prompt, V vocabulary, t decode st
 Check this file alone:  pytest tests/test_rollout.py
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, TopPLogitsWarper
 
-from mrsp import Layout
+from mrsp import Layout, whole
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,22 @@ class Response:
 class TorchEngine:
     """Samples with the policy's own weights; see the opening of this file."""
 
-    def __init__(self, policy, batch_prompts: int = 64):
-        self.policy, self.batch_prompts = policy, batch_prompts
+    def __init__(self, policy, batch_prompts: int = 64, dtype=None):
+        """dtype: sample from a copy of the decoder in this precision, made before the policy's
+        parameters are sharded. None: from the policy's own weights."""
+        if dtype is not None:
+            shared = (policy.tower, policy.projector, policy.cache, policy.tokenizer, policy.mesh)
+            policy = copy.deepcopy(policy, {id(part): part for part in shared})
+            policy.llm.to(dtype)
+        self.policy, self.copied, self.batch_prompts = policy, dtype is not None, batch_prompts
 
+    @torch.no_grad()
     def sync(self, policy) -> None:
-        self.policy = policy
+        if not self.copied:
+            self.policy = policy
+            return
+        for own, new in zip(self.policy.llm.parameters(), policy.llm.parameters()):
+            own.copy_(whole(new))  # gathered one by one: two full copies never exist
 
     def sleep(self) -> None:
         pass
@@ -145,7 +157,7 @@ class TorchEngine:
             position_ids=positions.to(device),
             past_key_values=cache,
             use_cache=True,
-            mrsp=Layout(segment, order, segment, order, [(len(p.ids), []) for p in prompts]),
+            mrsp=Layout(segment, order, segment, order, [[[(0, 0, len(p.ids))] for p in prompts]]),
         ).last_hidden_state
         length = torch.tensor([len(p.ids) for p in prompts], device=device)
         after = torch.stack([p.positions.max() + 1 for p in prompts]).to(device)  # next position

@@ -98,6 +98,8 @@ def to_branches(model, rows: list, features) -> tuple:
 
 def optimizers(model, config: SFTConfig) -> list[torch.optim.Optimizer]:
     """Freeze what is not trained; one or two optimizers (DEVIATION 2) for the rest."""
+    if model.sharded and config.optimizer == "muon":
+        raise ValueError("muon needs whole matrices: use optimizer adamw, or --fsdp false")
     parts = {"all": [model], "llm": [model.llm], "projector": [model.projector]}[config.train]
     model.requires_grad_(False)
     for part in parts:
@@ -109,18 +111,20 @@ def optimizers(model, config: SFTConfig) -> list[torch.optim.Optimizer]:
         if p.requires_grad:
             muon = config.optimizer == "muon" and p.ndim == 2 and id(p) not in embedding
             (matrices if muon else rest).append(p)
+    groups = [{"params": kind} for kind in mrsp.split_sharded(rest)]
     out = [
-        torch.optim.AdamW(rest, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))
+        torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))
     ]
     if matrices:
         out.append(torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
     return out
 
 
-def train(model, rows, config: SFTConfig, rank=0, world=1, seed=0, bar=iter, log=None) -> None:
+def train(model, rows, config: SFTConfig, seed=0, bar=iter, log=None) -> None:
     """Train model in place on rows (Examples with a response). Every rank calls this with the same
-    rows and takes every world-th group of each batch. bar wraps the steps, log(step, metrics)
-    takes loss, grad_norm, lr and tokens of each (explained in train.METRICS)."""
+    rows; of each batch the ranks of one sequence (model.mesh) take every dp-th group. bar wraps
+    the steps, log(step, metrics) takes loss, grad_norm, lr and tokens (see train.METRICS)."""
+    mesh = model.mesh
     groups, opts = group_rows(rows, config.texts), optimizers(model, config)
     trained = [p for p in model.parameters() if p.requires_grad]
     warm, frames = round(config.steps * config.warmup), model.recipe.num_frames
@@ -134,28 +138,31 @@ def train(model, rows, config: SFTConfig, rank=0, world=1, seed=0, bar=iter, log
     for step, batch in enumerate(bar(batches(groups, config.groups, config.steps, seed))):
         # Dealt by size: the ranks have like amounts of work, and groups of like length, which
         # are padded to the longest of them, share a pack.
-        mine = sorted(batch, key=size)[rank::world]
+        mine = sorted(batch, key=size)[mesh.dp_rank :: mesh.dp]
         first = [group[0] for group in mine]
         if config.train == "llm":
-            media = [model.features(e, frames) for e in first]
+            media = [model.features(e, frames, mesh.sp_group) for e in first]
         else:  # the embeddings change with every step: no cache
             media = model.features_trainable(first, frames)
         parts = [to_branches(model, g, m) for g, m in zip(mine, media)]
         count = sum(len(b) - c for _, bs, cs in parts for b, c in zip(bs, cs))
-        total, loss = mrsp.all_sum(torch.tensor(count)).item(), 0.0
+        total, loss = mrsp.all_sum(torch.tensor(count)).item() // mesh.sp, 0.0
         each = max(1, -(-len(parts) // config.micro_batches))
-        for i in range(0, len(parts), each):
-            logp, _ = model(mrsp.pack(*zip(*parts[i : i + each])))
-            part = -logp.sum() / total
+        micro = [mrsp.pack(*zip(*parts[i : i + each])) for i in range(0, len(parts), each)]
+        while model.sharded and len(micro) < config.micro_batches:
+            micro.append(None)  # every rank gathers parameters equally often
+        for packed in micro:
+            logp, _ = model(packed or model.idle())
+            part = -logp.sum() / total * (packed is not None)
             if part.requires_grad:  # training the projector, a part of text has nothing to train
                 # the graph of the tower's features serves all parts
                 part.backward(retain_graph=config.train != "llm")
             loss += part.item()
         mrsp.all_reduce_gradients(trained)
-        norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip, error_if_nonfinite=True)
-        loss = mrsp.all_sum(torch.tensor(loss, dtype=torch.float64)).item()
+        norm = mrsp.clip_gradients(trained, config.grad_clip)
+        loss = mrsp.all_sum(torch.tensor(loss, dtype=torch.float64)).item() / mesh.sp
         if log:
-            metrics = {"loss": loss, "grad_norm": norm.item(), "tokens": total}
+            metrics = {"loss": loss, "grad_norm": norm, "tokens": total}
             log(step, metrics | {"lr": schedules[0].get_last_lr()[0]})
         for optimizer, scheduler in zip(opts, schedules):
             optimizer.step()

@@ -27,7 +27,6 @@ Check this file alone:  pytest tests/test_train.py
 """
 
 import argparse
-import copy
 import inspect
 import json
 import os
@@ -72,7 +71,11 @@ METRICS = {
     "entropy": "mean entropy (nats) of the policy at the trained tokens",
     "mismatch_mean": "mean |log-prob of the sampler - log-prob of the trainer|, first update",
     "mismatch_max": "the largest of those; near 0, or sampler and trainer see different inputs",
-    "seconds_rollout": "decoding, encoding and sampling",
+    "cache_hits": "embeddings found in the cache since the start, over all ranks",
+    "cache_misses": "embeddings that had to be computed",
+    "cache_bytes": "embeddings held in memory now",
+    "seconds_encode": "decoding and encoding, or reading embeddings",
+    "seconds_rollout": "sampling",
     "seconds_train": "log-probs, backward, optimizer",
 }
 
@@ -87,10 +90,20 @@ class RunConfig:
     frame_counts: str = "8,16,32,64"  # frames of the scaling curve
     show_every: int = 20  # GRPO steps between two decoded rollouts in samples.jsonl
     cache_dir: str | None = None  # folder of embeddings kept across runs; None: in memory only
+    cache_gb: float = 100.0  # size limit of that folder; least recently used embeddings go first
+    sp: int = 1  # ranks that share a sequence (sequence parallelism); divides the number of ranks
+    sp_attention: str = "auto"  # ulysses, gather, ring, ulysses+gather, ulysses+ring, or auto
+    fsdp: bool = False  # shard parameters, gradients and optimizer over all ranks from SFT on
+    dtype: str = "float32"  # or bfloat16: precision of sharded layers; masters: float32
+    checkpointing: bool = False  # keep only layer inputs for backward, and run layers twice
 
     def __post_init__(self):
         if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.frame_counts) or self.show_every < 1:
             raise ValueError(f"need frame_counts like 8,16 and show_every >= 1: {self}")
+        if self.dtype not in ("float32", "bfloat16") or (self.dtype != "float32" and not self.fsdp):
+            raise ValueError(f"dtype must be float32, or bfloat16 with --fsdp true: {self}")
+        if self.sp < 1 or self.cache_gb <= 0:
+            raise ValueError(f"need sp >= 1 and cache_gb > 0: {self}")
 
 
 @dataclass(frozen=True)
@@ -175,8 +188,11 @@ class Run:
         self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
         if cuda:
             torch.cuda.set_device(self.device)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if self.world > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            dist.init_process_group(backend)
+        elif config.fsdp:  # one rank, without torchrun
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         self.config, self.out = config, Path(config.output_dir)
         self.out.mkdir(parents=True, exist_ok=True)
         self.seconds, self.started = defaultdict(float), time.time()
@@ -213,21 +229,21 @@ class Run:
         log = lambda step, m: self.write("metrics.jsonl", {"stage": name, "step": step} | m)  # noqa: E731
         with self.stage(name):
             bar = self.bar(name, config.steps)
-            sft.train(model, rows, config, self.rank, self.world, seed, bar, log)
+            sft.train(model, rows, config, seed, bar, log)
 
-    def evaluate(self, model, rows: list, name: str, num_frames=None, prefill="") -> dict:
+    def evaluate(self, model, engine, rows: list, name: str, num_frames=None, prefill="") -> dict:
         """evaluation.evaluate with this run's ranks and a bar."""
         with self.stage("eval"):
+            engine.sync(model)
             return evaluation.evaluate(
-                model, TorchEngine(model), rows, num_frames, prefill,
+                model, engine, rows, num_frames, prefill,
                 rank=self.rank, world=self.world, bar=self.bar(f"eval {name}"),
             )  # fmt: skip
 
     def save(self, model, name: str) -> None:
-        """Write a checkpoint folder, on rank 0."""
+        """Write a checkpoint folder; rank 0 writes."""
         with self.stage("save"):
-            if self.rank == 0:
-                model.save_pretrained(self.out / name)
+            model.save_pretrained(self.out / name, write=self.rank == 0)
 
 
 # --------------------------------------------------------------------------------------- GRPO
@@ -235,24 +251,27 @@ class Run:
 
 def grpo_step(
     model, reference, engine, optimizer, batch: list, step: int, config: GRPOConfig,
-    seed: int = 0, rank: int = 0, world: int = 1,
+    seed: int = 0,
 ) -> tuple[dict, dict]:  # fmt: skip
-    """One rollout batch and its updates. batch: the global list of Examples; this rank takes every
-    world-th of each update's share. Returns the step's metrics (equal on all ranks) and one
-    decoded sample of this rank."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    """One rollout batch and its updates. batch: the global list of Examples; of each update's share
+    the ranks of one sequence (model.mesh) take every dp-th together. Returns the step's metrics
+    (equal on all ranks) and one decoded sample of this rank."""
+    trained, mesh = [p for p in model.parameters() if p.requires_grad], model.mesh
     sums, clock = defaultdict(float), time.time()  # sums of this rank, added up at the end
 
     # 1. Rollout. One Prompt for sampler, policy and reference; seeds follow it, not the rank.
     numbered = list(enumerate(batch))
     starts = range(0, len(batch), config.update_prompts)
-    shares = [numbered[i : i + config.update_prompts][rank::world] for i in starts]
+    shares = [numbered[i : i + config.update_prompts][mesh.dp_rank :: mesh.dp] for i in starts]
     examples = [e for share in shares for _, e in share]
     seeds = [(seed * 10**6 + step) * 10**6 + i for share in shares for i, _ in share]
-    prompts = [model.prompt(e) for e in examples]
+    prompts = [model.prompt(e, group=mesh.sp_group) for e in examples]  # stage 1 of MR-SP
+    sums["seconds_encode"], clock = time.time() - clock, time.time()
     sampling = Sampling(config.temperature, config.top_p, model.recipe.max_tokens)
     engine.wake()
-    answers = engine.generate(prompts, config.group, sampling, seeds)  # b lists of G
+    dealt = slice(mesh.sp_rank, None, mesh.sp)  # each rank of the sequence samples for some
+    answers = engine.generate(prompts[dealt], config.group, sampling, seeds[dealt])
+    answers = mrsp.gather_dealt(answers, len(prompts), mesh.sp_group)  # b lists of G
     engine.sleep()
 
     # 2. Reward and advantage, (b, G). Groups of equal rewards have advantage 0 and are left out;
@@ -282,30 +301,37 @@ def grpo_step(
         mine, first = range(first, first + len(share)), first + len(share)
         tokens = sum(len(a.ids) for i in mine for a in answers[i])
         counts = torch.tensor([tokens, len(share) * config.group])
-        totals = mrsp.all_sum(counts).tolist()  # tokens and answers on all ranks
+        totals = (mrsp.all_sum(counts) // mesh.sp).tolist()  # tokens and answers on all ranks
         kept, micro = [i for i in mine if useful[i]], []
-        for k in range(0, len(kept), config.micro_prompts):
-            rows = kept[k : k + config.micro_prompts]
-            group_ids = [[a.ids for a in answers[i]] for i in rows]
-            packed = mrsp.pack([prompts[i] for i in rows], group_ids)
-            sampled = torch.cat([a.logps for i in rows for a in answers[i]])
-            old = ref = None
+        n = config.micro_prompts
+        parts = [kept[k : k + n] for k in range(0, len(kept), n)]
+        if model.sharded:  # every rank gathers parameters equally often
+            parts += [[]] * (mrsp.all_max(len(parts)) - len(parts))
+        for rows in parts:
+            packed, sampled, old, ref = model.idle(), torch.zeros(1), None, None
+            if rows:
+                group_ids = [[a.ids for a in answers[i]] for i in rows]
+                packed = mrsp.pack([prompts[i] for i in rows], group_ids)
+                sampled = torch.cat([a.logps for i in rows for a in answers[i]])
             with torch.no_grad():
                 if u > 0:  # the first update is on-policy: there is nothing to compute
                     old, _ = packed.pad(model(packed, config.temperature)[0])
                 if config.kl_coef:
                     ref, _ = packed.pad(reference(packed, config.temperature)[0])
-            micro.append((packed, advantage[rows], sampled, old, ref))
+            adv = advantage[rows] if rows else torch.zeros(1, 1)
+            micro.append((packed, adv, sampled, old, ref, bool(rows)))
         updates.append((micro, totals))
 
     # 4. Loss, backward, optimizer step.
     for u, (micro, totals) in enumerate(updates):
-        for packed, adv, sampled, old, ref in micro:
-            flat_logp, entropy = model(packed, config.temperature)
+        for packed, adv, sampled, old, ref, real in micro:
+            flat_logp, entropy = model(packed, config.temperature)  # stage 2 of MR-SP
             logp, mask = packed.pad(flat_logp)  # (b, G, R)
             adv = adv.to(logp.device)
             loss, parts = grpo.grpo_loss(logp, adv, mask, config, old, ref, *totals)
-            loss.backward()
+            (loss * real).backward()
+            if not real:
+                continue
             for name, value in parts.items():
                 sums[name] += value.item()
             sums["loss"] += loss.item() / len(updates)
@@ -322,10 +348,10 @@ def grpo_step(
                         "different inputs or weights"
                     )
         mrsp.all_reduce_gradients(trained)
-        norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip, error_if_nonfinite=True)
+        norm = mrsp.clip_gradients(trained, config.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-        sums["grad_norm"] += norm.item() / len(updates) / world
+        sums["grad_norm"] += norm / len(updates)
     engine.sync(model)
     sums["seconds_train"] = time.time() - clock
 
@@ -335,47 +361,59 @@ def grpo_step(
         sample = {"step": step, "problem_id": e.id, "question": e.problem, "answer": e.answer}
         sample |= {"num_frames": e.num_frames or model.recipe.num_frames, "prompt": prompts[0].text}
         sample["responses"] = [{"text": a.text} | g for a, g in zip(answers[0], graded[0])]
-    return reduce_metrics(sums, config, world), sample
+    cache = model.cache
+    sums |= {"cache_hits": cache.hits, "cache_misses": cache.misses, "cache_bytes": cache.bytes}
+    return reduce_metrics(sums, config, mesh), sample
 
 
-def reduce_metrics(sums: dict, config: GRPOConfig, world: int) -> dict:
-    """Sums of this rank -> the step's metrics over all ranks (see METRICS)."""
+def reduce_metrics(sums: dict, config: GRPOConfig, mesh: mrsp.Mesh) -> dict:
+    """Sums of this rank -> the step's metrics over all ranks (see METRICS). The ranks of a sequence
+    have the same sums: the first of them counts, except for the seconds."""
     largest, names = torch.tensor(sums.pop("gap_max", 0.0)), sorted(SUMS)
-    if world > 1:
+    if dist.is_initialized():
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    if mesh.sp_rank > 0:
+        sums = defaultdict(float, {n: v for n, v in sums.items() if n.startswith("seconds")})
     values = mrsp.all_sum(torch.tensor([sums[n] for n in names], dtype=torch.float64))
     t = dict(zip(names, values.tolist()))
     answers, tokens = max(t["answers"], 1), max(t["tokens"], 1)
     out = {n: t[n] / answers for n in ("reward", "accuracy", "format", "length", "finished")}
     out |= {n: t[n] / tokens for n in ("kl", "entropy", "ratio_error")}
     out |= {"clip_fraction": t["clipped"] / tokens, "lr": config.lr}
-    out |= {n: t[n] for n in ("loss", "grad_norm", "skipped_groups", "tokens")}
+    out |= {n: t[n] for n in ("loss", "skipped_groups", "tokens")}
+    out |= {n: t[n] for n in ("cache_hits", "cache_misses", "cache_bytes")}
+    out["grad_norm"] = t["grad_norm"] / mesh.dp
     out |= {"mismatch_mean": t["gap"] / max(t["gap_tokens"], 1), "mismatch_max": largest.item()}
-    return out | {n: t[n] / world for n in ("seconds_rollout", "seconds_train")}
+    seconds = ("seconds_encode", "seconds_rollout", "seconds_train")
+    return out | {n: t[n] / mesh.dp / mesh.sp for n in seconds}
 
 
 SUMS = (
     "reward accuracy format length finished answers skipped_groups tokens clipped kl entropy loss "
-    "ratio_error grad_norm gap gap_tokens seconds_rollout seconds_train"
+    "ratio_error grad_norm gap gap_tokens cache_hits cache_misses cache_bytes "
+    "seconds_encode seconds_rollout seconds_train"
 ).split()
 
 
-def train_grpo(run: Run, model, config: GRPOConfig, rows: list) -> None:
+def train_grpo(run: Run, model, engine, config: GRPOConfig, rows: list) -> None:
     """The GRPO stage: config.steps rollout batches."""
+    engine.sync(model)
     model.requires_grad_(False)
     model.llm.requires_grad_(True)  # tower and projector are frozen in RL, as for VILA in the paper
-    shared = {id(part): part for part in (model.tower, model.projector, model.cache)}
-    reference = copy.deepcopy(model, shared) if config.kl_coef else None  # a copy of the llm alone
-    engine = TorchEngine(model)
+    reference = None
+    if config.kl_coef:  # a frozen copy of the decoder as it is now
+        reference = TorchEngine(engine.policy, dtype=engine.policy.llm.dtype).policy
+        if model.sharded:
+            reference.shard_parameters(getattr(torch, run.config.dtype))
     optimizer = torch.optim.AdamW(
         model.llm.parameters(), config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay
     )
-    seed, at = run.config.seed, (run.config.seed, run.rank, run.world)
+    seed = run.config.seed
     with run.stage("grpo"):
         bar = run.bar("grpo", config.steps)(sft.batches(rows, config.prompts, config.steps, seed))
         for step, batch in enumerate(bar):
             metrics, sample = grpo_step(
-                model, reference, engine, optimizer, batch, step, config, *at
+                model, reference, engine, optimizer, batch, step, config, seed
             )
             run.write("metrics.jsonl", {"stage": "grpo", "step": step} | metrics)
             bar.set_postfix(accuracy=round(metrics["accuracy"], 2), length=round(metrics["length"]))
@@ -409,26 +447,34 @@ def pipeline(run: Run, preset: Preset) -> dict:
             files = sorted(folder.glob("*.jsonl"))
             texts = [f"{e.problem} {e.response}" for file in files for e in rows(file.name)]
             toy_checkpoint(str(run.out / "init"), texts, data.SIZE, preset.recipe, seed)
-    model = VILA.from_pretrained(run.out / "init").to(run.device)
-    model.cache = mrsp.EmbeddingCache(run.config.cache_dir)
+    model, c = VILA.from_pretrained(run.out / "init").to(run.device), run.config
+    model.cache = mrsp.EmbeddingCache(c.cache_dir, max_disk_bytes=int(c.cache_gb * 2**30))
+    heads = model.llm.config.num_attention_heads, model.llm.config.num_key_value_heads
+    model.mesh = mrsp.make_mesh(c.sp, c.sp_attention, *heads)
+    run.say(f"ranks: data parallel {model.mesh.dp}; {model.mesh.why}")
+    if c.checkpointing:
+        model.enable_gradient_checkpointing()
     for name in ("images", "base"):
         run.supervised(model, getattr(preset, name), name, seed)
     run.save(model, "base")
+    engine = TorchEngine(model, dtype=getattr(torch, c.dtype) if c.fsdp else None)
+    if c.fsdp:
+        model.shard_parameters(getattr(torch, c.dtype))
     run.supervised(model, preset.sft, "sft", seed)
     run.save(model, "sft")
     test = rows("test.jsonl")
-    after_sft = run.evaluate(model, test, "SFT")
-    control = run.evaluate(model, test, "control", prefill=run.config.careful_prefill)
+    after_sft = run.evaluate(model, engine, test, "SFT")
+    control = run.evaluate(model, engine, test, "control", prefill=run.config.careful_prefill)
 
-    train_grpo(run, model, preset.grpo, rows(preset.grpo.data))
+    train_grpo(run, model, engine, preset.grpo, rows(preset.grpo.data))
     run.save(model, "model")
-    result = run.evaluate(model, test, "GRPO")
+    result = run.evaluate(model, engine, test, "GRPO")
     by_frames = {
-        str(n): run.evaluate(model, test, f"{n} frames", num_frames=n)["accuracy"]
+        str(n): run.evaluate(model, engine, test, f"{n} frames", num_frames=n)["accuracy"]
         for n in map(int, run.config.frame_counts.split(","))
     }
-    other = run.evaluate(model, rows("test_other.jsonl"), "other environment")
-    wrong = run.evaluate(model, evaluation.swap_media(test), "wrong video")
+    other = run.evaluate(model, engine, rows("test_other.jsonl"), "other environment")
+    wrong = run.evaluate(model, engine, evaluation.swap_media(test), "wrong video")
     return {
         "seed": seed,
         "chance": sum(1 / len(e.options) for e in test) / len(test),
@@ -463,7 +509,7 @@ def main(argv=None) -> dict:
     run.say(f"\n{evaluation.table(summary)}\n")
     run.say(f"Look at curves.png, frames.png and samples.jsonl in {run.out}/, ask again with")
     run.say(f"    python eval.py --model {run.out}/model\nthen read mrsp.py and grpo.py.")
-    if run.world > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
     return summary
 

@@ -93,7 +93,7 @@ def test_copies_give_the_same_as_the_shared_prefix(policy, prompts):
 def test_blocks_equal_the_dense_mask_for_grouped_heads(heads):
     h, hkv = heads
     g = torch.Generator().manual_seed(0)
-    lengths = (7, [3, 1, 5])
+    spans = [(0, 0, 7), (1, 7, 10), (2, 7, 8), (3, 7, 12)]
     total = 7 + 9
     q, k, v = (
         torch.randn(1, n, total, 8, generator=g, dtype=torch.float64, requires_grad=True)
@@ -101,12 +101,12 @@ def test_blocks_equal_the_dense_mask_for_grouped_heads(heads):
     )
     segment = torch.tensor([[0] * 7 + [1] * 3 + [2] + [3] * 5])
     order = torch.tensor([[*range(7), *range(7, 10), 7, *range(7, 12)]])
-    layout = mrsp.Layout(segment, order, segment, order, [lengths])
+    layout = mrsp.Layout(segment, order, segment, order, [[spans]])
     up = torch.randn(1, h, total, 8, generator=g, dtype=torch.float64)
     dense = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=layout.mask(), enable_gqa=True
     )
-    blocks = mrsp.BlockAttention.apply(q, k, v, layout.blocks(0), 8**-0.5)
+    blocks = mrsp.BlockAttention.apply(q, k, v, layout, 8**-0.5)
     assert (dense - blocks).abs().max() < 1e-12
     for a, b in zip(
         torch.autograd.grad(dense, (q, k, v), up),
@@ -124,11 +124,11 @@ def test_naive_block_equals_the_kernel(causal, monkeypatch):
         torch.randn(1, n, 6, 8, generator=g, dtype=torch.float64) for n in (4, 2, 2, 4)
     )
     out, lse = mrsp.block_forward(q, k, v, causal, 0.3)
-    kernel = (out, lse, *mrsp.block_backward(grad, q, k, v, out, lse, causal, 0.3))
-    monkeypatch.setattr(mrsp, "has_kernel", lambda q: False)
+    kernel = (out, lse, *mrsp.block_backward(grad, q, out, lse, k, v, causal, 0.3))
+    monkeypatch.setattr(mrsp, "kernel", lambda q: "plain")
     naive = (
         *mrsp.block_forward(q, k, v, causal, 0.3),
-        *mrsp.block_backward(grad, q, k, v, out, lse, causal, 0.3),
+        *mrsp.block_backward(grad, q, out, lse, k, v, causal, 0.3),
     )
     for a, b in zip(kernel, naive, strict=True):
         assert (a - b).abs().max() < 1e-12
