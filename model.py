@@ -417,6 +417,7 @@ class VILA(nn.Module):
             fully_shard(module, **settings, reshard_after_forward=True)
             # FSDP averages over ranks; ours is a sum (each rank's loss is divided by global counts)
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has nothing but sums
         self.sharded = True
 
 

@@ -123,6 +123,7 @@ def one_rank(toy):
         (2, 2, False, torch.float64, 1e-9, "sequence"),
         (2, 1, True, torch.float64, 1e-9, "token"),
         (4, 2, True, torch.float64, 1e-9, "token"),
+        (2, 2, True, torch.float32, 1e-5, "token"),
     ],
 )
 def test_many_ranks_train_like_one(
