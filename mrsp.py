@@ -277,9 +277,8 @@ class Pack:
         Differentiable in values."""
         shape = (self.ids.shape[0], int(self.branch.max()) + 1, int(self.step.max()) + 1)
         at = (self.row, self.branch, self.step)
-        mask = torch.zeros(shape, device=values.device).index_put(
-            at, torch.ones_like(values).float()
-        )
+        mask = torch.zeros(shape, device=values.device)
+        mask[at] = 1.0
         return values.new_zeros(shape).index_put(at, values), mask
 
 
@@ -308,11 +307,8 @@ def pack(prompts, branches, context=None) -> Pack:
     media, media_at, hidden_at, targets, owner = [], [], [], [], []
     for b, (prompt, group) in enumerate(zip(prompts, branches)):
         p = len(prompt.ids)
-        ids[b, :p], segment[b, :p], positions[..., b, :p] = (
-            prompt.ids.cpu(),
-            0,
-            prompt.positions.cpu(),
-        )
+        ids[b, :p], segment[b, :p] = prompt.ids.cpu(), 0
+        positions[..., b, :p] = prompt.positions.cpu()
         if prompt.media is not None and len(prompt.media):
             media.append(prompt.media)
             media_at.append(prompt.media_at.cpu() + b * total)
@@ -420,13 +416,10 @@ def shard(pack: Pack, mesh: Mesh) -> Pack:
     segment = take(pack.layout.q_segment, at[mesh.outer_rank], -1)
     order = take(pack.layout.q_order, at[mesh.outer_rank], 0)
     owner = went[pack.hidden_at] // local
-    counts = owner.bincount(minlength=mesh.sp)
-    by_owner = owner.argsort(stable=True)
-    nth = torch.empty_like(owner)  # the how manieth of its owner a target is
-    nth[by_owner] = (
-        torch.arange(len(owner), device=device) - (counts.cumsum(0) - counts)[owner[by_owner]]
-    )
-    width, mine = int(counts.max()), owner == me
+    counts = F.one_hot(owner, mesh.sp).cumsum(0)  # (M, S) targets of each rank so far
+    nth = counts.gather(1, owner[:, None])[:, 0] - 1  # the how manieth of its owner a target is
+    width, mine = int(counts[-1].max()), owner == me
+    pad = (0, width - int(counts[-1, me]))
     media, media_at = pack.media, went[pack.media_at]
     if media is not None:
         here = media_at // local == me
@@ -438,8 +431,8 @@ def shard(pack: Pack, mesh: Mesh) -> Pack:
         media=media,
         media_at=media_at,
         layout=Layout(segment, order, segment, order, parts, mesh),
-        hidden_at=F.pad(went[pack.hidden_at][mine] % local, (0, width - int(counts[me]))),
-        targets=F.pad(pack.targets[mine], (0, width - int(counts[me]))),
+        hidden_at=F.pad(went[pack.hidden_at][mine] % local, pad),
+        targets=F.pad(pack.targets[mine], pad),
         gathered_at=owner * width + nth,
     )
 

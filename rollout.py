@@ -83,6 +83,10 @@ class TorchEngine:
     @torch.no_grad()
     def sync(self, policy) -> None:
         if not self.copied:
+            if policy.sharded:
+                raise ValueError(
+                    "give TorchEngine a dtype: sharded weights are sampled from a copy"
+                )
             self.policy = policy
             return
         for own, new in zip(self.policy.llm.parameters(), policy.llm.parameters()):

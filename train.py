@@ -11,8 +11,10 @@ One GRPO step (section 4 of the paper; grpo_step below tells it in this order):
          -> pack [prompt | r_1 ... r_G] -> log-probs -> loss -> backward  mrsp.py, model.py
          -> optimizer -> engine.sync
 
-Ranks are data-parallel: each takes every world-th prompt of a batch, gradients are summed, and the
-loss is divided by global counts, so that any number of ranks trains the same model.
+Ranks = dp x sp (mrsp.Mesh). The sp ranks of a sequence encode its video together, sample for some
+of its prompts each, and train their share of its tokens; the dp groups take every dp-th prompt of
+a batch. Gradients are summed over all ranks and the loss is divided by global counts, so that any
+number of ranks trains the same model. --fsdp shards the parameters over all of them.
 
 The toy is the real thing, small: mp4 files, decord, the VILA classes from a checkpoint folder,
 every stage. Its "images" and "base" stages stand for the pretrained model that the paper starts
