@@ -34,6 +34,7 @@ import json
 import os
 import re
 import string
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,27 +186,57 @@ def load_media(example: Example, num_frames: int) -> tuple[np.ndarray, np.ndarra
     """
     if example.data_type == "text":
         return np.zeros((0, 1, 1, 3), np.uint8), np.zeros(0)
-    path = example.media
-    if not os.path.isfile(path):
-        raise DataError(f"{path}: no such file (question {example.id}); check the video directory")
-    if os.path.getsize(path) == 0:
-        raise DataError(f"{path}: the file is empty (question {example.id}); download it again")
-    try:
-        if example.data_type == "image":
+    frames = Frames(example, num_frames)
+    return frames[:], frames.times
+
+
+class Frames:
+    """The frames of a video or image, decoded when they are asked for: frames[a:z] is
+    (z - a, H, W, 3) uint8. So ranks that encode a video together decode only their own share.
+    times (F,) seconds. Errors as load_media's."""
+
+    def __init__(self, example: Example, num_frames: int):
+        path, self.example, self.reader = example.media, example, None
+        if not os.path.isfile(path):
+            raise DataError(
+                f"{path}: no such file (question {example.id}); check the video directory"
+            )
+        if os.path.getsize(path) == 0:
+            raise DataError(f"{path}: the file is empty (question {example.id}); download it again")
+        self.times = np.zeros(1)
+        if example.data_type == "video":
+            with self.named_errors():
+                self.reader, self.indices, fps = open_video(
+                    path, example.num_frames or num_frames, example.segment
+                )
+                self.times = self.indices / fps
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        with self.named_errors():
+            if self.reader is not None:
+                return self.reader.get_batch(self.indices[part]).asnumpy()
             from PIL import Image
 
-            with Image.open(path) as image:
-                return np.array(image.convert("RGB"))[None], np.zeros(1)
-        return decode(path, example.num_frames or num_frames, example.segment)
-    except Exception as error:  # decord and PIL raise their own types; keep one line of theirs
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
-        raise DataError(
-            f"{path}: does not decode as {example.data_type} (question {example.id}): {reason}"
-        ) from None
+            with Image.open(self.example.media) as image:
+                return np.array(image.convert("RGB"))[None][part]
+
+    @contextmanager
+    def named_errors(self):
+        try:
+            yield
+        except Exception as error:  # decord and PIL raise their own types; keep one line of theirs
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+            e = self.example
+            raise DataError(
+                f"{e.media}: does not decode as {e.data_type} (question {e.id}): {reason}"
+            ) from None
 
 
-def decode(path: str, num_frames: int, segment=None) -> tuple[np.ndarray, np.ndarray]:
-    """num_frames frames of a video file with decord, and their times; segment = (start, end) s."""
+def open_video(path: str, num_frames: int, segment=None):
+    """(reader, indices of num_frames frames, fps) of a file; segment = (start, end) seconds."""
     import decord
 
     # One thread: decord's own pool fights with the ranks, and threads of it have hung in the field.
@@ -214,13 +245,9 @@ def decode(path: str, num_frames: int, segment=None) -> tuple[np.ndarray, np.nda
     check_whole(path, total, float(reader.get_frame_timestamp(total - 1)[1]))
     first, last = 0, total - 1
     if segment is not None:  # frames whose time lies in [start, end)
-        first, last = (
-            int(np.ceil(segment[0] * fps - 1e-6)),
-            int(np.ceil(segment[1] * fps - 1e-6)) - 1,
-        )
-    indices = frame_indices(total, num_frames, first, last)
-    frames = reader.get_batch(indices).asnumpy()
-    return frames, indices / fps
+        first = int(np.ceil(segment[0] * fps - 1e-6))
+        last = int(np.ceil(segment[1] * fps - 1e-6)) - 1
+    return reader, frame_indices(total, num_frames, first, last), fps
 
 
 def check_whole(path: str, frames: int, end: float) -> None:

@@ -52,7 +52,7 @@ from transformers import (
 )
 
 import mrsp
-from data import Example, load_media
+from data import Example, Frames
 
 AttentionInterface.register("mrsp", mrsp.mrsp_attention)
 
@@ -310,8 +310,8 @@ class VILA(nn.Module):
             return None
 
         def compute():
-            frames = torch.from_numpy(load_media(example, num_frames)[0])
-            return mrsp.encode_parallel(self.encode, frames, group)
+            # each rank of the group decodes and encodes its share of the frames
+            return mrsp.encode_parallel(self.encode, Frames(example, num_frames), group)
 
         taken = (example.num_frames or num_frames, example.segment, example.data_type)
         content = mrsp.file_hash(example.media) if os.path.isfile(example.media) else example.media
@@ -320,13 +320,9 @@ class VILA(nn.Module):
 
     def features_trainable(self, examples: list[Example], num_frames: int) -> list[Tensor | None]:
         """features() of several examples, with gradients into tower and projector, and no cache."""
-        media = {
-            i: torch.from_numpy(load_media(e, num_frames)[0])
-            for i, e in enumerate(examples)
-            if e.data_type != "text"
-        }
+        media = {i: Frames(e, num_frames) for i, e in enumerate(examples) if e.data_type != "text"}
         if self.mesh.sp == 1:
-            found = self.encode_many(list(media.values())) if media else []
+            found = self.encode_many([m[:] for m in media.values()]) if media else []
         else:  # the ranks of a sequence have the same examples, and encode each together
             group = self.mesh.sp_group
             found = [mrsp.encode_parallel(self.encode, m, group) for m in media.values()]

@@ -790,12 +790,13 @@ class BlockAttention(torch.autograd.Function):
 # ---------------------------------------------------------------- stage 1: encode once, in parallel
 
 
-def encode_parallel(encode, frames: Tensor, group=None, together: int = 1) -> Tensor:
+def encode_parallel(encode, frames, group=None, together: int = 1) -> Tensor:
     """Encode a video's frames, split evenly over the ranks of `group` (None: this process alone).
 
-    frames (F, H, W, 3), the same on every rank; encode maps (f, H, W, 3) to (f / together, K, D),
-    each `together` frames by themselves (1: frame by frame, 2: temporal patches, 8: TSP pooling;
-    the last few may be fewer). Returns (ceil(F / together), K, D) on every rank, equal to
+    frames (F, H, W, 3), the same on every rank (anything that has a length and can be sliced: a
+    lazy decoder then decodes only this rank's share); encode maps (f, H, W, 3) to (f / together,
+    K, D), each `together` frames by themselves (1: frame by frame, 2: temporal patches, 8: TSP
+    pooling; the last few may be fewer). Returns (ceil(F / together), K, D) on every rank, equal to
     encode(frames), for any F.
 
     Communication: one all-gather of ceil(units / n) units a rank, the last ranks padded with zeros.
@@ -804,7 +805,7 @@ def encode_parallel(encode, frames: Tensor, group=None, together: int = 1) -> Te
     """
     n, units = dist.get_world_size(group) if group is not None else 1, -(-len(frames) // together)
     if n == 1 or units == 0:
-        return encode(frames)
+        return encode(frames[:])
     share = -(-units // n)
     first, last = (min((dist.get_rank(group) + i) * share, units) for i in (0, 1))
     # A rank without frames encodes the last ones and drops them: it learns shape and dtype.

@@ -109,6 +109,16 @@ def test_a_written_video_gives_back_its_frames_and_times(clip, n):
     assert times.dtype == np.float64 and times.tolist() == (indices / 4).tolist()
 
 
+def test_only_the_frames_asked_for_are_decoded(clip):
+    """Ranks that share a video each decode a slice; together they have what one would have."""
+    frames, asked = data.Frames(example(clip), 9), []
+    reader, frames.reader = frames.reader, type("Reader", (), {})()
+    frames.reader.get_batch = lambda at: asked.append(at.tolist()) or reader.get_batch(at)
+    parts = [frames[0:4], frames[4:8], frames[8:12]]
+    assert asked == [frame_indices(70, 9)[i : i + 4].tolist() for i in (0, 4, 8)]
+    assert np.array_equal(np.concatenate(parts), load_media(example(clip), 9)[0])
+
+
 def test_times_follow_the_frame_rate(tmp_path):
     write_mp4(str(tmp_path / "v.mp4"), numbered_frames(30), fps=10)
     frames, times = load_media(example(tmp_path / "v.mp4", segment=(0.5, 2.5)), 3)

@@ -216,7 +216,7 @@ def test_cached_embeddings_equal_fresh_ones_and_skip_decoding(toy, model, tmp_pa
     model.cache = first = mrsp.EmbeddingCache(str(tmp_path))
     assert torch.equal(model.features(row, 6), fresh)
     calls = []
-    monkeypatch.setattr(model_file, "load_media", lambda *a: calls.append(a))
+    monkeypatch.setattr(model_file, "Frames", lambda *a: calls.append(a))
     assert torch.equal(model.features(row, 6), fresh)  # from memory
     model.cache = again = mrsp.EmbeddingCache(str(tmp_path))
     assert torch.equal(model.features(row, 6), fresh)  # from disk, as another process would
