@@ -533,7 +533,7 @@ def attention_naive(q, k, v, layout: Layout, scale: float) -> Tensor:
 
 class AllToAll(torch.autograd.Function):
     """(U, ...): slice i goes to rank i, slice j of the result comes from rank j. Backward: the same
-    exchange; gradients go back where the values came from."""
+    exchange; gradients go back where the values came from. Each rank sends (U - 1) / U of x."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -548,8 +548,9 @@ class AllToAll(torch.autograd.Function):
 
 
 def tokens_for_heads(tensors: list[Tensor], group) -> list[Tensor]:
-    """(B, H, Ls, D) of each -> (B, H / U, U * Ls, D): my heads of all tokens. One message for all.
-    (Naive: all-gather all heads of all tokens, keep mine; U times the traffic.)"""
+    """(B, H, Ls, D) of each -> (B, H / U, U * Ls, D): my heads of all tokens. One exchange for all
+    of them, (U, B, sum of H / U, Ls, D). (Naive: all-gather all heads of all tokens, keep mine; U
+    times the traffic.)"""
     u = dist.get_world_size(group)
     split = [x.unflatten(1, (u, -1)).movedim(1, 0) for x in tensors]  # (U, B, H / U, Ls, D)
     got = AllToAll.apply(torch.cat(split, 2), group)
@@ -851,8 +852,13 @@ class EmbeddingCache:
         else:
             self.misses += 1
             value = compute().cpu()  # host memory: the model moves what it uses
-            if self.folder and (group is None or dist.get_rank(group) == 0):
-                self._write(key, value)
+            if self.folder:
+                if group is None or dist.get_rank(group) == 0:
+                    self._write(key, value)
+                if group is not None:
+                    dist.barrier(group)
+                mapped = self._read(key)  # one copy for all ranks of a machine, not one each
+                value = value if mapped is None else mapped
         if key in self.memory:
             self.bytes -= self.memory.pop(key).nbytes
         self.memory[key] = value
