@@ -55,6 +55,7 @@ Check this file alone:  pytest tests/test_mrsp.py
 import hashlib
 import importlib
 import os
+import time
 import zlib
 from collections import OrderedDict
 from contextlib import suppress
@@ -148,8 +149,7 @@ def choose_method(method: str, sp: int, heads: int, kv_heads: int) -> tuple[int,
 
 def make_mesh(sp: int = 1, method: str = "auto", heads: int = 1, kv_heads: int = 1) -> Mesh:
     """The Mesh of this rank; every rank calls it (making process groups is a collective)."""
-    on = dist.is_available() and dist.is_initialized()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if on else (0, 1)
+    rank, world = (0, 1) if alone() else (dist.get_rank(), dist.get_world_size())
     if sp < 1 or world % sp:
         raise ValueError(f"--sp {sp} does not divide the {world} ranks")
     u, travel, why = choose_method(method, sp, heads, kv_heads)
@@ -896,10 +896,11 @@ class EmbeddingCache:
         os.replace(part, self._path(key))
         entries = []
         for entry in os.scandir(self.folder):
-            try:
-                entries.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
-            except FileNotFoundError:  # evicted by another process
-                continue
+            with suppress(FileNotFoundError):  # evicted by another process
+                stat = entry.stat()
+                # A young .part file is being written; an old one was left by a process that died.
+                if not entry.name.endswith(".part") or time.time() - stat.st_mtime > 3600:
+                    entries.append((stat.st_mtime_ns, stat.st_size, entry.path))
         total = sum(size for _, size, _ in entries)
         for _, size, path in sorted(entries):
             # Readers that have a file open keep it: an unlinked file lives until it is closed.
@@ -947,10 +948,8 @@ def all_reduce_gradients(parameters, group=None) -> None:
     for p in parameters:  # on one rank too: optimizers step on zeros, but skip a missing gradient
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
-        return
     parameters = [p for p in parameters if not isinstance(p, DTensor)]  # FSDP has added up its own
-    if not parameters:
+    if alone(group) or not parameters:
         return
     flat = torch.cat([p.grad.reshape(-1) for p in parameters])
     dist.all_reduce(flat, group=group)
@@ -958,9 +957,14 @@ def all_reduce_gradients(parameters, group=None) -> None:
         p.grad.copy_(grad.view_as(p))
 
 
+def alone(group=None) -> bool:
+    """Is there no other rank?"""
+    return not dist.is_initialized() or dist.get_world_size(group) == 1
+
+
 def all_sum(values: Tensor, group=None) -> Tensor:
     """Sum of a tensor over the ranks (a new tensor); the tensor itself without a process group."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+    if alone(group):
         return values
     values = values.clone()
     dist.all_reduce(values, group=group)
@@ -969,7 +973,7 @@ def all_sum(values: Tensor, group=None) -> Tensor:
 
 def all_max(value: int, group=None) -> int:
     """Largest value over the ranks."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+    if alone(group):
         return value
     out = torch.tensor(value)
     dist.all_reduce(out, dist.ReduceOp.MAX, group=group)

@@ -1,16 +1,10 @@
 """Packing changes nothing: log-probs and gradients equal those of separate sequences."""
 
-import os
-from dataclasses import replace
-
 import pytest
 import torch
 from conftest import answers
-from torch.multiprocessing import spawn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-import data
-import model as model_file
 import mrsp
 
 LENGTHS = [[5, 1, 3], [1], [2, 7, 2, 1]]  # ragged groups, with answers of one token
@@ -205,68 +199,3 @@ def test_a_plain_hugging_face_model_takes_the_attention_function():
     logits = lm(input_ids=ids, mrsp=layout).logits
     lm.set_attn_implementation("sdpa")
     assert torch.allclose(logits, lm(input_ids=ids).logits, atol=1e-6)
-
-
-# ------------------------------------------------------------------------------ cache, encoding
-
-
-def test_cached_embeddings_equal_fresh_ones_and_skip_decoding(toy, model, tmp_path, monkeypatch):
-    row = data.load_rows(str(toy / "rl.jsonl"))[0]
-    fresh = model.encode(data.load_media(row, 6)[0])
-    model.cache = first = mrsp.EmbeddingCache(str(tmp_path))
-    assert torch.equal(model.features(row, 6), fresh)
-    calls = []
-    monkeypatch.setattr(model_file, "Frames", lambda *a: calls.append(a))
-    assert torch.equal(model.features(row, 6), fresh)  # from memory
-    model.cache = again = mrsp.EmbeddingCache(str(tmp_path))
-    assert torch.equal(model.features(row, 6), fresh)  # from disk, as another process would
-    assert not calls and (first.hits, first.misses, again.hits, again.misses) == (1, 1, 1, 0)
-
-
-def test_the_cache_key_changes_with_file_frames_segment_and_weights(toy, model):
-    rows = data.load_rows(str(toy / "rl.jsonl"))
-    model.features(rows[0], 6)
-    model.features(rows[0], 5)
-    model.features(replace(rows[0], segment=(0.0, 20.0)), 6)
-    model.features(next(r for r in rows if r.media != rows[0].media), 6)
-    with torch.no_grad():
-        model.projector.layers[2].weight.mul_(1.5)
-    model.forget_encoder()
-    model.features(rows[0], 6)
-    assert (model.cache.hits, model.cache.misses) == (0, 5)
-
-
-def test_a_damaged_cache_entry_is_reported_and_computed_again(tmp_path, capsys):
-    mrsp.EmbeddingCache(str(tmp_path)).get("k", lambda: torch.ones(2))
-    (tmp_path / "k.safetensors").write_bytes(b"not a tensor")
-    assert mrsp.EmbeddingCache(str(tmp_path)).get("k", lambda: torch.ones(2) * 2).sum() == 4
-    assert "damaged" in capsys.readouterr().out
-
-
-def test_the_cache_forgets_the_least_recently_used():
-    cache = mrsp.EmbeddingCache(max_bytes=100)
-    for key in "abac":  # each entry 40 bytes: two fit
-        cache.get(key, lambda: torch.zeros(10))
-    assert list(cache.memory) == ["a", "c"] and cache.bytes == 80
-
-
-def _encode_rank(rank, world, path):
-    torch.set_num_threads(1)
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", f"file://{path}", rank=rank, world_size=world)
-    weight = torch.linspace(-1, 1, 12).view(3, 4)
-
-    def encode(frames):  # (f, H, W, 3) -> (f, 1, 4)
-        return (frames.double().mean((1, 2)) @ weight.double())[:, None]
-
-    for n in (1, 2, 5, 8):  # fewer frames than ranks; not divisible
-        frames = torch.arange(n * 4 * 4 * 3).view(n, 4, 4, 3) % 251
-        assert torch.equal(mrsp.encode_parallel(encode, frames, dist.group.WORLD), encode(frames))
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_frames_encoded_in_parallel_equal_frames_encoded_alone(world, tmp_path):
-    os.environ["OMP_NUM_THREADS"] = "1"
-    spawn(_encode_rank, (world, str(tmp_path / "store")), nprocs=world)

@@ -1,17 +1,49 @@
 """Sequence parallelism changes nothing: log-probs and gradients of S ranks equal those of one."""
 
-from types import SimpleNamespace
+import random
+import sys
+from datetime import timedelta
+from itertools import accumulate
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from test_mrsp import as_torch_norm
-from torch.multiprocessing import spawn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing import set_forkserver_preload, start_processes
 from transformers import Qwen2_5_VLTextConfig, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
 import mrsp
 from model import Policy
+
+# ----------------------------------------------------------------------------------------- ranks
+
+# The processes of all tests are forked from one that has the slow imports done: 0.1 s, not 5 s.
+set_forkserver_preload(
+    ["torch.distributed", "pytest"]
+    + [f"transformers.models.{name}.modeling_{name}" for name in ("qwen2", "qwen2_5_vl", "siglip")]
+)
+
+
+def run_ranks(function, world, *args):
+    """function(rank, *args) in `world` processes that have a process group; what they raise is
+    raised here. One that waits for the others in vain fails after a minute."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    start_processes(_enter, (function, world, store.port, args), world, start_method="forkserver")
+
+
+def _enter(rank, function, world, port, args):
+    torch.set_num_threads(1)
+    store, patience = dist.TCPStore("localhost", port), timedelta(seconds=60)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
+    function(rank, *args)
+    dist.barrier()  # nobody closes connections that another one still uses
+    dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------- a model, a batch
 
 SIZES = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
 
@@ -93,15 +125,59 @@ CASES = {
     "4/2": (4, 2, RAGGED, {}),
     "4/2 long": (4, 2, LONG, {}),
     "6/2 checkpointed": (6, 2, RAGGED, {"checkpointing": True}),
+    "14/2": (14, 2, RAGGED, {}),
     "28/4": (28, 4, RAGGED, {}),
     "7/1": (7, 1, RAGGED, {}),
+    "4/4": (4, 4, RAGGED, {}),
     "4/4 tiny": (4, 4, TINY, {}),
     "4/2 M-RoPE": (4, 2, RAGGED, {"mrope": True}),
     "4/2 float32": (4, 2, RAGGED, {"dtype": torch.float32}),
     "4/2 bfloat16": (4, 2, RAGGED, {"dtype": torch.bfloat16}),
 }
-METHODS = ["ulysses", "gather", "ring", "ulysses+gather", "ulysses+ring", "auto"]
-LAYOUTS = [(2, 2), (4, 4), (4, 2), (8, 8)]  # world, sp; (4, 2) is dp x sp = 2 x 2
+# Largest difference to one process. bfloat16 has 8 bits, and sharding adds its numbers up in
+# another order: log-probs of size 5 differ by some of their last bits.
+TOLERANCE = {"4/2 float32": 1e-5, "4/2 bfloat16": 0.1}
+
+# (ranks, sp): what runs there. The code has four paths: exchange of heads (U > 1), gather, ring,
+# and none of them (O = 1); a method names which of them a layout takes. Chosen so that
+# - every method runs on every layout that can have it, each once on RAGGED: 2 ranks have no product
+#   (U = 2 or O = 2), 4 ranks with 4/4 heads have U = 4, with 4/2, 6/2 and 14/2 heads U x O = 2 x 2,
+#   28/4 heads on 8 ranks have U x O = 4 x 2, and 7/1 heads cannot be split: U = 1;
+# - rings have 2, 4 and 8 ranks (1, 3 and 7 steps); 2 x 2 groups of ranks do not mix;
+# - each property of a batch (M-RoPE, checkpointing, precision, long, tiny) meets heads exchanged,
+#   a gather, and a ring, but not each on each layout: the batch is not what they look at.
+RUNS = {
+    (2, 2): {
+        "4/2": ["ulysses", "gather", "ring"],
+        "4/4 tiny": ["ulysses", "gather", "ring"],
+        "4/2 M-RoPE": ["ulysses"],
+        "4/2 float32": ["gather"],
+        "4/2 bfloat16": ["ring"],
+        "6/2 checkpointed": ["ring"],
+        "7/1": ["auto"],
+    },
+    (4, 4): {
+        "4/2": ["gather", "ring", "ulysses+gather", "ulysses+ring", "auto"],
+        "4/4": ["ulysses"],
+        "4/4 tiny": ["ulysses", "gather", "ring"],
+        "4/2 long": ["gather", "ulysses+ring"],
+        "14/2": ["ulysses+ring"],
+        "6/2 checkpointed": ["ulysses+gather", "ring"],
+        "4/2 M-RoPE": ["ulysses+ring", "gather"],
+        "4/2 float32": ["ulysses+ring"],
+        "4/2 bfloat16": ["ulysses+gather"],
+        "7/1": ["ring"],
+    },
+    (4, 2): {
+        "4/2": ["ulysses", "gather", "ring"],
+        "4/4 tiny": ["ulysses", "gather", "ring"],
+        "4/2 M-RoPE": ["ring"],
+    },
+    (8, 8): {
+        "28/4": ["ulysses+ring", "auto"],
+        "4/4 tiny": ["ring"],
+    },
+}
 
 
 def run_case(name, mesh):
@@ -112,65 +188,440 @@ def run_case(name, mesh):
     )
 
 
-def compare(name, mesh):
-    """The largest difference of a case on this mesh to one process, relative to its size."""
-    logp, entropy, grads = run_case(name, mesh)
-    expected = run_case(name, mrsp.Mesh())
+def compare(found, expected, mesh) -> float:
+    """The largest difference of a case on this mesh to one process, relative to its size; of all
+    ranks."""
+    logp, entropy, grads = found
     worst = [(logp - expected[0]).abs().max(), (entropy - expected[1]).abs().max()]
     for key, value in expected[2].items():
         value, total = value.double(), grads[key].double()
         dist.all_reduce(total)  # over dp groups too, which all do the same work here
         scale = max(1.0, value.abs().max().item())
         worst.append((total / mesh.dp - value).abs().max() / scale)
-    return max(x.item() for x in worst)
+    worst = torch.stack([x.double() for x in worst]).max()
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    return worst.item()
 
 
-def _rank(rank, world, sp, store, out):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
-    mrsp.DENSE_LIMIT = 0  # blocks, except where a case says otherwise
-    found = {}
-    for name, (heads, kv_heads, _, _) in CASES.items():
-        if sp == 8 and name not in ("28/4", "4/4 tiny"):
-            continue
-        for method in METHODS:
-            try:
-                mesh = mrsp.make_mesh(sp, method, heads, kv_heads)
-            except ValueError as error:
-                found[name, method] = str(error)
-                continue
-            found[name, method] = compare(name, mesh)
-    if sp < 8:
-        mrsp.DENSE_LIMIT = 10**9
-        found["4/2", "dense"] = compare("4/2", mrsp.make_mesh(sp, "auto", 4, 2))
-    if rank == 0:
-        torch.save(found, out)
-    dist.destroy_process_group()
+def _compare_rank(rank, sp, runs, known):
+    expected = torch.load(known)
+    mrsp.DENSE_LIMIT = 0  # also short sequences go through blocks
+    for name, methods in runs.items():
+        for method in methods:
+            mesh = mrsp.make_mesh(sp, method, *CASES[name][:2])
+            worst = compare(run_case(name, mesh), expected[name], mesh)
+            assert worst < TOLERANCE.get(name, 1e-9), (name, method, worst)
+    if "4/4" in runs or sp == 2:  # without them: the dense mask, after exchange of heads
+        name = "4/4" if sp == 4 else "4/2"
+        mrsp.DENSE_LIMIT, mesh = 10**9, mrsp.make_mesh(sp, "ulysses", *CASES[name][:2])
+        assert compare(run_case(name, mesh), expected[name], mesh) < 1e-9
 
 
 @pytest.fixture(scope="session")
-def differences(tmp_path_factory):
-    """(world, sp) -> {(case, method): difference}; each layout of ranks runs once."""
-    known = {}
-
-    def get(world, sp):
-        if (world, sp) not in known:
-            folder = tmp_path_factory.mktemp("sp")
-            spawn(_rank, (world, sp, folder / "store", folder / "out.pt"), nprocs=world)
-            known[world, sp] = torch.load(folder / "out.pt")
-        return known[world, sp]
-
-    return get
+def one_process(tmp_path_factory):
+    """A file with all cases in one process, by the dense mask."""
+    path = tmp_path_factory.mktemp("sp") / "expected.pt"
+    torch.save({name: run_case(name, mrsp.Mesh()) for name in CASES}, path)
+    return path
 
 
-@pytest.mark.parametrize("world, sp", LAYOUTS)
-def test_sharded_logprobs_and_gradients_equal_unsharded(differences, world, sp):
-    found = differences(world, sp)
-    tolerance = {"4/2 float32": 1e-5, "4/2 bfloat16": 0.1}
-    for (name, method), worst in found.items():
-        heads, kv_heads = CASES[name][:2]
-        if method == "ulysses" and (heads % sp or kv_heads % sp):
-            assert "ulysses needs head counts" in worst
-        else:
-            assert worst < tolerance.get(name, 1e-9), (name, method, worst)
-    assert len(found) == (len(METHODS) * 2 if sp == 8 else len(METHODS) * len(CASES) + 1)
+@pytest.mark.parametrize("world, sp", RUNS)
+def test_sharded_logprobs_and_gradients_equal_unsharded(one_process, world, sp):
+    run_ranks(_compare_rank, world, sp, RUNS[world, sp], one_process)
+
+
+# ------------------------------------------------------------------------- attention by itself
+
+
+def random_share(mesh, heads, kv_heads, prompts, seed=5):
+    """This rank's share of a batch, and random q, k, v (B, H, Ls, D) of its tokens."""
+    share = mrsp.shard(make_batch(prompts), mesh)
+    g = torch.Generator().manual_seed(seed + mesh.rank)
+    b, n = share.ids.shape
+    q, k, v, up = (
+        torch.randn(b, h, n, 8, generator=g, dtype=torch.float64)
+        for h in (heads, kv_heads, kv_heads, heads)
+    )
+    inner = mesh.sp_rank % mesh.ulysses * n
+    real = share.layout.q_segment[:, inner : inner + n] >= 0  # padding's output is of no interest
+    return share.layout, [x.requires_grad_() for x in (q, k, v)], up * real[:, None, :, None], real
+
+
+def attend(naive, layout, qkv, up):
+    """Output, and gradients of q, k, v."""
+    if naive:
+        out = mrsp.attention_naive(*qkv, layout, 0.3)
+    else:
+        out = mrsp.mrsp_attention(None, *qkv, None, layout, scaling=0.3)[0].transpose(1, 2)
+    return [out.detach(), *torch.autograd.grad(out, qkv, up)]
+
+
+def _naive_rank(rank, sp):
+    mrsp.DENSE_LIMIT = 0
+    passes, real_pass = [], mrsp.ring_pass
+    mrsp.ring_pass = lambda *a: passes.append(1) or real_pass(*a)
+    for heads, kv_heads, method in (
+        [(4, 4, "ulysses"), (4, 2, "gather"), (4, 2, "ring")]
+        + [(4, 2, "ulysses+gather"), (4, 2, "ulysses+ring"), (14, 2, "auto"), (7, 1, "auto")]
+    ):
+        for prompts in (RAGGED, TINY, LONG):
+            case = sp, heads, kv_heads, method, len(prompts)
+            mesh = mrsp.make_mesh(sp, method, heads, kv_heads)
+            layout, qkv, up, real = random_share(mesh, heads, kv_heads, prompts)
+            naive = attend(True, layout, qkv, up)
+            passes.clear()
+            found = attend(False, layout, qkv, up)
+            # K/V go to the next rank O - 1 times, backward too; their gradients as often.
+            rings = 3 * (mesh.outer - 1) if "ring" in method else 0
+            assert len(passes) == rings, case
+            for a, b in zip(found, naive, strict=True):
+                assert ((a - b) * real[:, None, :, None]).abs().max() < 1e-9, case
+            if method == "auto" and mesh.outer > 1:  # above RING_BYTES the same in a ring
+                mrsp.RING_BYTES = 1
+                for a, b in zip(attend(False, layout, qkv, up), found, strict=True):
+                    assert (a - b).abs().max() < 1e-9, case
+                assert len(passes) == 3 * (mesh.outer - 1), case
+                mrsp.RING_BYTES = 2 << 30
+    if sp == 4:
+        with pytest.raises(ValueError, match="--sp 3 does not divide the 4 ranks"):
+            mrsp.make_mesh(3)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_method_equals_the_naive_attention(world):
+    """On random q, k, v; output and input gradients; auto is gather or ring, by size."""
+    run_ranks(_naive_rank, world, world)
+
+
+def test_the_naive_attention_of_one_rank_is_the_dense_mask():
+    layout, qkv, up, _ = random_share(mrsp.Mesh(), 4, 2, RAGGED)
+    for a, b in zip(attend(True, layout, qkv, up), attend(False, layout, qkv, up), strict=True):
+        assert (a - b).abs().max() < 1e-12
+
+
+def test_auto_takes_the_ring_above_ring_bytes(monkeypatch):
+    """All K and V of a prompt together: 2 tensors x 3 ranks x 2 heads x 4 tokens x 5 x 8 bytes."""
+    k = torch.zeros(1, 2, 9, 5, dtype=torch.float64)
+    parts = [[[(0, 0, 4), (1, 10, 15)]], [[(0, 4, 8)]], [[(0, 8, 10)]]]
+    for method, limit, ring in (
+        [("auto", 1919, True), ("auto", 1920, False), ("ring", 10**9, True), ("gather", 1, False)]
+    ):  # fmt: skip
+        monkeypatch.setattr(mrsp, "RING_BYTES", limit)
+        layout = mrsp.Layout(None, None, None, None, parts, mrsp.Mesh(outer=3, method=method))
+        assert mrsp.use_ring(layout, k) == ring, (method, limit)
+
+
+# ------------------------------------------------------------------------------ who takes what
+
+
+@pytest.mark.parametrize(
+    "method, sp, heads, ulysses, travel, words",
+    [
+        ("auto", 1, (28, 4), 1, "auto", "no sequence parallelism"),
+        ("ring", 1, (28, 4), 1, "auto", "no sequence parallelism"),
+        ("auto", 8, (32, 8), 8, "auto", "= ulysses 8 x 1 "),
+        ("auto", 8, (28, 4), 4, "auto", "= ulysses 4 x 2 .*K/V are gathered, above 2 GiB"),
+        ("auto", 4, (12, 9), 1, "auto", "= ulysses 1 x 4 .*12 query and 9 K/V heads: at most 1 "),
+        ("ulysses", 4, (28, 4), 4, "auto", "= ulysses 4 x 1 "),
+        ("gather", 4, (28, 4), 1, "gather", "= ulysses 1 x 4 .*K/V travel by gather, as asked"),
+        ("ring", 4, (28, 4), 1, "ring", "= ulysses 1 x 4 .*K/V travel by ring, as asked"),
+        ("ulysses+gather", 8, (28, 4), 4, "gather", "= ulysses 4 x 2 .*by gather, as asked"),
+        ("ulysses+ring", 6, (28, 4), 2, "ring", "= ulysses 2 x 3 .*by ring, as asked"),
+        ("ulysses+ring", 4, (28, 4), 4, "auto", r"= ulysses 4 x 1 \(28 query.*split them\)$"),
+    ],
+)
+def test_the_method_follows_heads_and_ranks(method, sp, heads, ulysses, travel, words):
+    import re
+
+    u, how, why = mrsp.choose_method(method, sp, *heads)
+    assert (u, how) == (ulysses, travel) and re.search(words, why), why
+    assert sp == 1 or why.startswith(f"{sp} ranks a sequence")
+
+
+def test_impossible_methods_and_ranks_are_refused():
+    with pytest.raises(ValueError, match="one of auto, ulysses, .*, not 'Ring'"):
+        mrsp.choose_method("Ring", 2, 4, 2)
+    with pytest.raises(ValueError, match="8 ranks divide.*28 query and 4 K/V.*--sp_attention auto"):
+        mrsp.choose_method("ulysses", 8, 28, 4)
+    for sp in (0, -1, 2):
+        with pytest.raises(ValueError, match=f"--sp {sp} does not divide the 1 ranks"):
+            mrsp.make_mesh(sp)
+
+
+def random_row(rng, prompt=40, answers=9):
+    """Spans of a packed row."""
+    p = rng.randint(1, prompt)
+    lengths = [rng.randint(1, 12) for _ in range(rng.randint(1, answers))]
+    return [(0, 0, p), *((g + 1, p, p + r) for g, r in enumerate(lengths))]
+
+
+def test_a_deal_gives_every_token_once_and_all_ranks_alike():
+    rng = random.Random(0)
+    for _ in range(500):
+        row, outer = random_row(rng), rng.randint(1, 8)
+        parts = mrsp.deal(row, outer)
+        assert len(parts) == outer
+        tokens = lambda spans: sorted((s, t) for s, a, b in spans for t in range(a, b))  # noqa: E731
+        assert tokens(sum(parts, [])) == tokens(row)
+        assert all(a < b for part in parts for _, a, b in part)  # kernels crash on empty blocks
+        assert all(span in row for part in parts for span in part if span[0])  # answers are whole
+        # The prompt comes first, in order; each rank has as much of it, and of its work: token t
+        # sees t + 1 others.
+        prompts = [[span for span in part if span[0] == 0] for part in parts]
+        assert all(part[: len(own)] == own == sorted(own) for part, own in zip(parts, prompts))
+        sizes = [len(tokens(own)) for own in prompts]
+        assert max(sizes) - min(sizes) <= 2
+        work = [sum(t + 1 for _, t in tokens(own)) for own in prompts]
+        assert max(work) - min(work) <= 2 * row[0][2] + 2
+        # The answers even out the rest: no rank exceeds another by more than one of them.
+        sizes = [len(tokens(part)) for part in parts]
+        assert max(sizes) - min(sizes) <= max(2, *(b - a for _, a, b in row[1:]))
+
+
+def rule(queries, keys):
+    """Rule (*), written out token by token: (Lq, Lk)."""
+    q = [(s, t) for s, a, b in queries for t in range(a, b)]
+    k = [(s, t) for s, a, b in keys for t in range(a, b)]
+    return torch.tensor(
+        [[ks in (0, qs) and kt <= qt for ks, kt in k] for qs, qt in q], dtype=torch.bool
+    ).view(len(q), len(k))
+
+
+def painted(plan, shape):
+    """How often the blocks of a plan cover each pair."""
+    seen = torch.zeros(shape, dtype=torch.long)
+    for q0, q1, k0, k1, causal in plan:
+        assert 0 <= q0 < q1 <= shape[0] and 0 <= k0 < k1 <= shape[1]  # none empty, none outside
+        assert not causal or q1 - q0 == k1 - k0  # a diagonal only in squares
+        block = torch.ones(q1 - q0, k1 - k0, dtype=torch.long)
+        seen[q0:q1, k0:k1] += block.tril() if causal else block
+    return seen
+
+
+def test_planned_blocks_are_the_rule_for_any_spans():
+    rng = random.Random(1)
+
+    def spans():
+        out = []
+        for _ in range(rng.randint(0, 5)):
+            start = rng.randint(0, 12)
+            out.append((rng.randint(0, 3), start, start + rng.randint(1, 8)))
+        return out
+
+    for _ in range(1000):
+        queries, keys = spans(), spans()
+        expected = rule(queries, keys)
+        assert painted(mrsp.plan_blocks(queries, keys), expected.shape).equal(expected.long())
+
+
+def test_planned_blocks_of_all_ranks_are_the_rule_for_the_whole_row():
+    """Layout.blocks of every pair of ranks, for the parts of a dealt row; and few of them."""
+    rng = random.Random(2)
+    for _ in range(100):
+        rows, outer = [random_row(rng), random_row(rng)], rng.randint(1, 4)
+        dealt = [mrsp.deal(row, outer) for row in rows]
+        parts = [[spans[o] for spans in dealt] for o in range(outer)]
+        for me in range(outer):
+            mesh = mrsp.Mesh(me, outer=outer)
+            layout = mrsp.Layout(None, None, None, None, parts, mesh)
+            for source in range(outer):
+                plan = layout.blocks(source)
+                for b in range(2):
+                    mine, theirs = parts[me][b], parts[source][b]
+                    own = [
+                        (q[2].start, q[2].stop, k[2].start, k[2].stop, causal)
+                        for q, k, causal in plan
+                        if q[0] == k[0] == slice(b, b + 1) and q[1] == k[1] == slice(None)
+                    ]
+                    expected = rule(mine, theirs).long()
+                    if source != me:  # the answers of others are not sent
+                        sent = sum(z - a for s, a, z in theirs if s == 0)
+                        assert expected[:, sent:].sum() == 0
+                    assert painted(own, expected.shape).equal(expected)
+                assert len(plan) == sum(q[0].start in (0, 1) for q, _, _ in plan)
+                # prompt chunks: at most 4 pairs; one rectangle a chunk for all answers; a
+                # diagonal an answer
+                count = sum(len([s for s in parts[me][b] if s[0]]) for b in range(2))
+                assert len(plan) <= 2 * (4 + 2) + (count if source == me else 0)
+    layout = mrsp.Layout(None, None, None, None, [[[(0, 0, 3), (1, 9, 12)]], [[(0, 3, 9)]]])
+    assert layout.prompt_tokens() == 6
+
+
+# -------------------------------------------------------------------------------------- kernels
+
+
+def block_inputs(dtype=torch.float64, device="cpu", lq=6, lk=6, heads=(4, 2), width=8):
+    g = torch.Generator().manual_seed(1)
+    return [
+        torch.randn(1, h, n, width, generator=g, dtype=torch.float64).to(device, dtype)
+        for h, n in ((heads[0], lq), (heads[1], lk), (heads[1], lk), (heads[0], lq))
+    ]
+
+
+def both_passes(q, k, v, grad, causal):
+    """-> out, lse, dq, dk, dv of one block that is a part of more keys: its final out and lse are
+    not its own."""
+    out, lse = mrsp.block_forward(q, k, v, causal, 0.3)
+    final = (out * 0.7).to(q.dtype), lse + 0.4
+    return [out, lse, *mrsp.block_backward(grad, q, *final, k, v, causal, 0.3)]
+
+
+def test_the_kernel_follows_device_precision_and_width(monkeypatch):
+    monkeypatch.setattr(mrsp, "flash_attn", lambda: None)
+    with FakeTensorMode():
+        q = lambda device, dtype, width: torch.empty(1, 2, 3, width, device=device, dtype=dtype)  # noqa: E731
+        half, full = torch.bfloat16, torch.float32
+        assert mrsp.kernel(q("cpu", half, 8)) == mrsp.kernel(q("cpu", full, 7)) == "cpu"
+        assert mrsp.kernel(q("meta", half, 8)) == "plain"
+        assert mrsp.kernel(q("cuda", full, 64)) == "plain"
+        assert mrsp.kernel(q("cuda", half, 12)) == mrsp.kernel(q("cuda", half, 264)) == "plain"
+        assert mrsp.kernel(q("cuda", half, 256)) == "cuda"
+        assert mrsp.kernel(q("cuda", torch.float16, 8)) == "cuda"
+        monkeypatch.setattr(mrsp, "flash_attn", lambda: "installed")
+        assert mrsp.kernel(q("cuda", half, 256)) == "flash_attn"
+        assert mrsp.kernel(q("cuda", full, 64)) == "plain"
+        assert mrsp.kernel(q("cpu", half, 64)) == "cpu"
+
+
+def test_the_cuda_kernel_is_called_by_its_schema(monkeypatch):
+    """On tensors without data: arguments and shapes of both passes, on machines without a GPU."""
+    monkeypatch.setattr(mrsp, "flash_attn", lambda: None)
+    with FakeTensorMode():
+        q, grad = (torch.empty(1, 4, 5, 64, device="cuda", dtype=torch.bfloat16) for _ in "qg")
+        k, v = (torch.empty(1, 2, 9, 64, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+        out, lse, *grads = both_passes(q, k, v, grad, False)
+        assert out.shape == q.shape and lse.shape == q.shape[:3] and lse.dtype == torch.float32
+        assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]
+
+
+def fake_flash_attn():
+    """A stand-in for flash_attn.flash_attn_interface 2.8 with its signatures and layouts, on plain
+    attention; it takes what the package takes and refuses the rest."""
+
+    def check(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, window_size_left, window_size_right):
+        assert q.ndim == k.ndim == v.ndim == 3 and cu_q.dtype == cu_k.dtype == torch.int32
+        assert cu_q.tolist() == [0, len(q)] and cu_k.tolist() == [0, len(k)] and len(v) == len(k)
+        assert (max_q, max_k) == (len(q), len(k)) and dropout_p == 0.0
+        assert window_size_left == window_size_right == -1
+
+    def forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
+        causal, window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
+        return_softmax=False, block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False,
+    ):  # fmt: skip
+        check(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+            window_size_left, window_size_right,
+        )  # fmt: skip
+        assert softcap == 0.0 and alibi_slopes is block_table is leftpad_k is seqused_k is None
+        out, lse = plain(q, k, v, softmax_scale, causal)
+        return out, lse, torch.empty(0), torch.empty(2)
+
+    def backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
+        softcap, alibi_slopes, deterministic, rng_state=None, zero_tensors=False,
+    ):  # fmt: skip
+        check(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+            window_size_left, window_size_right,
+        )  # fmt: skip
+        assert softcap == 0.0 and alibi_slopes is None and not deterministic
+        assert softmax_lse.is_contiguous() and softmax_lse.shape == (q.shape[1], len(q))
+        assert all(x.stride(-1) == 1 for x in (dq, dk, dv))
+        # softmax weights of the final lse; dropping out of the kernel's own softmax
+        group = q.shape[1] // k.shape[1]
+        score = scores(q, k, softmax_scale, causal)
+        weight = (score - softmax_lse[..., None]).exp()  # (H, Lq, Lk)
+        d_weight = torch.einsum("qhd,khd->hqk", dout, v.repeat_interleave(group, 1))
+        delta = (dout * out).sum(-1).T[..., None]
+        d_score = weight * (d_weight - delta) * softmax_scale
+        dq.copy_(torch.einsum("hqk,khd->qhd", d_score, k.repeat_interleave(group, 1)))
+        dk.copy_(torch.einsum("hqk,qhd->khd", d_score, q).unflatten(1, (-1, group)).sum(2))
+        dv.copy_(torch.einsum("hqk,qhd->khd", weight, dout).unflatten(1, (-1, group)).sum(2))
+        return delta
+
+    def scores(q, k, scale, causal):
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        score = torch.einsum("qhd,khd->hqk", q, k) * scale
+        if causal:  # aligned bottom-right, as in flash-attn
+            later = torch.arange(len(k)) - len(k) > torch.arange(len(q))[:, None] - len(q)
+            score = score.masked_fill(later, float("-inf"))
+        return score
+
+    def plain(q, k, v, scale, causal):
+        score = scores(q, k, scale, causal)
+        v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+        return torch.einsum("hqk,khd->qhd", score.softmax(-1), v), score.logsumexp(-1)
+
+    module = ModuleType("flash_attn.flash_attn_interface")
+    module._flash_attn_varlen_forward, module._flash_attn_varlen_backward = forward, backward
+    return module
+
+
+def test_flash_attn_is_used_by_its_signature_and_gives_the_same(monkeypatch):
+    assert mrsp.flash_attn() is None or "flash_attn" in sys.modules
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", fake_flash_attn())
+    assert mrsp.flash_attn() is sys.modules["flash_attn.flash_attn_interface"]
+    for heads, lq, lk, causal in ((4, 2), 6, 6, True), ((6, 2), 5, 9, False), ((3, 3), 1, 1, True):
+        q, k, v, grad = block_inputs(heads=heads, lq=lq, lk=lk)
+        results = {}
+        for name in ("cpu", "plain", "flash_attn"):
+            monkeypatch.setattr(mrsp, "kernel", lambda q, name=name: name)
+            results[name] = both_passes(q, k, v, grad, causal)
+        for name in ("plain", "flash_attn"):
+            for a, b in zip(results["cpu"], results[name], strict=True):
+                assert a.shape == b.shape and (a - b).abs().max() < 1e-12, (name, heads)
+
+
+def whole_attention(name, monkeypatch, dtype=torch.float64, device="cpu"):
+    """BlockAttention over a packed row by one kernel: output, and gradients of q, k, v."""
+    monkeypatch.setattr(mrsp, "kernel", lambda q: name)
+    ends = list(accumulate([37, 5, 1, 3]))
+    row = [(0, 0, 37), *((g, 37, 37 + b - a) for g, a, b in zip((1, 2, 3), ends, ends[1:]))]
+    layout = mrsp.Layout(None, None, None, None, [[row]])
+    q, k, v, up = block_inputs(dtype, device, ends[-1], ends[-1], width=64)
+    qkv = [x.requires_grad_() for x in (q, k, v)]
+    out = mrsp.BlockAttention.apply(*qkv, layout, 0.125)
+    return [out.detach(), *torch.autograd.grad(out, qkv, up)]
+
+
+def test_flash_attn_blocks_make_the_same_attention(monkeypatch):
+    monkeypatch.setattr(mrsp, "flash_attn", fake_flash_attn)
+    expected = whole_attention("cpu", monkeypatch)
+    for a, b in zip(whole_attention("flash_attn", monkeypatch), expected, strict=True):
+        assert (a - b).abs().max() < 1e-12
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def close(found, expected):
+    """bfloat16 on CUDA against float64 on the CPU: 8 bits."""
+    for a, b in zip(found, expected, strict=True):
+        a, b = a.double().cpu(), b.double().cpu()
+        assert (a - b).abs().max() < 0.03 * max(1.0, b.abs().max().item())
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["cuda", "flash_attn", "plain"])
+@pytest.mark.parametrize("lq, lk, causal", [(65, 65, True), (33, 130, False), (1, 1, True)])
+def test_a_block_on_cuda_equals_the_plain_kernel(name, lq, lk, causal, monkeypatch):
+    if name == "flash_attn":
+        pytest.importorskip("flash_attn")
+    shape = dict(lq=lq, lk=lk, heads=(6, 2), width=64)
+    monkeypatch.setattr(mrsp, "kernel", lambda q: name)
+    found = both_passes(*block_inputs(torch.bfloat16, "cuda", **shape), causal)
+    monkeypatch.setattr(mrsp, "kernel", lambda q: "plain")
+    rounded = [x.double() for x in block_inputs(torch.bfloat16, **shape)]
+    close(found, both_passes(*rounded, causal))
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["cuda", "flash_attn", "plain"])
+def test_blocks_on_cuda_make_the_same_attention(name, monkeypatch):
+    if name == "flash_attn":
+        pytest.importorskip("flash_attn")
+    found = whole_attention(name, monkeypatch, torch.bfloat16, "cuda")
+    close(found, whole_attention("plain", monkeypatch))
