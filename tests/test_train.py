@@ -50,7 +50,8 @@ class FixedEngine:
                 logps = own.policy(mrsp.shard(packed, mrsp.Mesh()), sampling.temperature)[0].split(
                     [len(r.ids) for r in group]
                 )
-            out.append([replace(r, logps=x) for r, x in zip(group, logps, strict=True)])
+            wrong = 0.01 * (key % 3)  # a mismatch that differs from prompt to prompt
+            out.append([replace(r, logps=x + wrong) for r, x in zip(group, logps, strict=True)])
         return out
 
     def sync(self, model):
@@ -236,14 +237,14 @@ def test_seeds_follow_the_prompt_and_not_the_rank(toy, model):
             seen.setdefault(self.world, {}).update(zip([p.text for p in prompts], seeds))
             raise StopIteration
 
-    for world in (1, 2):
-        for rank in range(world):
-            model.mesh = mrsp.Mesh(rank, dp=world)
-            engine = Recorder(model)
-            engine.world = world
-            with pytest.raises(StopIteration):
-                train.grpo_step(model, None, engine, None, rows, 3, CONFIG)
-    assert seen[1] == seen[2] and len(set(seen[1].values())) == 5
+    meshes = [mrsp.Mesh(), *(mrsp.Mesh(r, dp=2) for r in (0, 1))]
+    meshes += [mrsp.Mesh(r, outer=2) for r in (0, 1)]  # two ranks of a sequence deal its prompts
+    for model.mesh in meshes:
+        engine = Recorder(model)
+        engine.world = model.mesh.dp, model.mesh.sp
+        with pytest.raises(StopIteration):
+            train.grpo_step(model, None, engine, None, rows, 3, CONFIG)
+    assert seen[1, 1] == seen[2, 1] == seen[1, 2] and len(set(seen[1, 1].values())) == 5
 
 
 def test_a_sampler_that_sees_other_weights_stops_training(toy, model):
