@@ -269,9 +269,11 @@ class VILA(nn.Module):
         )
         return ((x * p.get("rescale_factor", 1 / 255) - mean) / std).to(weight.dtype)
 
-    def encode(self, frames) -> Tensor:
-        """(F, H, W, 3) uint8 -> (F, K, D) features, frame by frame, without end tokens."""
-        return self.encode_many([frames])[0]
+    def encode(self, frames, at_once: int = 64) -> Tensor:
+        """(F, H, W, 3) uint8 -> (F, K, D) features, frame by frame, without end tokens; at_once
+        frames a pass, since a pass holds the hidden states of all layers of the tower."""
+        parts = [frames[i : i + at_once] for i in range(0, len(frames), at_once)]
+        return torch.cat([self.encode_many([part])[0] for part in parts])
 
     def encode_many(self, media: list) -> list[Tensor]:
         """encode() for several media, whose sizes may differ, in one pass of the tower."""

@@ -49,7 +49,7 @@ length divides, with model classes rewritten for it. Differences from the paper:
 Glossary: B prompts, G answers a prompt, P prompt tokens, R answer tokens, L packed length, Ls
 tokens on a rank, M predicted tokens of a batch, H heads (Hkv of keys), D width of a head or of an
 embedding, F frames, S = O x U sequence-parallel ranks.
-Check this file alone:  pytest tests/test_mrsp.py
+Check this file alone:  pytest tests/test_mrsp.py tests/test_sp.py tests/test_cache.py
 """
 
 import hashlib
@@ -805,15 +805,18 @@ def encode_parallel(encode, frames, group=None, together: int = 1) -> Tensor:
     the gradient of the frames it encoded, summed over what all ranks did with them.
     """
     n, units = dist.get_world_size(group) if group is not None else 1, -(-len(frames) // together)
-    if n == 1 or units == 0:
+    if units == 0:
         return encode(frames[:])
     share = -(-units // n)
-    first, last = (min((dist.get_rank(group) + i) * share, units) for i in (0, 1))
+    rank = dist.get_rank(group) if n > 1 else 0
+    first, last = (min((rank + i) * share, units) for i in (0, 1))
     # A rank without frames encodes the last ones and drops them: it learns shape and dtype.
     start = min(first, units - 1)
     mine = encode(frames[start * together : max(last, start + 1) * together])
     if len(mine) != max(last, start + 1) - start:
         raise ValueError(f"encode gave {len(mine)} features for every {together} of the frames")
+    if n == 1:
+        return mine
     mine = mine[: last - first]
     padding = mine.new_zeros(share - len(mine), *mine.shape[1:])
     return AllGather.apply(torch.cat([mine, padding]), group)[:units]
@@ -882,10 +885,9 @@ class EmbeddingCache:
                     raise OSError("the checksum differs")
             os.utime(self._path(key))  # used now: eviction goes by this time
             return value
-        except FileNotFoundError:  # never written, or evicted by another process
-            return None
-        except (SafetensorError, OSError) as error:
-            print(f"embedding cache: {self._path(key)} is damaged ({error}); computing it again")
+        except (SafetensorError, OSError, RuntimeError) as error:
+            if os.path.exists(self._path(key)):  # else never written, or evicted meanwhile
+                print(f"embedding cache: {self._path(key)} is damaged, computed again: {error}")
             return None
 
     def _write(self, key: str, value: Tensor) -> None:
@@ -898,8 +900,9 @@ class EmbeddingCache:
         for entry in os.scandir(self.folder):
             with suppress(FileNotFoundError):  # evicted by another process
                 stat = entry.stat()
-                # A young .part file is being written; an old one was left by a process that died.
-                if not entry.name.endswith(".part") or time.time() - stat.st_mtime > 3600:
+                # Other files are entries being written (safetensors writes .tmp*, we .part), and
+                # old ones of these were left by a process that died.
+                if entry.name.endswith(".safetensors") or time.time() - stat.st_mtime > 3600:
                     entries.append((stat.st_mtime_ns, stat.st_size, entry.path))
         total = sum(size for _, size, _ in entries)
         for _, size, path in sorted(entries):

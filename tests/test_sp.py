@@ -1,7 +1,9 @@
 """Sequence parallelism changes nothing: log-probs and gradients of S ranks equal those of one."""
 
 import random
+import re
 import sys
+from collections import defaultdict
 from datetime import timedelta
 from itertools import accumulate
 from types import ModuleType, SimpleNamespace
@@ -11,18 +13,24 @@ import torch
 import torch.distributed as dist
 from test_mrsp import as_torch_norm
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing import set_forkserver_preload, start_processes
 from transformers import Qwen2_5_VLTextConfig, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
+import data
 import mrsp
-from model import Policy
+import sft
+import train
+from grpo import GRPOConfig
+from model import VILA, Policy
+from sft import SFTConfig
 
 # ----------------------------------------------------------------------------------------- ranks
 
 # The processes of all tests are forked from one that has the slow imports done: 0.1 s, not 5 s.
 set_forkserver_preload(
-    ["torch.distributed", "pytest"]
+    ["torch.distributed.fsdp", "matplotlib.pyplot", "pytest"]
     + [f"transformers.models.{name}.modeling_{name}" for name in ("qwen2", "qwen2_5_vl", "siglip")]
 )
 
@@ -140,15 +148,16 @@ TOLERANCE = {"4/2 float32": 1e-5, "4/2 bfloat16": 0.1}
 
 # (ranks, sp): what runs there. The code has four paths: exchange of heads (U > 1), gather, ring,
 # and none of them (O = 1); a method names which of them a layout takes. Chosen so that
-# - every method runs on every layout that can have it, each once on RAGGED: 2 ranks have no product
-#   (U = 2 or O = 2), 4 ranks with 4/4 heads have U = 4, with 4/2, 6/2 and 14/2 heads U x O = 2 x 2,
-#   28/4 heads on 8 ranks have U x O = 4 x 2, and 7/1 heads cannot be split: U = 1;
+# - every method runs on 2, on 4 and on 2 x 2 ranks if it can: 2 ranks have no product (U or O is
+#   2), 4 ranks with 4/4 heads have U = 4, with 4/2, 6/2 and 14/2 heads U x O = 2 x 2, 28/4 heads on
+#   8 ranks U x O = 4 x 2, and 7/1 heads cannot be split: U = 1;
 # - rings have 2, 4 and 8 ranks (1, 3 and 7 steps); 2 x 2 groups of ranks do not mix;
+# - "dense" is ulysses with the dense mask, which a short sequence takes when all ranks split heads;
 # - each property of a batch (M-RoPE, checkpointing, precision, long, tiny) meets heads exchanged,
 #   a gather, and a ring, but not each on each layout: the batch is not what they look at.
 RUNS = {
     (2, 2): {
-        "4/2": ["ulysses", "gather", "ring"],
+        "4/2": ["ulysses", "dense", "gather", "ring"],
         "4/4 tiny": ["ulysses", "gather", "ring"],
         "4/2 M-RoPE": ["ulysses"],
         "4/2 float32": ["gather"],
@@ -158,7 +167,7 @@ RUNS = {
     },
     (4, 4): {
         "4/2": ["gather", "ring", "ulysses+gather", "ulysses+ring", "auto"],
-        "4/4": ["ulysses"],
+        "4/4": ["ulysses", "dense"],
         "4/4 tiny": ["ulysses", "gather", "ring"],
         "4/2 long": ["gather", "ulysses+ring"],
         "14/2": ["ulysses+ring"],
@@ -205,16 +214,13 @@ def compare(found, expected, mesh) -> float:
 
 def _compare_rank(rank, sp, runs, known):
     expected = torch.load(known)
-    mrsp.DENSE_LIMIT = 0  # also short sequences go through blocks
     for name, methods in runs.items():
         for method in methods:
-            mesh = mrsp.make_mesh(sp, method, *CASES[name][:2])
+            mrsp.DENSE_LIMIT = 10**9 if method == "dense" else 0  # 0: blocks, even if it is short
+            how = "ulysses" if method == "dense" else method
+            mesh = mrsp.make_mesh(sp, how, *CASES[name][:2])
             worst = compare(run_case(name, mesh), expected[name], mesh)
             assert worst < TOLERANCE.get(name, 1e-9), (name, method, worst)
-    if "4/4" in runs or sp == 2:  # without them: the dense mask, after exchange of heads
-        name = "4/4" if sp == 4 else "4/2"
-        mrsp.DENSE_LIMIT, mesh = 10**9, mrsp.make_mesh(sp, "ulysses", *CASES[name][:2])
-        assert compare(run_case(name, mesh), expected[name], mesh) < 1e-9
 
 
 @pytest.fixture(scope="session")
@@ -260,10 +266,9 @@ def _naive_rank(rank, sp):
     mrsp.DENSE_LIMIT = 0
     passes, real_pass = [], mrsp.ring_pass
     mrsp.ring_pass = lambda *a: passes.append(1) or real_pass(*a)
-    for heads, kv_heads, method in (
-        [(4, 4, "ulysses"), (4, 2, "gather"), (4, 2, "ring")]
-        + [(4, 2, "ulysses+gather"), (4, 2, "ulysses+ring"), (14, 2, "auto"), (7, 1, "auto")]
-    ):
+    cases = [(4, 4, "ulysses"), (4, 2, "gather"), (4, 2, "ring"), (4, 2, "ulysses+gather")]
+    cases += [(4, 2, "ulysses+ring"), (14, 2, "auto"), (7, 1, "auto")]
+    for heads, kv_heads, method in cases:
         for prompts in (RAGGED, TINY, LONG):
             case = sp, heads, kv_heads, method, len(prompts)
             mesh = mrsp.make_mesh(sp, method, heads, kv_heads)
@@ -272,16 +277,16 @@ def _naive_rank(rank, sp):
             passes.clear()
             found = attend(False, layout, qkv, up)
             # K/V go to the next rank O - 1 times, backward too; their gradients as often.
-            rings = 3 * (mesh.outer - 1) if "ring" in method else 0
+            rings = 3 * (mesh.outer - 1) if method.endswith("ring") else 0
             assert len(passes) == rings, case
             for a, b in zip(found, naive, strict=True):
                 assert ((a - b) * real[:, None, :, None]).abs().max() < 1e-9, case
             if method == "auto" and mesh.outer > 1:  # above RING_BYTES the same in a ring
-                mrsp.RING_BYTES = 1
+                limit, mrsp.RING_BYTES = mrsp.RING_BYTES, 1
                 for a, b in zip(attend(False, layout, qkv, up), found, strict=True):
                     assert (a - b).abs().max() < 1e-9, case
                 assert len(passes) == 3 * (mesh.outer - 1), case
-                mrsp.RING_BYTES = 2 << 30
+                mrsp.RING_BYTES = limit
     if sp == 4:
         with pytest.raises(ValueError, match="--sp 3 does not divide the 4 ranks"):
             mrsp.make_mesh(3)
@@ -331,8 +336,6 @@ def test_auto_takes_the_ring_above_ring_bytes(monkeypatch):
     ],
 )
 def test_the_method_follows_heads_and_ranks(method, sp, heads, ulysses, travel, words):
-    import re
-
     u, how, why = mrsp.choose_method(method, sp, *heads)
     assert (u, how) == (ulysses, travel) and re.search(words, why), why
     assert sp == 1 or why.startswith(f"{sp} ranks a sequence")
@@ -625,3 +628,64 @@ def test_blocks_on_cuda_make_the_same_attention(name, monkeypatch):
         pytest.importorskip("flash_attn")
     found = whole_attention(name, monkeypatch, torch.bfloat16, "cuda")
     close(found, whole_attention("plain", monkeypatch))
+
+
+# ------------------------------------------------------------- the stages, where ranks are uneven
+
+
+def sft_steps(folder, model, **settings):
+    """Three groups a step, of answers with thoughts, in parts of one or two groups."""
+    config = SFTConfig(steps=2, groups=3, texts=3, train="llm", lr=1e-3, warmup=0.0, **settings)
+    sft.train(model, data.load_rows(f"{folder}/sft.jsonl"), config)
+    return {k: mrsp.whole(v).detach() for k, v in model.llm.state_dict().items()}
+
+
+def _uneven_rank(rank, folder, out):
+    model = VILA.from_pretrained(f"{folder}/init").double()
+    model.mesh = mrsp.make_mesh()
+    model.shard_parameters(torch.float64)
+    assert all(isinstance(p, DTensor) for p in model.llm.parameters())
+    torch.save(sft_steps(folder, model, micro_batches=2), f"{out}/{rank}.pt")
+    model.save_pretrained(f"{out}/saved", write=rank == 0)
+
+    model, frames = VILA.from_pretrained(f"{folder}/init"), []  # sp = 2
+    model.mesh, encode = mrsp.make_mesh(2, "gather"), model.encode
+    model.encode = lambda media: frames.append(len(media)) or encode(media)
+    sft_steps(folder, model)
+    total = mrsp.all_sum(torch.tensor(sum(frames))).item()
+    assert total == model.cache.misses * model.recipe.num_frames > 0  # each frame by one rank
+
+    sums = defaultdict(float, gap_max=0.5 + rank)
+    metrics = train.reduce_metrics(sums, GRPOConfig(), mrsp.Mesh(rank, dp=2))
+    assert metrics["mismatch_max"] == 1.5
+
+
+def test_a_rank_with_fewer_parts_changes_nothing_and_each_frame_is_encoded_once(toy, tmp_path):
+    """One rank has two of three groups, the other one and an idle part, under FSDP; what is saved
+    is whole."""
+    run_ranks(_uneven_rank, 2, str(toy), str(tmp_path))
+    expected = sft_steps(toy, VILA.from_pretrained(toy / "init").double())
+    saved = VILA.from_pretrained(tmp_path / "saved").llm.state_dict()
+    for name, value in expected.items():
+        for rank in (0, 1):
+            found = torch.load(tmp_path / f"{rank}.pt")[name]
+            assert (found - value).abs().max() < 1e-9, name
+        assert saved[name].shape == value.shape and (saved[name] - value).abs().max() < 1e-6
+
+
+def test_the_ranks_of_a_sequence_sample_each_prompt_once_with_its_own_seed(toy, model):
+    rows, seen = data.load_rows(str(toy / "rl.jsonl"))[:5], {}
+
+    def generate(prompts, n, sampling, seeds):
+        seen.setdefault(model.mesh.sp, []).extend(
+            zip([p.text for p in prompts], seeds, strict=True)
+        )
+        raise StopIteration
+
+    engine = SimpleNamespace(wake=lambda: None, generate=generate)
+    for sp in (1, 2, 4):
+        for rank in range(sp):
+            model.mesh = mrsp.Mesh(rank, outer=sp)
+            with pytest.raises(StopIteration):
+                train.grpo_step(model, None, engine, None, rows, 3, GRPOConfig(update_prompts=3))
+    assert sorted(seen[1]) == sorted(seen[2]) == sorted(seen[4]) and len(set(seen[1])) == 5

@@ -1,0 +1,357 @@
+"""Stage 1 of MR-SP: embeddings computed once, by all ranks together, are those of one process."""
+
+import os
+import random
+import re
+from dataclasses import replace
+from math import ceil
+from pathlib import Path
+
+import pytest
+import safetensors
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from test_sp import run_ranks
+from torch.multiprocessing import start_processes
+
+import data
+import model as model_file
+import mrsp
+
+# ---------------------------------------------------------------------------------------- memory
+
+
+def numbers(n, seed=0, dtype=torch.float32):
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def refuse():
+    raise AssertionError("computed, although the cache has it")
+
+
+def test_memory_forgets_the_least_recently_used_by_bytes():
+    cache = mrsp.EmbeddingCache(max_bytes=100)
+    for key in "abac":  # each entry 40 bytes: two fit
+        cache.get(key, lambda: torch.zeros(10))
+    assert list(cache.memory) == ["a", "c"] and cache.bytes == 80
+    cache.get("d", lambda: torch.zeros(5))  # 100 bytes fit exactly
+    assert list(cache.memory) == ["a", "c", "d"] and cache.bytes == 100
+    cache.get("a", refuse)
+    cache.get("e", lambda: torch.zeros(11))  # 44 bytes, for which c and d have to go
+    assert list(cache.memory) == ["a", "e"] and cache.bytes == 84
+    cache.get("f", lambda: torch.zeros(100))  # the newest stays, though it is too large
+    assert list(cache.memory) == ["f"] and cache.bytes == 400
+    assert (cache.hits, cache.misses) == (2, 6)
+
+
+def test_hits_misses_and_bytes_are_counted_over_memory_and_disk(tmp_path):
+    first = mrsp.EmbeddingCache(str(tmp_path))
+    for key in "aba":
+        first.get(key, lambda: torch.zeros(10))
+    assert (first.hits, first.misses, first.bytes) == (1, 2, 80)
+    again = mrsp.EmbeddingCache(str(tmp_path))  # as another process would
+    again.get("a", refuse)
+    assert (again.hits, again.misses, again.bytes) == (1, 0, 40)
+    again.get("a", refuse)
+    assert (again.hits, again.misses, again.bytes) == (2, 0, 40)
+
+
+# ------------------------------------------------------------------------------------------ disk
+
+
+def entries(folder) -> list[str]:
+    return sorted(file.name.removesuffix(".safetensors") for file in folder.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_entries_survive_in_their_dtype_and_shape(tmp_path, dtype):
+    value = numbers(60, dtype=dtype).view(5, 3, 4)
+    mrsp.EmbeddingCache(str(tmp_path)).get("k", lambda: value.transpose(0, 2))  # not contiguous
+    read = mrsp.EmbeddingCache(str(tmp_path)).get("k", refuse)
+    assert read.dtype == dtype and torch.equal(read, value.transpose(0, 2))
+
+
+def test_disk_forgets_the_least_recently_used_and_a_read_refreshes(tmp_path):
+    def fresh(limit):  # nothing in memory: what is found comes from the folder
+        return mrsp.EmbeddingCache(str(tmp_path), max_disk_bytes=limit)
+
+    one = fresh(10**9)
+    for i, key in enumerate("abcd"):
+        one.get(key, lambda: numbers(1000))
+        age(tmp_path / f"{key}.safetensors", 1000 - i)
+    size = (tmp_path / "a.safetensors").stat().st_size
+    assert size < 4300
+    fresh(10**9).get("a", refuse)  # the oldest, used again
+    fresh(3 * size).get("e", lambda: numbers(1000))
+    assert entries(tmp_path) == ["a", "d", "e"]
+    fresh(size - 1).get("f", lambda: numbers(1000))  # the newest stays, though it is too large
+    assert entries(tmp_path) == ["f"]
+    fresh(size - 1).get("f", refuse)
+
+
+def age(path, seconds):
+    then = path.stat().st_mtime - seconds
+    os.utime(path, (then, then))
+
+
+def garbage(path):
+    path.write_bytes(b"not a tensor")
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flipped(path):
+    raw = bytearray(path.read_bytes())
+    raw[-5] ^= 1  # one bit of the data
+    path.write_bytes(raw)
+
+
+def unchecked(path):
+    save_file({"embeddings": numbers(50)}, path)  # right values, but no checksum
+
+
+def misnamed(path):
+    value = numbers(50)
+    save_file({"something": value}, path, {"crc32": mrsp.checksum(value)})
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [garbage, truncated, flipped, unchecked, misnamed, empty])
+def test_a_damaged_entry_is_reported_computed_again_and_rewritten(tmp_path, capsys, damage):
+    path = tmp_path / "k.safetensors"
+    mrsp.EmbeddingCache(str(tmp_path)).get("k", lambda: numbers(50))
+    damage(path)
+    cache = mrsp.EmbeddingCache(str(tmp_path))
+    assert torch.equal(cache.get("k", lambda: numbers(50, seed=1)), numbers(50, seed=1))
+    assert (cache.hits, cache.misses) == (0, 1)
+    said = capsys.readouterr().out
+    assert str(path) in said and "damaged" in said
+    again = mrsp.EmbeddingCache(str(tmp_path))
+    assert torch.equal(again.get("k", refuse), numbers(50, seed=1))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_half_written_entry_is_never_read(tmp_path, monkeypatch):
+    cache = mrsp.EmbeddingCache(str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(mrsp.os, "replace", lambda *a: 1 / 0)  # dies just before the renaming
+        with pytest.raises(ZeroDivisionError):
+            cache.get("k", lambda: numbers(50))
+    assert [re.sub(r"\d+", "N", name) for name in entries(tmp_path)] == ["k.safetensors.N.part"]
+    again = mrsp.EmbeddingCache(str(tmp_path))
+    assert torch.equal(again.get("k", lambda: numbers(50, seed=1)), numbers(50, seed=1))
+    assert again.misses == 1
+
+
+def _hammer(rank, folder, gets):
+    """Many reads and writes of few keys; each key has one right value."""
+    torch.set_num_threads(1)
+    rng = random.Random(rank)
+    cache = mrsp.EmbeddingCache(folder, max_bytes=1, max_disk_bytes=5 * 4200)  # 5 of 12 fit
+    for _ in range(gets):
+        i = rng.randrange(12)
+        value = cache.get(f"key{i}", lambda i=i: numbers(1000, seed=i))
+        assert torch.equal(value, numbers(1000, seed=i))
+    assert cache.hits + cache.misses == gets and cache.hits > 0
+
+
+def test_processes_share_a_folder_while_entries_come_and_go(tmp_path):
+    start_processes(_hammer, (str(tmp_path), 400), 3, start_method="forkserver")
+    left = entries(tmp_path)
+    assert len(left) <= 7 and all(re.fullmatch(r"key\d+", name) for name in left)  # no .part stays
+    for name in left:
+        value = mrsp.EmbeddingCache(str(tmp_path)).get(name, refuse)
+        assert torch.equal(value, numbers(1000, seed=int(name[3:])))
+
+
+def test_eviction_leaves_what_another_process_is_writing_alone(tmp_path):
+    """The unlucky moment of the test above, made certain. Between a .part file's writing and its
+    renaming another process evicts; and safetensors itself writes under a name like .tmpX9f3Qz
+    first. What a process that died left behind does go, an hour later."""
+    young, old = [".tmpX9f3Qz", "a.safetensors.7.part"], [".tmpAAAAAA", "b.safetensors.8.part"]
+    for name in young + old:
+        (tmp_path / name).write_bytes(bytes(1000))
+    for name in old:
+        age(tmp_path / name, 2 * 3600)
+    mrsp.EmbeddingCache(str(tmp_path), max_disk_bytes=1).get("mine", lambda: numbers(50))
+    assert entries(tmp_path) == sorted([*young, "mine"])
+
+
+def test_an_entry_evicted_while_it_is_opened_is_a_miss(tmp_path, monkeypatch, capsys):
+    """The other unlucky moment: safe_open opens a file, and then torch opens it again."""
+    mrsp.EmbeddingCache(str(tmp_path)).get("k", lambda: numbers(50))
+
+    def evicted(path, *_):
+        os.remove(path)
+        raise RuntimeError(f"unable to open file <{path}> in read-only mode")
+
+    cache = mrsp.EmbeddingCache(str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors, "safe_open", evicted)
+        assert cache._read("k") is None
+    assert torch.equal(cache.get("k", lambda: numbers(50)), numbers(50))
+    assert "damaged" not in capsys.readouterr().out  # nothing is
+
+
+# --------------------------------------------------------------------------- through the model
+
+
+def test_cached_embeddings_equal_fresh_ones_and_skip_decoding(toy, model, tmp_path, monkeypatch):
+    row = data.load_rows(str(toy / "rl.jsonl"))[0]
+    fresh = model.encode(data.load_media(row, 6)[0])
+    model.cache = first = mrsp.EmbeddingCache(str(tmp_path))
+    assert torch.equal(model.features(row, 6), fresh)
+    calls = []
+    monkeypatch.setattr(model_file, "Frames", lambda *a: calls.append(a))
+    assert torch.equal(model.features(row, 6), fresh)  # from memory
+    model.cache = again = mrsp.EmbeddingCache(str(tmp_path))
+    assert torch.equal(model.features(row, 6), fresh)  # from disk, as another process would
+    assert not calls and (first.hits, first.misses, again.hits, again.misses) == (1, 1, 1, 0)
+
+
+def test_the_key_changes_with_all_that_the_embedding_depends_on(toy, model, tmp_path):
+    rows = data.load_rows(str(toy / "rl.jsonl"))
+    row = rows[0]
+    copy = tmp_path / "same.mp4"
+    copy.write_bytes(Path(row.media).read_bytes())
+    model.features(row, 6)
+    model.features(replace(row, media=str(copy)), 6)  # same content under another name: a hit
+    model.features(replace(row, num_frames=6), 9)  # a row's own number of frames counts
+    assert (model.cache.hits, model.cache.misses) == (2, 1)
+
+    model.features(row, 5)
+    model.features(replace(row, segment=(0.0, 20.0)), 6)
+    other = next(r for r in rows if r.media != row.media)
+    features = model.features(other, 6)
+    copy.write_bytes(Path(other.media).read_bytes())  # new content under a known name: a hit of it
+    assert torch.equal(model.features(replace(row, media=str(copy)), 6), features)
+    assert (model.cache.hits, model.cache.misses) == (3, 4)
+
+    changes = [
+        lambda: model.preprocess.update(image_mean=[0.4, 0.5, 0.5]),
+        lambda: model.projector.layers[2].weight.data.mul_(1.5),
+        lambda: next(iter(model.tower.parameters())).data.mul_(1.5),
+        lambda: model.config.update(mm_vision_select_layer=-2),
+    ]
+    for n, change in enumerate(changes):
+        change()
+        model.forget_encoder()
+        features = model.features(row, 6)
+        assert (model.cache.hits, model.cache.misses) == (3, 5 + n)
+        assert torch.equal(features, model.encode(data.load_media(row, 6)[0]))
+    model.llm.model.norm.weight.data.mul_(2.0)  # not a part of the encoder
+    model.forget_encoder()
+    model.features(row, 6)
+    assert model.cache.hits == 4
+
+
+# -------------------------------------------------------------------------------- many ranks
+
+
+class Encoder(torch.nn.Module):
+    """(f, H, W, 3) -> (ceil(f / together), 2, 4), each `together` frames by themselves; not
+    linear, so that a frame too many in a unit shows."""
+
+    def __init__(self, together):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.weight = torch.nn.Parameter(torch.randn(3, 8, generator=g, dtype=torch.float64))
+        self.together = together
+
+    def forward(self, frames):
+        units = frames.double().div(255).split(self.together)
+        wide = [torch.tanh(u.mean((0, 1, 2)) * len(u) @ self.weight) for u in units]
+        return torch.stack(wide).unflatten(1, (2, 4))
+
+
+class Lazy:
+    """Frames that are decoded when they are sliced; counts them."""
+
+    def __init__(self, frames):
+        self.frames, self.read = frames, 0
+
+    def __len__(self):
+        return len(self.frames)
+
+    def __getitem__(self, at: slice):
+        self.read += len(self.frames[at])
+        return self.frames[at]
+
+
+COUNTS, TOGETHER = (1, 2, 5, 8, 9, 17), (1, 2, 8)
+
+
+def _encode_rank(rank):
+    group, world = dist.group.WORLD, dist.get_world_size()
+    g = torch.Generator().manual_seed(1)
+    for count in COUNTS:  # fewer frames than ranks; units that do not divide; a last unit of 1
+        frames = torch.randint(0, 256, (count, 2, 3, 3), generator=g, dtype=torch.uint8)
+        for together in TOGETHER:
+            case = f"{count} frames, {together} together, rank {rank} of {world}"
+            encode, lazy = Encoder(together), Lazy(frames)
+            found = mrsp.encode_parallel(encode, lazy, group, together)
+            share = ceil(ceil(count / together) / world) * together
+            assert 0 < lazy.read <= share, case  # no rank decodes more than its share
+            expected = encode(frames)
+            assert torch.equal(found, expected), case
+            # every rank has its own gradient for the result; they count as their sum
+            ups = torch.randn(world, *found.shape, generator=g, dtype=torch.float64)
+            (grad,) = torch.autograd.grad(found, encode.weight, ups[rank])
+            dist.all_reduce(grad)
+            (whole,) = torch.autograd.grad(expected, encode.weight, ups.sum(0))
+            assert (grad - whole).abs().max() < 1e-9, case
+            assert whole.abs().max() > 1e-3
+    with pytest.raises(ValueError, match="encode gave"):  # two frames a unit, promised one
+        mrsp.encode_parallel(Encoder(2), torch.zeros(17, 2, 3, 3), group, 1)
+    with pytest.raises(ValueError, match="encode gave"):
+        mrsp.encode_parallel(Encoder(1), torch.zeros(16, 2, 3, 3), group, 2)
+
+
+def _agree_rank(rank, folder):
+    """A hit here and a miss there: both compute, together, and both get the value."""
+    group, calls = dist.group.WORLD, []
+
+    def compute():  # a collective: it hangs unless both call it
+        calls.append(1)
+        value = torch.full((3,), rank + 1.0)
+        dist.all_reduce(value)
+        return value
+
+    for hits in (0, 1):
+        for disk in (False, True):  # each rank has its own folder, as on two machines
+            calls.clear()
+            cache = mrsp.EmbeddingCache(f"{folder}/{hits}_{rank}" if disk else None)
+            if rank == hits:
+                seen = mrsp.EmbeddingCache(cache.folder)
+                seen.get("k", lambda: torch.full((3,), 3.0))
+                cache.memory, cache.bytes = ({}, 0) if disk else (seen.memory, seen.bytes)
+                cache.memory = mrsp.OrderedDict(cache.memory)
+            assert cache.get("k", compute, group).tolist() == [3.0] * 3
+            assert (cache.hits, cache.misses, cache.bytes, len(calls)) == (0, 1, 12, 1)
+            assert cache.get("k", refuse, group).tolist() == [3.0] * 3  # now both hit
+            assert (cache.hits, cache.misses, cache.bytes) == (1, 1, 12)
+    shared = mrsp.EmbeddingCache(f"{folder}/shared")  # one folder: one rank writes, both read
+    assert shared.get("k", compute, group).tolist() == [3.0] * 3
+    dist.barrier()
+    assert mrsp.EmbeddingCache(f"{folder}/shared").get("k", refuse, group).tolist() == [3.0] * 3
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_frames_encoded_in_parallel_equal_frames_encoded_alone(world):
+    """Values exactly, gradients of the encoder's weights in float64."""
+    run_ranks(_encode_rank, world)
+
+
+def test_ranks_agree_whether_an_entry_is_there(tmp_path):
+    run_ranks(_agree_rank, 2, str(tmp_path))
+
+
+def test_one_process_and_no_frames_take_the_same_path():
+    frames = torch.zeros(5, 2, 3, 3)
+    assert torch.equal(mrsp.encode_parallel(Encoder(2), frames, None, 2), Encoder(2)(frames))
