@@ -434,7 +434,7 @@ def memory(
         "layer": t * (16 * d + c * (3 * d + 3 * q + 2 * k + 6 * m)),
         "kv": 2 * c * t * (q + 2 * k) * (ulysses > 1) + (c + 4) * 2 * k * length * (ulysses < sp),
         "embeddings": c * t * d,
-        "logits": 16 * v * min(chunk, answers),
+        "logits": 16 * v * min(chunk, answers / sp),
         "rollout": c * (n * 2 * k * length + min(prefill or prompt, prompt) * (4 * d + 3 * m)) * rl,
     }
     held = sum(part[name] for name in ("weights", "optimizer", "engine"))
@@ -516,6 +516,7 @@ def gpu_rows(shape, prompts, group, tokens, device, dtype, side=8192, tile=16384
             flops = 6 * (pack.ids.numel() * parameters(shape)[0] * n_layers + n * tokens * v * d)
             flops += 14 * pairs(pack.layout) * q * n_layers
             row, peak = {"prompt": length, "way": way, "seconds": None}, peak_memory()
+            pack = mrsp.shard(pack, mrsp.Mesh())
             work = lambda: policy(pack, chunk=2048)[0].sum().backward()  # noqa: B023, E731
             try:
                 seconds = clock(work, 1, device)

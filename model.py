@@ -446,7 +446,7 @@ class Policy(nn.Module):
             inputs_embeds=x, position_ids=share.positions, use_cache=False, mrsp=share.layout
         ).last_hidden_state  # (B, Ls, D)
         # DEVIATION 1: only the hidden states that predict a target reach the LM head.
-        hidden = hidden.reshape(-1, hidden.shape[-1])[share.hidden_at]  # (width, D)
+        hidden = mrsp.spread(hidden.reshape(-1, hidden.shape[-1]), share)  # (width, D)
         parts = []
         for h, t in zip(hidden.split(chunk), share.targets.split(chunk)):
             # Checkpointed: backward computes a chunk's logits again instead of keeping (width, V).

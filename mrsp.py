@@ -257,7 +257,7 @@ class Pack:
     hidden_at (M,): index into B * L of the hidden state that predicts targets (M,);
     row, branch (M,): which prompt and which of its answers a target belongs to; step (M,): where
     in the answer it stands.
-    gathered_at (M,): of a share (see shard), where each target's value is after the all-gather.
+    received, gathered_at: of a share alone, see shard.
     """
 
     ids: Tensor
@@ -270,6 +270,7 @@ class Pack:
     row: Tensor
     branch: Tensor
     step: Tensor
+    received: Tensor | None = None
     gathered_at: Tensor | None = None
 
     def pad(self, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -376,9 +377,11 @@ def deal(row: list[Span], outer: int) -> list[list[Span]]:
 
 
 def shard(pack: Pack, mesh: Mesh) -> Pack:
-    """This rank's share of a Pack, (B, L) -> (B, Ls), the same tensors for a part of the tokens;
-    hidden_at and targets are those that this rank predicts, (width,), padded to the same width on
-    every rank (so that all ranks run the LM head, which FSDP needs); collect() undoes it.
+    """This rank's share of a Pack, (B, L) -> (B, Ls): the same tensors for a part of the tokens.
+    The LM head's work is dealt by itself, see spread(): hidden_at (S * slots,) are the states that
+    this rank sends, received (width,) those that it takes from what comes, targets (width,) what
+    they predict; padded to the same width on all ranks (FSDP needs them all to run the LM head).
+    gathered_at (M,): where collect() finds each target's value.
 
     The outer deal comes first; each part is padded to a multiple of U, and cut in U even slices.
     Text and media may fall anywhere. No communication: every rank has the whole Pack.
@@ -415,11 +418,19 @@ def shard(pack: Pack, mesh: Mesh) -> Pack:
 
     segment = take(pack.layout.q_segment, at[mesh.outer_rank], -1)
     order = take(pack.layout.q_order, at[mesh.outer_rank], 0)
+    # Targets: target i is the nth[i] of those whose hidden state is on rank owner[i]; it is sent to
+    # rank to[i], slot[i] of its message, and is the place[i] of those that go there.
+    count = lambda rank: F.one_hot(rank, mesh.sp).cumsum(0)  # noqa: E731  (M, S), so far
     owner = went[pack.hidden_at] // local
-    counts = F.one_hot(owner, mesh.sp).cumsum(0)  # (M, S) targets of each rank so far
-    nth = counts.gather(1, owner[:, None])[:, 0] - 1  # the how manieth of its owner a target is
-    width, mine = int(counts[-1].max()), owner == me
-    pad = (0, width - int(counts[-1, me]))
+    nth = count(owner).gather(1, owner[:, None])[:, 0] - 1
+    to, slot = nth % mesh.sp, nth // mesh.sp
+    place = count(to).gather(1, to[:, None])[:, 0] - 1
+    slots, width = int(slot.max()) + 1, int(place.max()) + 1
+    send, mine = torch.zeros(mesh.sp * slots, dtype=torch.long, device=device), owner == me
+    send[(to * slots + slot)[mine]] = (went[pack.hidden_at] % local)[mine]
+    targets, received = send.new_zeros(width), send.new_zeros(width)
+    targets[place[to == me]] = pack.targets[to == me]
+    received[place[to == me]] = (owner * slots + slot)[to == me]
     media, media_at = pack.media, went[pack.media_at]
     if media is not None:
         here = media_at // local == me
@@ -431,10 +442,21 @@ def shard(pack: Pack, mesh: Mesh) -> Pack:
         media=media,
         media_at=media_at,
         layout=Layout(segment, order, segment, order, parts, mesh),
-        hidden_at=F.pad(went[pack.hidden_at][mine] % local, pad),
-        targets=F.pad(pack.targets[mine], pad),
-        gathered_at=owner * width + nth,
+        hidden_at=send,
+        targets=targets,
+        received=received,
+        gathered_at=to * width + place,
     )
+
+
+def spread(hidden: Tensor, share: Pack) -> Tensor:
+    """Hidden states (B * Ls, D) of this rank -> those of the targets that it predicts, (width, D):
+    targets are dealt evenly over the ranks, or the ranks at the end of the sequence, where the
+    answers are, would run the LM head alone. One all-to-all of (S, slots, D); backward the same."""
+    hidden, mesh = hidden[share.hidden_at], share.layout.mesh
+    if mesh.sp_group is not None:
+        hidden = AllToAll.apply(hidden.unflatten(0, (mesh.sp, -1)), mesh.sp_group).flatten(0, 1)
+    return hidden[share.received]
 
 
 class AllGather(torch.autograd.Function):

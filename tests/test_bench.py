@@ -226,7 +226,7 @@ def test_tiled_mlps_change_nothing():
         torch.manual_seed(0)
         policy = bench.decoder(shape())
         bench.tile_mlps(policy.llm, tile)
-        policy(pack)[0].sum().backward()
+        policy(mrsp.shard(pack, mrsp.Mesh()))[0].sum().backward()
         found.append([p.grad for p in policy.parameters()])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 

@@ -401,6 +401,18 @@ def painted(plan, shape):
     return seen
 
 
+@pytest.mark.parametrize("outer, ulysses", [(1, 4), (4, 1), (2, 2), (1, 8)])
+def test_targets_are_dealt_evenly_and_none_twice(outer, ulysses):
+    """The LM head's work is shared, also where all answers stand on the last rank (Ulysses)."""
+    pack, n = make_batch(LONG + RAGGED), outer * ulysses
+    shares = [mrsp.shard(pack, mrsp.Mesh(r, outer=outer, ulysses=ulysses)) for r in range(n)]
+    widths = {len(share.targets) for share in shares}
+    assert len(widths) == 1 and max(widths) <= len(pack.targets) / n + n
+    places = shares[0].gathered_at
+    assert len(places.unique()) == len(pack.targets)
+    assert torch.cat([share.targets for share in shares])[places].equal(pack.targets)
+
+
 def test_planned_blocks_are_the_rule_for_any_spans():
     rng = random.Random(1)
 
