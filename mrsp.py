@@ -52,6 +52,7 @@ embedding, F frames, S = O x U sequence-parallel ranks.
 Check this file alone:  pytest tests/test_mrsp.py tests/test_sp.py tests/test_cache.py
 """
 
+import functools
 import hashlib
 import importlib
 import os
@@ -209,7 +210,7 @@ class Layout:
     Queries (B, Lq) and keys (B, Lk) carry segment and order: what the dense form needs. While
     training they are the same tokens, while sampling the keys are the whole cache.
     parts: for each of the O outer ranks, for each row, the spans that it holds, back to back;
-    needed by the block form. None while sampling. `before` is the most prompt tokens of a part.
+    needed by the block form. None while sampling.
     """
 
     q_segment: Tensor
@@ -237,10 +238,8 @@ class Layout:
         for b, (queries, keys) in enumerate(zip(self.parts[me], self.parts[source])):
             keys = keys if source == me else [span for span in keys if span[0] == 0]
             for q0, q1, k0, k1, causal in plan_blocks(queries, keys):
-                row, all_heads = slice(b, b + 1), slice(None)
-                plan.append(
-                    ((row, all_heads, slice(q0, q1)), (row, all_heads, slice(k0, k1)), causal)
-                )
+                row = (slice(b, b + 1), slice(None))  # this row, all heads
+                plan.append(((*row, slice(q0, q1)), (*row, slice(k0, k1)), causal))
         return plan
 
     def prompt_tokens(self) -> int:
@@ -589,6 +588,7 @@ def heads_for_tokens(x: Tensor, group) -> Tensor:
 # -- one block
 
 
+@functools.cache
 def flash_attn():
     """The package flash-attn, if it is installed and this is CUDA; else None."""
     try:
@@ -690,18 +690,18 @@ def ring_pass(x: Tensor, group):
     """Send x to the next rank of the ring and receive the previous rank's, of the same shape.
     Returns wait() -> received; until then the transfer runs beside the computation."""
     n, me = dist.get_world_size(group), dist.get_rank(group)
-    out, x = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous()
+    x, out = x.contiguous(), x.new_empty(x.shape)
     peers = [dist.get_global_rank(group, (me + step) % n) for step in (1, -1)]
     works = dist.batch_isend_irecv(
         [dist.P2POp(dist.isend, x, peers[0], group), dist.P2POp(dist.irecv, out, peers[1], group)]
     )
 
-    def wait():
+    def wait(sent=x):  # the default holds x until it is sent
         for work in works:
             work.wait()
-        return out, x  # x is held until it is sent
+        return out
 
-    return lambda: wait()[0]
+    return wait
 
 
 def travelling(k: Tensor, v: Tensor, layout: Layout):
@@ -778,34 +778,28 @@ class BlockAttention(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, out, lse = ctx.saved_tensors
         layout, mesh, grad = ctx.layout, ctx.layout.mesh, grad.contiguous()
-        most, group = layout.prompt_tokens(), mesh.outer_group
+        most, group, ring = layout.prompt_tokens(), mesh.outer_group, use_ring(layout, k)
         dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
         own = torch.zeros(2, *k.shape, dtype=lse.dtype, device=q.device)  # dk, dv of my tokens
-        shape = (2, *k.shape[:2], most, k.shape[3])  # dk, dv of another rank's prompt tokens
-        sent, wait = [], None
+        piece = (2, *k.shape[:2], most, k.shape[3])  # dk, dv of another rank's prompt tokens
+        every = own.new_zeros(mesh.outer, *piece) if mesh.outer > 1 and not ring else None
+        wait = None
         for source, keys, values in travelling(k, v, layout):
             mine = source == mesh.outer_rank
-            dkv = own if mine else torch.zeros(shape, dtype=lse.dtype, device=q.device)
+            dkv = own if mine else own.new_zeros(piece) if ring else every[source]
             for at, cols, causal in layout.blocks(source):
                 here = [x[at] for x in (grad, q, out, lse)]
                 parts = block_backward(*here, keys[cols], values[cols], causal, ctx.scale)
                 dq[at] += parts[0]
                 dkv[0][cols] += parts[1]
                 dkv[1][cols] += parts[2]
-            if not mine and use_ring(layout, k):
+            if ring and not mine:
                 # The previous rank's sum for this source, plus mine, goes on towards its home.
-                dkv = dkv + wait() if wait else dkv
-                wait = ring_pass(dkv, group)
-            elif not mine:
-                sent.append((source, dkv))
-        if wait:
-            own[:, :, :, :most] += wait()
-        if sent:  # everybody's gradients for everybody, (O, 2, B, Hkv, Pp, D); each gets its sum
-            every = torch.zeros(mesh.outer, *shape, dtype=lse.dtype, device=q.device)
-            for source, dkv in sent:
-                every[source] = dkv
-            home = torch.empty(shape, dtype=lse.dtype, device=q.device)
-            reduce_scatter(home, every.flatten(0, 1), group=group)
+                wait = ring_pass(dkv + wait() if wait else dkv, group)
+        if mesh.outer > 1:
+            home = wait() if ring else own.new_empty(piece)
+            if not ring:  # (O, 2, B, Hkv, Pp, D) of each rank; each gets the sum for itself
+                reduce_scatter(home, every.flatten(0, 1), group=group)
             own[:, :, :, :most] += home
         return dq.to(q.dtype), *own.to(k.dtype).unbind(), None, None
 

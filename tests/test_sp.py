@@ -574,10 +574,12 @@ def fake_flash_attn():
     return module
 
 
-def test_flash_attn_is_used_by_its_signature_and_gives_the_same(monkeypatch):
+def test_flash_attn_is_used_by_its_signature_and_gives_the_same(monkeypatch, request):
+    request.addfinalizer(mrsp.flash_attn.cache_clear)
     assert mrsp.flash_attn() is None or "flash_attn" in sys.modules
     monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", fake_flash_attn())
+    mrsp.flash_attn.cache_clear()
     assert mrsp.flash_attn() is sys.modules["flash_attn.flash_attn_interface"]
     for heads, lq, lk, causal in ((4, 2), 6, 6, True), ((6, 2), 5, 9, False), ((3, 3), 1, 1, True):
         q, k, v, grad = block_inputs(heads=heads, lq=lq, lk=lk)
