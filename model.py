@@ -147,6 +147,25 @@ def build_projector(kind: str, tower_width: int, width: int) -> nn.Module:
 # ----------------------------------------------------------------------------------------- VILA
 
 
+class InRow:
+    """Several media as one row of frames; a slice of it is a list of their slices."""
+
+    def __init__(self, media: list):
+        self.media = media
+
+    def __len__(self) -> int:
+        return sum(map(len, self.media))
+
+    def __getitem__(self, part: slice) -> list:
+        first, last, _ = part.indices(len(self))
+        found = []
+        for m in self.media:
+            if first < len(m) and last > 0:
+                found.append(m[max(first, 0) : last])
+            first, last = first - len(m), last - len(m)
+        return found
+
+
 class VILA(nn.Module):
     """The policy. forward() gives log-probs of a Pack's targets; encode() the media's features."""
 
@@ -321,14 +340,14 @@ class VILA(nn.Module):
         return self.cache.get(key, compute, group)
 
     def features_trainable(self, examples: list[Example], num_frames: int) -> list[Tensor | None]:
-        """features() of several examples, with gradients into tower and projector, and no cache."""
+        """features() of several examples, with gradients into tower and projector; no cache. The
+        ranks of a sequence have the same examples, and encode them as one row of frames."""
         media = {i: Frames(e, num_frames) for i, e in enumerate(examples) if e.data_type != "text"}
-        if self.mesh.sp == 1:
-            found = self.encode_many([m[:] for m in media.values()]) if media else []
-        else:  # the ranks of a sequence have the same examples, and encode each together
-            group = self.mesh.sp_group
-            found = [mrsp.encode_parallel(self.encode, m, group) for m in media.values()]
-        found = dict(zip(media, found))
+        if not media:
+            return [None] * len(examples)
+        encode = lambda parts: torch.cat(self.encode_many(parts))  # noqa: E731
+        joined = mrsp.encode_parallel(encode, InRow(list(media.values())), self.mesh.sp_group)
+        found = dict(zip(media, joined.split([len(m) for m in media.values()])))
         return [found.get(i) for i in range(len(examples))]
 
     # -- prompt
