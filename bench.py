@@ -91,7 +91,8 @@ def peak_memory():
 
 def small_vila(hidden: int, layers: int) -> VILA:
     """Random weights: SigLIP of 48 px, 9 tokens a frame; Qwen2 with 4/2 heads and 512 words, in
-    float32. Answers never end by themselves."""
+    float32. Six tower layers: encoding is then 46 % of "none" at 512 frames (the paper's LongVILA:
+    stage 1 takes away 52 %). Answers never end by themselves."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<vila/video>"]
     words = special + [f"word{i}" for i in range(512 - len(special))]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, special[0]))

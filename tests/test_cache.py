@@ -11,8 +11,8 @@ import pytest
 import safetensors
 import torch
 import torch.distributed as dist
+from conftest import run_ranks
 from safetensors.torch import save_file
-from test_sp import run_ranks
 from torch.multiprocessing import start_processes
 
 import data

@@ -6,8 +6,9 @@ pip install --no-deps prefix-grouper yunchang
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import run_ranks
 from test_mrsp import assert_same_grads, random_grads
-from test_sp import make_batch, make_policy, run_ranks
+from test_sp import make_batch, make_policy
 from transformers import AttentionInterface
 
 import mrsp

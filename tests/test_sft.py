@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.multiprocessing import spawn
+from conftest import run_ranks
+from torch.distributed.tensor import DTensor
 
 import data
 import mrsp
@@ -68,13 +68,11 @@ def test_only_what_is_named_is_trained(toy, model, part):
 
 
 def _train(rank, world, folder, out, part="all", sp=1, fsdp=False):
-    torch.set_num_threads(1)
-    if world > 1:
-        dist.init_process_group("gloo", f"file://{out}/store", rank=rank, world_size=world)
     model = VILA.from_pretrained(f"{folder}/init").double()
     model.mesh = mrsp.make_mesh(sp, "auto", 4, 2)
     if fsdp:
         model.shard_parameters(torch.float64)
+        assert all(isinstance(p, DTensor) for p in model.llm.parameters())
     encode, encoded = model.encode, []
     model.encode = lambda frames: encoded.append(len(frames)) or encode(frames)
     config = SFTConfig(steps=3, groups=3, texts=3, train=part, micro_batches=2, lr=1e-3, warmup=0.0)
@@ -88,8 +86,6 @@ def _train(rank, world, folder, out, part="all", sp=1, fsdp=False):
         assert sum(encoded) == (15 if sp == 1 else (9, 6)[rank])
     model.save_pretrained(f"{out}/{world}", write=rank == 0)
     torch.save(losses, f"{out}/{world}_{rank}.pt")
-    if world > 1:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("part, sp, fsdp", [
@@ -100,7 +96,7 @@ def test_two_ranks_train_like_one(toy, tmp_path, part, sp, fsdp):
     share all three, also the frames to encode, whose gradient goes back to the rank that encoded
     them. The checkpoints that they write are the same."""
     _train(0, 1, str(toy), str(tmp_path), part)
-    spawn(_train, (2, str(toy), str(tmp_path), part, sp, fsdp), nprocs=2)
+    run_ranks(_train, 2, 2, str(toy), str(tmp_path), part, sp, fsdp)
     one = torch.load(tmp_path / "1_0.pt")
     for rank in (0, 1):
         for a, b in zip(one, torch.load(tmp_path / f"2_{rank}.pt")):

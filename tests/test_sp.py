@@ -3,53 +3,20 @@
 import random
 import re
 import sys
-from collections import defaultdict
-from datetime import timedelta
 from itertools import accumulate
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import run_ranks
 from test_mrsp import as_torch_norm
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor import DTensor
-from torch.multiprocessing import set_forkserver_preload, start_processes
 from transformers import Qwen2_5_VLTextConfig, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-import data
 import mrsp
-import sft
-import train
-from grpo import GRPOConfig
-from model import VILA, Policy
-from sft import SFTConfig
-
-# ----------------------------------------------------------------------------------------- ranks
-
-# The processes of all tests are forked from one that has the slow imports done: 0.1 s, not 5 s.
-set_forkserver_preload(
-    ["torch.distributed.fsdp", "matplotlib.pyplot", "pytest"]
-    + [f"transformers.models.{name}.modeling_{name}" for name in ("qwen2", "qwen2_5_vl", "siglip")]
-)
-
-
-def run_ranks(function, world, *args):
-    """function(rank, *args) in `world` processes that have a process group; what they raise is
-    raised here. One that waits for the others in vain fails after a minute."""
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    start_processes(_enter, (function, world, store.port, args), world, start_method="forkserver")
-
-
-def _enter(rank, function, world, port, args):
-    torch.set_num_threads(1)
-    store, patience = dist.TCPStore("localhost", port), timedelta(seconds=60)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
-    function(rank, *args)
-    dist.barrier()  # nobody closes connections that another one still uses
-    dist.destroy_process_group()
-
+from model import Policy
 
 # ---------------------------------------------------------------------------- a model, a batch
 
@@ -642,64 +609,3 @@ def test_blocks_on_cuda_make_the_same_attention(name, monkeypatch):
         pytest.importorskip("flash_attn")
     found = whole_attention(name, monkeypatch, torch.bfloat16, "cuda")
     close(found, whole_attention("plain", monkeypatch))
-
-
-# ------------------------------------------------------------- the stages, where ranks are uneven
-
-
-def sft_steps(folder, model, **settings):
-    """Three groups a step, of answers with thoughts, in parts of one or two groups."""
-    config = SFTConfig(steps=2, groups=3, texts=3, train="llm", lr=1e-3, warmup=0.0, **settings)
-    sft.train(model, data.load_rows(f"{folder}/sft.jsonl"), config)
-    return {k: mrsp.whole(v).detach() for k, v in model.llm.state_dict().items()}
-
-
-def _uneven_rank(rank, folder, out):
-    model = VILA.from_pretrained(f"{folder}/init").double()
-    model.mesh = mrsp.make_mesh()
-    model.shard_parameters(torch.float64)
-    assert all(isinstance(p, DTensor) for p in model.llm.parameters())
-    torch.save(sft_steps(folder, model, micro_batches=2), f"{out}/{rank}.pt")
-    model.save_pretrained(f"{out}/saved", write=rank == 0)
-
-    model, frames = VILA.from_pretrained(f"{folder}/init"), []  # sp = 2
-    model.mesh, encode = mrsp.make_mesh(2, "gather"), model.encode
-    model.encode = lambda media: frames.append(len(media)) or encode(media)
-    sft_steps(folder, model)
-    total = mrsp.all_sum(torch.tensor(sum(frames))).item()
-    assert total == model.cache.misses * model.recipe.num_frames > 0  # each frame by one rank
-
-    sums = defaultdict(float, gap_max=0.5 + rank)
-    metrics = train.reduce_metrics(sums, GRPOConfig(), mrsp.Mesh(rank, dp=2))
-    assert metrics["mismatch_max"] == 1.5
-
-
-def test_a_rank_with_fewer_parts_changes_nothing_and_each_frame_is_encoded_once(toy, tmp_path):
-    """One rank has two of three groups, the other one and an idle part, under FSDP; what is saved
-    is whole."""
-    run_ranks(_uneven_rank, 2, str(toy), str(tmp_path))
-    expected = sft_steps(toy, VILA.from_pretrained(toy / "init").double())
-    saved = VILA.from_pretrained(tmp_path / "saved").llm.state_dict()
-    for name, value in expected.items():
-        for rank in (0, 1):
-            found = torch.load(tmp_path / f"{rank}.pt")[name]
-            assert (found - value).abs().max() < 1e-9, name
-        assert saved[name].shape == value.shape and (saved[name] - value).abs().max() < 1e-6
-
-
-def test_the_ranks_of_a_sequence_sample_each_prompt_once_with_its_own_seed(toy, model):
-    rows, seen = data.load_rows(str(toy / "rl.jsonl"))[:5], {}
-
-    def generate(prompts, n, sampling, seeds):
-        seen.setdefault(model.mesh.sp, []).extend(
-            zip([p.text for p in prompts], seeds, strict=True)
-        )
-        raise StopIteration
-
-    engine = SimpleNamespace(wake=lambda: None, generate=generate)
-    for sp in (1, 2, 4):
-        for rank in range(sp):
-            model.mesh = mrsp.Mesh(rank, outer=sp)
-            with pytest.raises(StopIteration):
-                train.grpo_step(model, None, engine, None, rows, 3, GRPOConfig(update_prompts=3))
-    assert sorted(seen[1]) == sorted(seen[2]) == sorted(seen[4]) and len(set(seen[1])) == 5

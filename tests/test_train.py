@@ -8,8 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.multiprocessing import spawn
+from conftest import run_ranks
 
 import data
 import grpo
@@ -96,10 +95,8 @@ def three_steps(folder, dtype, average, sp=1, fsdp=False):
     return seen, {k: mrsp.whole(v).detach().clone() for k, v in model.llm.state_dict().items()}
 
 
-def _rank(rank, world, folder, dtype, average, sp, fsdp, store, out):
-    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
+def _rank(rank, folder, dtype, average, sp, fsdp, out):
     torch.save(three_steps(folder, dtype, average, sp, fsdp), f"{out}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
@@ -133,8 +130,7 @@ def test_many_ranks_train_like_one(
     """Same loss, gradient norm, metrics and parameters after three steps; 5 prompts on 2 ranks in
     updates of 3 and 2, answers of 1 to 8 tokens; in the last step rank 1 has no prompt."""
     one, params = one_rank(dtype, average)
-    args = (world, str(toy), dtype, average, sp, fsdp, tmp_path / "store", tmp_path)
-    spawn(_rank, args, nprocs=world)
+    run_ranks(_rank, world, str(toy), dtype, average, sp, fsdp, str(tmp_path))
     assert one[0]["grad_norm"] > 1e-3 and one[2]["kl"] > 1e-4 and one[0]["accuracy"] > 0
     for rank in range(world):
         two, params2 = torch.load(tmp_path / f"{rank}.pt")
