@@ -148,7 +148,11 @@ def build_projector(kind: str, tower_width: int, width: int) -> nn.Module:
 
 
 class InRow:
-    """Several media as one row of frames; a slice of it is a list of their slices."""
+    """Several media as one row of frames; a slice of it is a list of their slices.
+
+    >>> InRow([[0, 1, 2], [3], [4, 5]])[2:5]
+    [[2], [3], [4]]
+    """
 
     def __init__(self, media: list):
         self.media = media
@@ -259,7 +263,11 @@ class VILA(nn.Module):
         parameters every rank calls this (they are gathered one by one), and one of them writes."""
         from safetensors.torch import save_file
 
-        weights = {k: mrsp.whole(v) for k, v in self.llm.state_dict().items()}
+        weights = {}
+        for name, value in self.llm.state_dict().items():
+            value = mrsp.whole(value)  # all ranks take part; one keeps it, in host memory
+            if write and not (name == "lm_head.weight" and self.llm.config.tie_word_embeddings):
+                weights[name] = value.cpu()
         if not write:
             return
         root = Path(folder)
@@ -330,9 +338,13 @@ class VILA(nn.Module):
         if example.data_type == "text":
             return None
 
-        def compute():
-            # each rank of the group decodes and encodes its share of the frames
-            return mrsp.encode_parallel(self.encode, Frames(example, num_frames), group)
+        def compute():  # each rank of the group decodes and encodes its share, 64 at a time
+            frames = Frames(example, num_frames)
+
+            def encode(at: range) -> Tensor:
+                return torch.cat([self.encode(frames[i : min(i + 64, at.stop)]) for i in at[::64]])
+
+            return mrsp.encode_parallel(encode, range(len(frames)), group)
 
         taken = (example.num_frames or num_frames, example.segment, example.data_type)
         content = mrsp.file_hash(example.media) if os.path.isfile(example.media) else example.media
@@ -452,7 +464,8 @@ class Policy(nn.Module):
         if media is not None:  # also if none of it is here: its gradient is awaited by all ranks
             flat = x.reshape(-1, x.shape[-1])
             x = flat.index_copy(0, media_at, media.to(flat.device, flat.dtype)).view_as(x)
-        return x
+        # All ranks run the same backward (FSDP gathers in it), also where nothing here is trained.
+        return x if x.requires_grad or not torch.is_grad_enabled() else x.requires_grad_()
 
     def forward(
         self, share: mrsp.Pack, temperature: float = 1.0, chunk: int = 8192

@@ -49,6 +49,8 @@ length divides, with model classes rewritten for it. Differences from the paper:
 Glossary: B prompts, G answers a prompt, P prompt tokens, R answer tokens, L packed length, Ls
 tokens on a rank, M predicted tokens of a batch, H heads (Hkv of keys), D width of a head or of an
 embedding, F frames, S = O x U sequence-parallel ranks.
+Collectives also take CPU tensors: on GPUs start with init_process_group("cpu:gloo,cuda:nccl"). A
+group of None is this rank alone in stages 1 and 2, all ranks in the last section.
 Check this file alone:  pytest tests/test_mrsp.py tests/test_sp.py tests/test_cache.py
 """
 
@@ -57,6 +59,7 @@ import hashlib
 import importlib
 import os
 import time
+import uuid
 import zlib
 from collections import OrderedDict
 from contextlib import suppress
@@ -74,6 +77,7 @@ all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 DENSE_LIMIT = 2048  # longest packed sequence for which the (L, L) mask is built
+SUFFIX = ".mrsp.safetensors"  # of the cache's files
 RING_BYTES = 2 << 30  # "auto": K/V of a prompt and layer above this travel in a ring, not at once
 
 
@@ -96,7 +100,7 @@ class Mesh:
     sp_group: object = None
     outer_group: object = None
     inner_group: object = None
-    why: str = "no sequence parallelism: one rank a sequence"
+    why: str = ""  # this choice, in a sentence
 
     @property
     def sp(self) -> int:
@@ -138,7 +142,7 @@ def choose_method(method: str, sp: int, heads: int, kv_heads: int) -> tuple[int,
     travel = method.rpartition("+")[2] if ulysses < sp and method != "auto" else "auto"
     outer = sp // ulysses
     if sp == 1:
-        return 1, "auto", Mesh.why
+        return 1, "auto", "no sequence parallelism: one rank a sequence"
     why = f"{sp} ranks a sequence = ulysses {ulysses} x {outer} "
     why += f"({heads} query and {kv_heads} K/V heads: at most {most} ranks can split them)"
     if outer > 1 and travel == "auto":
@@ -152,7 +156,9 @@ def make_mesh(sp: int = 1, method: str = "auto", heads: int = 1, kv_heads: int =
     """The Mesh of this rank; every rank calls it (making process groups is a collective)."""
     rank, world = (0, 1) if alone() else (dist.get_rank(), dist.get_world_size())
     if sp < 1 or world % sp:
-        raise ValueError(f"--sp {sp} does not divide the {world} ranks")
+        raise ValueError(
+            f"--sp {sp} does not divide the {world} ranks: torchrun --nproc_per_node {sp}"
+        )
     u, travel, why = choose_method(method, sp, heads, kv_heads)
     found = {"sp_group": None, "outer_group": None, "inner_group": None}
     for first in range(0, world, sp):  # every rank makes every group, and keeps its own
@@ -331,7 +337,7 @@ def pack(prompts, branches, context=None) -> Pack:
     return Pack(
         ids=ids.to(device),
         positions=positions.to(device),
-        media=torch.cat(media) if media else None,
+        media=(media[0] if len(media) == 1 else torch.cat(media)) if media else None,
         media_at=torch.cat([torch.zeros(0, dtype=torch.long), *media_at]).to(device),
         layout=Layout(segment, order, segment, order, [spans]),
         hidden_at=torch.cat(hidden_at).to(device),
@@ -590,7 +596,7 @@ def heads_for_tokens(x: Tensor, group) -> Tensor:
 
 @functools.cache
 def flash_attn():
-    """The package flash-attn, if it is installed and this is CUDA; else None."""
+    """The package flash-attn, if it is installed; else None."""
     try:
         return importlib.import_module("flash_attn.flash_attn_interface")
     except ImportError:
@@ -887,7 +893,7 @@ class EmbeddingCache:
         return value
 
     def _path(self, key: str) -> str:
-        return os.path.join(self.folder, key + ".safetensors")
+        return os.path.join(self.folder, key + SUFFIX)
 
     def _read(self, key: str) -> Tensor | None:
         if not self.folder:
@@ -909,16 +915,17 @@ class EmbeddingCache:
     def _write(self, key: str, value: Tensor) -> None:
         from safetensors.torch import save_file
 
-        part = f"{self._path(key)}.{os.getpid()}.part"
+        part = f"{self._path(key)}.{uuid.uuid4().hex}.part"  # machines may share folder and pid
         save_file({"embeddings": value.contiguous()}, part, {"crc32": checksum(value)})
         os.replace(part, self._path(key))
         entries = []
         for entry in os.scandir(self.folder):
             with suppress(FileNotFoundError):  # evicted by another process
                 stat = entry.stat()
-                # Other files are entries being written (safetensors writes .tmp*, we .part), and
-                # old ones of these were left by a process that died.
-                if entry.name.endswith(".safetensors") or time.time() - stat.st_mtime > 3600:
+                # A young part is being written, an old one was left by a process that died. Files
+                # that are not ours are never touched.
+                dead = entry.name.endswith(".part") and time.time() - stat.st_mtime > 3600
+                if SUFFIX in entry.name and (dead or entry.name.endswith(SUFFIX)):
                     entries.append((stat.st_mtime_ns, stat.st_size, entry.path))
         total = sum(size for _, size, _ in entries)
         for _, size, path in sorted(entries):

@@ -77,7 +77,10 @@ class TorchEngine:
         if dtype is not None:
             shared = (policy.tower, policy.projector, policy.cache, policy.tokenizer, policy.mesh)
             policy = copy.deepcopy(policy, {id(part): part for part in shared})
-            policy.llm.to(dtype)
+            for (
+                p
+            ) in policy.llm.parameters():  # not .to(): RoPE's frequencies, a buffer, stay float32
+                p.data = p.data.to(dtype)
         self.policy, self.copied, self.batch_prompts = policy, dtype is not None, batch_prompts
 
     @torch.no_grad()

@@ -154,9 +154,8 @@ def train(model, rows, config: SFTConfig, seed=0, bar=iter, log=None) -> None:
         for packed in micro:
             logp, _ = model(packed or model.idle())
             part = -logp.sum() / total * (packed is not None)
-            if part.requires_grad:  # training the projector, a part of text has nothing to train
-                # the graph of the tower's features serves all parts
-                part.backward(retain_graph=config.train != "llm")
+            # the graph of the tower's features serves all parts
+            part.backward(retain_graph=config.train != "llm")
             loss += part.item()
         mrsp.all_reduce_gradients(trained)
         norm = mrsp.clip_gradients(trained, config.grad_clip)

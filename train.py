@@ -73,9 +73,9 @@ METRICS = {
     "entropy": "mean entropy (nats) of the policy at the trained tokens",
     "mismatch_mean": "mean |log-prob of the sampler - log-prob of the trainer|, first update",
     "mismatch_max": "the largest of those; near 0, or sampler and trainer see different inputs",
-    "cache_hits": "embeddings found in the cache since the start, over all ranks",
+    "cache_hits": "embeddings found in the cache since the start; of a sequence one rank counts",
     "cache_misses": "embeddings that had to be computed",
-    "cache_bytes": "embeddings held in memory now",
+    "cache_bytes": "embeddings held in memory now, by one rank of each sequence",
     "seconds_encode": "decoding and encoding, or reading embeddings",
     "seconds_rollout": "sampling",
     "seconds_train": "log-probs, backward, optimizer",
@@ -106,6 +106,7 @@ class RunConfig:
             raise ValueError(f"dtype must be float32, or bfloat16 with --fsdp true: {self}")
         if self.sp < 1 or self.cache_gb <= 0:
             raise ValueError(f"need sp >= 1 and cache_gb > 0: {self}")
+        mrsp.choose_method(self.sp_attention, 1, 1, 1)  # an unknown one is a ValueError
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,10 @@ class Preset:
     base: SFTConfig = field(default_factory=SFTConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
+
+    def __post_init__(self):
+        if self.run.fsdp and self.sft.optimizer == "muon":
+            raise ValueError("muon needs whole matrices: --sft_optimizer adamw, or --fsdp false")
 
 
 PRESETS = {
@@ -175,7 +180,10 @@ def parse_options(argv: list[str]) -> Preset:
             built[name] = type(part)(*asdict(value).values())
         except ValueError as error:
             raise DataError(f"options of {name}: {error}") from None
-    return Preset(**built)
+    try:
+        return Preset(**built)
+    except ValueError as error:
+        raise DataError(error) from None
 
 
 # ------------------------------------------------------------------------------------- one run
@@ -186,6 +194,11 @@ class Run:
 
     def __init__(self, config: RunConfig):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self.world % config.sp:
+            raise DataError(
+                f"--sp {config.sp} does not divide the {self.world} rank(s): start with "
+                f"torchrun --nproc_per_node {config.sp} train.py"
+            )
         cuda = torch.cuda.is_available()
         self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
         if cuda:
@@ -315,11 +328,12 @@ def grpo_step(
                 group_ids = [[a.ids for a in answers[i]] for i in rows]
                 packed = mrsp.pack([prompts[i] for i in rows], group_ids)
                 sampled = torch.cat([a.logps for i in rows for a in answers[i]])
+            packed = mrsp.shard(packed, mesh)  # stage 2 of MR-SP: this rank's tokens and media
             with torch.no_grad():
                 if u > 0:  # the first update is on-policy: there is nothing to compute
-                    old, _ = packed.pad(model(packed, config.temperature)[0])
+                    old, _ = packed.pad(model.policy(packed, config.temperature)[0])
                 if config.kl_coef:
-                    ref, _ = packed.pad(reference(packed, config.temperature)[0])
+                    ref, _ = packed.pad(reference.policy(packed, config.temperature)[0])
             adv = advantage[rows] if rows else torch.zeros(1, 1)
             micro.append((packed, adv, sampled, old, ref, bool(rows)))
         updates.append((micro, totals))
@@ -327,7 +341,7 @@ def grpo_step(
     # 4. Loss, backward, optimizer step.
     for u, (micro, totals) in enumerate(updates):
         for packed, adv, sampled, old, ref, real in micro:
-            flat_logp, entropy = model(packed, config.temperature)  # stage 2 of MR-SP
+            flat_logp, entropy = model.policy(packed, config.temperature)
             logp, mask = packed.pad(flat_logp)  # (b, G, R)
             adv = adv.to(logp.device)
             loss, parts = grpo.grpo_loss(logp, adv, mask, config, old, ref, *totals)
@@ -452,7 +466,10 @@ def pipeline(run: Run, preset: Preset) -> dict:
     model, c = VILA.from_pretrained(run.out / "init").to(run.device), run.config
     model.cache = mrsp.EmbeddingCache(c.cache_dir, max_disk_bytes=int(c.cache_gb * 2**30))
     heads = model.llm.config.num_attention_heads, model.llm.config.num_key_value_heads
-    model.mesh = mrsp.make_mesh(c.sp, c.sp_attention, *heads)
+    try:
+        model.mesh = mrsp.make_mesh(c.sp, c.sp_attention, *heads)
+    except ValueError as error:
+        raise ModelError(error) from None
     run.say(f"ranks: data parallel {model.mesh.dp}; {model.mesh.why}")
     if c.checkpointing:
         model.enable_gradient_checkpointing()

@@ -61,7 +61,7 @@ def test_hits_misses_and_bytes_are_counted_over_memory_and_disk(tmp_path):
 
 
 def entries(folder) -> list[str]:
-    return sorted(file.name.removesuffix(".safetensors") for file in folder.iterdir())
+    return sorted(file.name.removesuffix(mrsp.SUFFIX) for file in folder.iterdir())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -79,8 +79,8 @@ def test_disk_forgets_the_least_recently_used_and_a_read_refreshes(tmp_path):
     one = fresh(10**9)
     for i, key in enumerate("abcd"):
         one.get(key, lambda: numbers(1000))
-        age(tmp_path / f"{key}.safetensors", 1000 - i)
-    size = (tmp_path / "a.safetensors").stat().st_size
+        age(tmp_path / f"{key}{mrsp.SUFFIX}", 1000 - i)
+    size = (tmp_path / f"a{mrsp.SUFFIX}").stat().st_size
     assert size < 4300
     fresh(10**9).get("a", refuse)  # the oldest, used again
     fresh(3 * size).get("e", lambda: numbers(1000))
@@ -124,7 +124,7 @@ def empty(path):
 
 @pytest.mark.parametrize("damage", [garbage, truncated, flipped, unchecked, misnamed, empty])
 def test_a_damaged_entry_is_reported_computed_again_and_rewritten(tmp_path, capsys, damage):
-    path = tmp_path / "k.safetensors"
+    path = tmp_path / f"k{mrsp.SUFFIX}"
     mrsp.EmbeddingCache(str(tmp_path)).get("k", lambda: numbers(50))
     damage(path)
     cache = mrsp.EmbeddingCache(str(tmp_path))
@@ -143,7 +143,8 @@ def test_a_half_written_entry_is_never_read(tmp_path, monkeypatch):
         patch.setattr(mrsp.os, "replace", lambda *a: 1 / 0)  # dies just before the renaming
         with pytest.raises(ZeroDivisionError):
             cache.get("k", lambda: numbers(50))
-    assert [re.sub(r"\d+", "N", name) for name in entries(tmp_path)] == ["k.safetensors.N.part"]
+    (part,) = entries(tmp_path)
+    assert re.fullmatch(rf"k{re.escape(mrsp.SUFFIX)}\.[0-9a-f]{{32}}\.part", part)
     again = mrsp.EmbeddingCache(str(tmp_path))
     assert torch.equal(again.get("k", lambda: numbers(50, seed=1)), numbers(50, seed=1))
     assert again.misses == 1
@@ -170,17 +171,19 @@ def test_processes_share_a_folder_while_entries_come_and_go(tmp_path):
         assert torch.equal(value, numbers(1000, seed=int(name[3:])))
 
 
-def test_eviction_leaves_what_another_process_is_writing_alone(tmp_path):
+def test_eviction_leaves_foreign_files_and_what_another_process_is_writing_alone(tmp_path):
     """The unlucky moment of the test above, made certain. Between a .part file's writing and its
     renaming another process evicts; and safetensors itself writes under a name like .tmpX9f3Qz
-    first. What a process that died left behind does go, an hour later."""
-    young, old = [".tmpX9f3Qz", "a.safetensors.7.part"], [".tmpAAAAAA", "b.safetensors.8.part"]
-    for name in young + old:
+    first. What a process that died left behind does go, an hour later; what is not ours never."""
+    young, old = [".tmpX9f3Qz", f"a{mrsp.SUFFIX}.7.part"], f"b{mrsp.SUFFIX}.8.part"
+    foreign = ["thesis.txt", "model.safetensors", "x.part"]
+    for name in [*young, old, *foreign]:
         (tmp_path / name).write_bytes(bytes(1000))
-    for name in old:
+    (tmp_path / "folder").mkdir()
+    for name in [old, *foreign, "folder"]:
         age(tmp_path / name, 2 * 3600)
     mrsp.EmbeddingCache(str(tmp_path), max_disk_bytes=1).get("mine", lambda: numbers(50))
-    assert entries(tmp_path) == sorted([*young, "mine"])
+    assert entries(tmp_path) == sorted([*young, *foreign, "folder", "mine"])
 
 
 def test_an_entry_evicted_while_it_is_opened_is_a_miss(tmp_path, monkeypatch, capsys):

@@ -133,3 +133,20 @@ def test_the_policys_mode_is_put_back(model, prompts):
     TorchEngine(model).generate(prompts[:1], 1, Sampling(max_tokens=1))
     assert model.training
     assert answers(model, [[2]])[0][0].shape == (2,)
+
+
+def test_a_copy_in_bfloat16_keeps_positions_in_float32_and_follows_the_policy(model, prompts):
+    """RoPE's frequencies are a buffer: in 8 bits, positions beyond 1,000 would be others."""
+    engine = TorchEngine(model, dtype=torch.bfloat16)
+    own, new = engine.policy.llm, model.llm
+    assert own.dtype == torch.bfloat16 and own.lm_head.weight is own.get_input_embeddings().weight
+    assert own.model.rotary_emb.inv_freq.equal(new.model.rotary_emb.inv_freq)
+    with torch.no_grad():
+        new.model.norm.weight.mul_(1.5)
+    assert not own.model.norm.weight.equal(new.model.norm.weight.bfloat16())
+    engine.sync(model)
+    assert own.model.norm.weight.equal(new.model.norm.weight.bfloat16())
+    assert len(engine.generate(prompts, 2, Sampling(max_tokens=3))) == 3
+    model.sharded = True
+    with pytest.raises(ValueError, match="sampled from a copy"):
+        TorchEngine(model).sync(model)

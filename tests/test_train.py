@@ -152,7 +152,7 @@ def test_groups_of_equal_reward_are_skipped_and_counted_and_change_nothing(toy, 
         )  # the first group: all wrong
     model.tower.requires_grad_(False)
     packed = []
-    model.register_forward_pre_hook(lambda m, args: packed.append(len(args[0].ids)))
+    model.policy.register_forward_pre_hook(lambda m, args: packed.append(len(args[0].ids)))
     engine = FixedEngine(VILA.from_pretrained(toy / "init"), gold)
     optimizer = torch.optim.SGD(model.llm.parameters(), lr=0.0)
     config = replace(CONFIG, prompts=3, update_prompts=3, micro_prompts=8, kl_coef=0.0)
@@ -291,6 +291,24 @@ def test_presets_give_defaults_and_options_override_them():
     preset = train.parse_options(["--grpo_steps", "3", "--seed", "5", "--sft_lr", "1e-3"])
     assert (preset.grpo.steps, preset.run.seed, preset.sft.lr) == (3, 5, 1e-3)
     assert replace(preset.grpo, steps=120) == replace(train.PRESETS["toy"].grpo, steps=120)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--sp 3", "--sp 3 does not divide the 1 rank.*torchrun --nproc_per_node 3"),
+        ("--sp 0", "sp >= 1"),
+        ("--sp_attention foo", "sp_attention must be one of auto, ulysses, .*not 'foo'"),
+        ("--dtype bfloat16", "bfloat16 with --fsdp true"),
+        ("--dtype int8 --fsdp true", "dtype must be float32"),
+        ("--fsdp true --sft_optimizer muon", "muon needs whole matrices"),
+        ("--cache_gb 0", "cache_gb > 0"),
+    ],
+)
+def test_settings_of_ranks_are_checked_before_anything_runs(options, message, tmp_path):
+    with pytest.raises(SystemExit, match=f"(?s)error: .*{message}"):
+        train.main([*options.split(), "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("bad", [["--grpo_step", "3"], ["--see", "1"], ["--frobnicate"], ["stray"]])
