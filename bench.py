@@ -202,6 +202,8 @@ def grpo_step(model, reference, engine, optimizer, videos, bar, meshes, group, t
 def setting(args, ranks: int):
     """Join the ranks -> model, optimizer, and the meshes without and with sequence parallelism."""
     world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.hidden % 8:
+        raise ValueError(f"--hidden must be a multiple of 8 (4 heads), not {args.hidden}")
     if world != ranks:
         raise ValueError(f"{ranks} ranks are asked for, but torchrun started {world}")
     if world > 1:
@@ -338,6 +340,8 @@ def attention_row(length, group, heads, device="cpu", dtype=torch.float32, repea
     pairs that count: block attention; torch's kernel, causal over the same length; and, up to
     length `dense`, softmax under the (L, L) mask. heads: of queries, of keys, and their width."""
     h, h_kv, d = heads
+    if length < 2 * group:
+        raise ValueError(f"a sequence of {length} tokens is too short for {group} answers")
     answers = [torch.ones(max(1, length // (8 * group)), dtype=torch.long)] * group
     prompt = text_prompt(length - sum(map(len, answers)), 512, device)
     layout = mrsp.pack([prompt], [answers]).layout

@@ -50,7 +50,7 @@ Glossary: B prompts, G answers a prompt, P prompt tokens, R answer tokens, L pac
 tokens on a rank, M predicted tokens of a batch, H heads (Hkv of keys), D width of a head or of an
 embedding, F frames, S = O x U sequence-parallel ranks.
 Collectives also take CPU tensors: on GPUs start with init_process_group("cpu:gloo,cuda:nccl"). A
-group of None is this rank alone in stages 1 and 2, all ranks in the last section.
+group of None is this rank alone.
 Check this file alone:  pytest tests/test_mrsp.py tests/test_sp.py tests/test_cache.py
 """
 
@@ -381,6 +381,22 @@ def deal(row: list[Span], outer: int) -> list[list[Span]]:
     return [[s for s in part if s[1] < s[2]] for part in parts]
 
 
+def deal_targets(owner: Tensor, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Deal targets evenly to ranks, whatever rank owner (M,) has the hidden state. Returns, of each
+    target: the rank it goes to, its slot in the owner's message there, and its place among all
+    that go there. Rank 1 has four of five states, and each predicts two or three:
+
+    >>> deal_targets(torch.tensor([1, 1, 1, 1, 0]), 2)
+    (tensor([0, 1, 0, 1, 0]), tensor([0, 0, 1, 1, 0]), tensor([0, 0, 1, 1, 2]))
+    """
+
+    def nth(rank):  # the how manieth of its rank each one is, from 0
+        return F.one_hot(rank, ranks).cumsum(0).gather(1, rank[:, None])[:, 0] - 1
+
+    turn = nth(owner)
+    return turn % ranks, turn // ranks, nth(turn % ranks)
+
+
 def shard(pack: Pack, mesh: Mesh) -> Pack:
     """This rank's share of a Pack, (B, L) -> (B, Ls): the same tensors for a part of the tokens.
     The LM head's work is dealt by itself, see spread(): hidden_at (S * slots,) are the states that
@@ -423,16 +439,11 @@ def shard(pack: Pack, mesh: Mesh) -> Pack:
 
     segment = take(pack.layout.q_segment, at[mesh.outer_rank], -1)
     order = take(pack.layout.q_order, at[mesh.outer_rank], 0)
-    # Targets: target i is the nth[i] of those whose hidden state is on rank owner[i]; it is sent to
-    # rank to[i], slot[i] of its message, and is the place[i] of those that go there.
-    count = lambda rank: F.one_hot(rank, mesh.sp).cumsum(0)  # noqa: E731  (M, S), so far
-    owner = went[pack.hidden_at] // local
-    nth = count(owner).gather(1, owner[:, None])[:, 0] - 1
-    to, slot = nth % mesh.sp, nth // mesh.sp
-    place = count(to).gather(1, to[:, None])[:, 0] - 1
+    owner, state = went[pack.hidden_at] // local, went[pack.hidden_at] % local
+    to, slot, place = deal_targets(owner, mesh.sp)
     slots, width = int(slot.max()) + 1, int(place.max()) + 1
     send, mine = torch.zeros(mesh.sp * slots, dtype=torch.long, device=device), owner == me
-    send[(to * slots + slot)[mine]] = (went[pack.hidden_at] % local)[mine]
+    send[(to * slots + slot)[mine]] = state[mine]
     targets, received = send.new_zeros(width), send.new_zeros(width)
     targets[place[to == me]] = pack.targets[to == me]
     received[place[to == me]] = (owner * slots + slot)[to == me]
@@ -960,11 +971,11 @@ def file_hash(path: str) -> str:
 _FILE_HASH: dict[tuple, str] = {}
 
 
-# ------------------------------------------------------------------------------- data parallelism
+# ------------------------------------------------------------------------- all ranks of a run
 
 
-def all_reduce_gradients(parameters, group=None) -> None:
-    """Sum the gradients over the ranks of the data-parallel group, in place, in one message.
+def all_reduce_gradients(parameters) -> None:
+    """Sum the gradients over all ranks, in place, in one message.
 
     The loss of a rank is (sum over ITS tokens) / (number of tokens on ALL ranks), so that the sum
     is the gradient of the global mean, whatever the number of ranks and however uneven their
@@ -975,35 +986,33 @@ def all_reduce_gradients(parameters, group=None) -> None:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
     parameters = [p for p in parameters if not isinstance(p, DTensor)]  # FSDP has added up its own
-    if alone(group) or not parameters:
+    if alone() or not parameters:
         return
     flat = torch.cat([p.grad.reshape(-1) for p in parameters])
-    dist.all_reduce(flat, group=group)
+    dist.all_reduce(flat)
     for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
         p.grad.copy_(grad.view_as(p))
 
 
-def alone(group=None) -> bool:
+def alone() -> bool:
     """Is there no other rank?"""
-    return not dist.is_initialized() or dist.get_world_size(group) == 1
+    return not dist.is_initialized() or dist.get_world_size() == 1
 
 
-def all_sum(values: Tensor, group=None) -> Tensor:
-    """Sum of a tensor over the ranks (a new tensor); the tensor itself without a process group."""
-    if alone(group):
-        return values
-    values = values.clone()
-    dist.all_reduce(values, group=group)
+def all_sum(values: Tensor) -> Tensor:
+    """Sum of a tensor over all ranks (a new tensor); the tensor itself on one rank."""
+    if not alone():
+        values = values.clone()
+        dist.all_reduce(values)
     return values
 
 
-def all_max(value: int, group=None) -> int:
-    """Largest value over the ranks."""
-    if alone(group):
-        return value
-    out = torch.tensor(value)
-    dist.all_reduce(out, dist.ReduceOp.MAX, group=group)
-    return int(out)
+def all_max(value: int) -> int:
+    """Largest value over all ranks."""
+    largest = torch.tensor(value)
+    if not alone():
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def gather_dealt(mine: list, count: int, group) -> list:
