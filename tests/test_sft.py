@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import run_ranks
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 import data
@@ -103,6 +104,8 @@ def test_two_ranks_train_like_one(toy, tmp_path, part, sp, fsdp):
         for a, b in zip(one, torch.load(tmp_path / f"2_{rank}.pt")):
             assert a == pytest.approx(b, rel=1e-9)
     states = [VILA.from_pretrained(tmp_path / n, torch.float64).state_dict() for n in ("1", "2")]
+    stored = load_file(tmp_path / "2" / "llm" / "model.safetensors")
+    assert "lm_head.weight" not in stored  # tied: written once, as the embedding
     for name, value in states[0].items():
         assert value.dtype == torch.float64
         assert (value - states[1][name]).abs().max() < 1e-9, name
