@@ -255,11 +255,11 @@ def bench_mrsp(args) -> None:
             f"{name}_parameters": sum(p.numel() for p in part.parameters())
             for name, part in (("decoder", model.llm), ("tower", model.tower))
         }
-        result, out = {"settings": settings, "ratios": ratios(rows), "rows": rows}, args.output
+        out = args.output
         os.makedirs(out, exist_ok=True)
-        Path(out, "mrsp.json").write_text(json.dumps(result, indent=2) + "\n")
-        plot_mrsp(rows, result["ratios"], f"{out}/mrsp.png")
-        print(*result["ratios"], f"written: {out}/mrsp.json, {out}/mrsp.png", sep="\n")
+        Path(out, "mrsp.json").write_text(json.dumps(rows, indent=2) + "\n")
+        plot_mrsp(rows, ratios(rows), f"{out}/mrsp.png")
+        print(settings, *ratios(rows), f"written: {out}/mrsp.json, {out}/mrsp.png", sep="\n")
 
 
 def ratios(rows: list) -> list[dict]:

@@ -73,12 +73,11 @@ def test_two_ranks_measure_all_bars(tmp_path):
     with pytest.raises(SystemExit) as end:  # it has run itself again under torchrun
         bench.main([*command, "--output", str(tmp_path)])
     assert end.value.code == 0
-    result = json.loads((tmp_path / "mrsp.json").read_text())
-    assert [(r["frames"], r["bar"]) for r in result["rows"]] == [
+    rows = json.loads((tmp_path / "mrsp.json").read_text())
+    assert [(r["frames"], r["bar"]) for r in rows] == [
         (n, bar) for n in (2, 3) for bar in bench.BARS
     ]
-    assert all(r["seconds"] > 0 and r["encode"] > 0 for r in result["rows"])
-    assert [r["frames"] for r in result["ratios"]] == [2, 3]
+    assert all(r["seconds"] > 0 and r["encode"] > 0 and "peak_bytes" in r for r in rows)
     assert (tmp_path / "mrsp.png").stat().st_size > 10_000
 
 
