@@ -547,9 +547,10 @@ def mrsp_attention(
 
 
 def attention_naive(q, k, v, layout: Layout, scale: float) -> Tensor:
-    """NAIVE: what every method below must equal. Each rank gets the queries, keys and values of all
-    S ranks, computes the attention of the whole sequence, and keeps its own tokens: S times the
-    work, S times the memory. q (B, H, Ls, D), k, v (B, Hkv, Ls, D) -> (B, H, Ls, D)."""
+    """NAIVE, for reading and for the tests: what every method below must equal. Each rank gets the
+    queries, keys and values of all S ranks, computes the attention of the whole sequence, and keeps
+    its own tokens: S times the work and the memory. q (B, H, Ls, D), k, v (B, Hkv, Ls, D) ->
+    (B, H, Ls, D)."""
     mesh, here = layout.mesh, slice(0, q.shape[2])
     if mesh.sp_group is not None:
         n = q.shape[2]

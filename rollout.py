@@ -77,9 +77,8 @@ class TorchEngine:
         if dtype is not None:
             shared = (policy.tower, policy.projector, policy.cache, policy.tokenizer, policy.mesh)
             policy = copy.deepcopy(policy, {id(part): part for part in shared})
-            for (
-                p
-            ) in policy.llm.parameters():  # not .to(): RoPE's frequencies, a buffer, stay float32
+            # Not llm.to(dtype): RoPE's frequencies, a buffer, stay float32, as they do under FSDP.
+            for p in policy.llm.parameters():
                 p.data = p.data.to(dtype)
         self.policy, self.copied, self.batch_prompts = policy, dtype is not None, batch_prompts
 
