@@ -33,7 +33,7 @@ from data import DataError, load_rows
 from grpo import accuracy_reward, format_reward
 from model import VILA
 from mrsp import EmbeddingCache
-from rollout import Sampling, TorchEngine
+from rollout import RolloutError, Sampling, make_engine
 
 
 def swap_media(examples: list) -> list:
@@ -63,9 +63,10 @@ def evaluate(
     """Greedy answers to all examples, dealt to the ranks in batches that do not depend on the
     number of ranks. Returns, on every rank: accuracy, format (fractions), by_category {name:
     accuracy}, questions, errors [(id, message)] and records (one dict a question, in order)."""
-    sampling = Sampling(temperature=0.0, max_tokens=model.recipe.max_tokens)
+    recipe, tp = model.recipe, engine.tp  # the tp ranks of one engine ask the same
+    sampling = Sampling(temperature=0.0, max_tokens=recipe.max_tokens, stop=recipe.stop)
     starts, records = range(0, len(examples), batch), {}
-    for start in bar(starts[rank::world]):
+    for start in bar(starts[rank // tp :: world // tp]):
         rows, prompts = [], []
         for index in range(start, min(start + batch, len(examples))):
             try:
@@ -217,6 +218,7 @@ def main(argv=None) -> dict:
     add("--video_dir", help="folder that the rows' paths are relative to; default: the rows' own")
     add("--num_frames", type=int, help="frames a video; default: from recipe.json")
     add("--max_tokens", type=int, help="longest answer; default: from recipe.json")
+    add("--rollout", choices=("vllm", "torch"), help="sampler; default: vllm with a GPU")
     add("--prefill", default="", help="forced beginning of every answer")
     add("--wrong_video", action="store_true", help="control: ask about another video")
     add("--cache_dir", help="folder of embeddings kept across runs; default: none are kept")
@@ -224,7 +226,7 @@ def main(argv=None) -> dict:
     args = parser.parse_args(argv)
     try:
         return run(args)
-    except ValueError as error:  # DataError, ModelError, an impossible option
+    except (ValueError, RolloutError) as error:  # DataError, ModelError, an impossible option
         sys.exit(f"error: {error}")
 
 
@@ -242,10 +244,13 @@ def run(args) -> dict:
     examples = load_rows(source, args.video_dir)
     if args.wrong_video:
         examples = swap_media(examples)
+    engine = make_engine(args.rollout, model)
+    engine.sync(model)
     result = evaluate(
-        model, TorchEngine(model), examples, prefill=args.prefill,
+        model, engine, examples, prefill=args.prefill,
         bar=lambda batches: tqdm(batches, desc="eval"),
     )  # fmt: skip
+    engine.close()
     frames = model.recipe.num_frames
     print(f"{result['questions']} questions of {source}, {frames} frames, greedy")
     print(f"accuracy {result['accuracy']:.4f}  format {result['format']:.4f}")

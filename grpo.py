@@ -163,6 +163,7 @@ class LossConfig:
     clip_high: float = 0.3  # and from above at 1 + clip_high
     dual_clip: float = 3.0  # for negative advantages, -ratio * A is at most dual_clip * |A|
     kl_coef: float = 1e-2  # weight of the KL term; 0 skips the reference model altogether
+    tis_cap: float = 0.0  # truncated importance sampling: largest weight of a token; 0: no weights
     average: str = "token"  # mean over all tokens, or "sequence": mean over answers of token means
 
 
@@ -198,17 +199,26 @@ def grpo_loss(
     config: LossConfig,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
+    sampler_logp: Tensor | None = None,
     total_tokens: float | None = None,
     total_sequences: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The GRPO loss of a (part of a) batch.
 
-    logp, old_logp, ref_logp, mask (B, G, R); advantage (B, G). old_logp=None: on-policy.
+    logp, old_logp, ref_logp, sampler_logp, mask (B, G, R); advantage (B, G). old_logp=None:
+    on-policy. sampler_logp: what the rollout engine says of its own tokens; with tis_cap it
+    corrects for what that engine and the trainer compute differently (kernels, precision):
+
+        weight_t = min(pi_old(y_t) / pi_sampler(y_t), tis_cap)      no gradient; policy term only
+
+    (truncated importance sampling: Yao et al., "Your Efficient RL Framework Secretly Brings You
+    Off-Policy RL Training", 2025.)
     total_tokens, total_sequences: of the whole global batch, if this is a part of it; the parts'
     losses and gradients then add up to the whole's.
 
     Returns the loss (scalar) and sums over tokens (divide by `tokens` after adding up parts):
-    tokens, clipped (tokens whose gradient a clip cut off), kl, ratio_error (|ratio - 1|).
+    tokens, clipped (tokens whose gradient a clip cut off), kl, ratio_error (|ratio - 1|), tis (the
+    importance weights).
     """
     if logp.shape != mask.shape or advantage.shape != logp.shape[:2]:
         raise ValueError(
@@ -217,11 +227,18 @@ def grpo_loss(
         )
     if config.kl_coef and ref_logp is None:
         raise ValueError("kl_coef is not zero: give ref_logp")
+    if config.tis_cap and sampler_logp is None:
+        raise ValueError("tis_cap is not zero: give sampler_logp")
     old_logp = logp.detach() if old_logp is None else old_logp
     # Padding is replaced before exp(): inf * 0 would be nan, in the gradient too.
     # The clamp keeps exp() finite: 0 * inf is the gradient of a clipped, infinite ratio.
     ratio = (logp - old_logp).masked_fill(mask == 0, 0.0).clamp(-20, 20).exp()
     per_token, clipped = policy_loss(ratio, advantage[..., None], config)
+    tis = torch.ones_like(logp)
+    if config.tis_cap:
+        gap = (old_logp - sampler_logp).masked_fill(mask == 0, 0.0).clamp(-20, 20)
+        tis = gap.exp().clamp(max=config.tis_cap).detach()
+        per_token = per_token * tis
     kl = torch.zeros_like(logp)
     if config.kl_coef:
         kl = kl_k3(logp.masked_fill(mask == 0, 0.0), ref_logp.masked_fill(mask == 0, 0.0))
@@ -243,6 +260,7 @@ def grpo_loss(
             "clipped": (clipped * mask).sum(),
             "kl": (kl * mask).sum(),
             "ratio_error": ((ratio - 1).abs() * mask).sum(),
+            "tis": (tis * mask).sum(),
         }
     return loss, sums
 
@@ -262,13 +280,15 @@ class GRPOConfig(LossConfig):
     group: int = 8  # G, answers to each prompt
     temperature: float = 1.0  # of sampling, and of the log-probs that are trained
     top_p: float = 0.99  # nucleus of sampling
+    top_k: int = 0  # sample from the k most likely tokens; 0: from all
     accuracy_weight: float = 0.9  # reward of a right answer
     format_weight: float = 0.1  # reward of the right format
     scale_std: bool = True  # divide advantages by the group's standard deviation
     lr: float = 1e-6  # AdamW, constant
     weight_decay: float = 1e-2  # decoupled weight decay
     grad_clip: float = 1.0  # largest norm of the gradient
-    max_mismatch: float = 1.0  # stop if a token's log-prob differs by more: inputs are not the same
+    mean_mismatch: float = 0.1  # stop if log-probs of sampler and trainer differ by more on average
+    max_mismatch: float = 5.0  # stop if those of a token differ by more
 
     def __post_init__(self):
         counts = self.prompts, self.update_prompts, self.micro_prompts
@@ -276,3 +296,5 @@ class GRPOConfig(LossConfig):
             raise ValueError(f"need prompt counts >= 1, group >= 2 and temperature > 0: {self}")
         if self.average not in ("token", "sequence"):
             raise ValueError(f"average must be token or sequence, not {self.average!r}")
+        if self.tis_cap < 0 or self.mean_mismatch <= 0 or self.max_mismatch <= 0:
+            raise ValueError(f"need tis_cap >= 0 and mismatch limits > 0: {self}")

@@ -1016,13 +1016,15 @@ def all_max(value: int) -> int:
     return int(largest)
 
 
-def gather_dealt(mine: list, count: int, group) -> list:
+def gather_dealt(mine: list, count: int, group, same: int = 1) -> list:
     """Undo a deal of `count` items, item i to rank i % S of the group: all of them, in order, on
-    every rank. The items are pickled; for token ids and the like."""
+    every rank. same: so many neighbours were dealt the same items, as if they were one rank. The
+    items are pickled; for token ids and the like."""
     if group is None:
         return mine
     parts = [None] * dist.get_world_size(group)
     dist.all_gather_object(parts, mine, group=group)
+    parts = parts[::same]
     return [parts[i % len(parts)][i // len(parts)] for i in range(count)]
 
 

