@@ -674,8 +674,9 @@ class QwenVL(VisionLanguage):
         self.ids = dict(zip(named, map(tokenizer.convert_tokens_to_ids, self.controls)))
         if wrong := {k: v for k, v in self.ids.items() if v != getattr(self.config, k)}:
             raise ModelError(f"config.json and tokenizer differ; the tokenizer says {wrong}")
-        if tuple(preprocess.get(k, 2) for k in ("temporal_patch_size", "merge_size")) != (2, 2):
-            raise ModelError("preprocessor_config.json: only 2 frames and 2 x 2 patches are joined")
+        vision = self.config.vision_config
+        if (vision.temporal_patch_size, vision.spatial_merge_size) != (2, 2):
+            raise ModelError("config.json: only 2 frames and 2 x 2 patches are joined to a token")
 
     @property
     def projector(self):
@@ -723,22 +724,20 @@ class QwenVL(VisionLanguage):
         self.config.architectures = [Qwen2_5_VLForConditionalGeneration.__name__]
         self.config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        preprocess = {"image_processor_type": "Qwen2VLImageProcessor"} | self.preprocess
-        Path(folder, "preprocessor_config.json").write_text(json.dumps(preprocess, indent=2))
+        Path(folder, "preprocessor_config.json").write_text(json.dumps(self.preprocess, indent=2))
 
     def patches(self, frames) -> tuple[Tensor, tuple[int, int, int]]:
         """(F, H, W, 3) uint8 -> patches (T h w, 3 * 2 * p * p) and (T, h, w). The four patches
         that the merger joins follow each other."""
         config, p = self.tower.config, self.preprocess
-        side, merge, size = config.patch_size, config.spatial_merge_size, p.get("size", {})
+        side, size = config.patch_size, p.get("size", {})
         least = p.get("min_pixels") or size.get("shortest_edge", 56 * 56)
         most = p.get("max_pixels") or size.get("longest_edge", 28 * 28 * 1280)
-        height, width = smart_resize(*frames.shape[1:3], side * merge, least, most)
+        height, width = smart_resize(*frames.shape[1:3], side * 2, least, most)
         x = self.scaled(frames, height, width)
         x = torch.cat([x, x[-1:]][: 1 + len(x) % 2])  # the last group lacks a frame: repeat it
         t, h, w = len(x) // 2, height // side, width // side
-        #           0  1  2     3        4      5       6        7      8
-        x = x.view(t, 2, 3, h // merge, merge, side, w // merge, merge, side)
+        x = x.view(t, 2, 3, h // 2, 2, side, w // 2, 2, side)  # t, frame, colour, y y y, x x x
         return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1), (t, h, w)
 
     def encode_many(self, media: list) -> list[Tensor]:
@@ -752,10 +751,8 @@ class QwenVL(VisionLanguage):
         return [x.view(t, h // 2, w // 2, -1) for x, (t, h, w) in zip(parts, grids)]
 
     def encoder_settings(self) -> list:
-        tower = self.tower.config.to_dict()
-        for name in ("dtype", "transformers_version", "initializer_range"):
-            tower.pop(name, None)
-        return [self.preprocess, tower]
+        named = ("hidden_act", "num_heads", "patch_size", "window_size", "fullatt_block_indexes")
+        return [self.preprocess, {name: getattr(self.tower.config, name) for name in named}]
 
     def features(self, example: Example, num_frames: int, group=None) -> Media | None:
         features = super().features(example, num_frames, group)
@@ -787,7 +784,7 @@ class QwenVL(VisionLanguage):
         return float(np.float32(2 * (times[-1] - times[0]) / (len(times) - 1 or 1))) or 1.0
 
     def place(self, example: Example, media: Media) -> tuple:
-        """Features (N, D), ids of <|vision_start|> N pads <|vision_end|>, where the pads are, Grid."""
+        """Features (N, D), <|vision_start|> N pads <|vision_end|>, where the pads are, the Grid."""
         t, h, w, _ = media.features.shape
         kind, n = "image" if example.data_type == "image" else "video", t * h * w
         ids = [self.ids["vision_start_token_id"], *[self.ids[f"{kind}_token_id"]] * n]
