@@ -46,9 +46,11 @@ decode step. Check this file alone:  pytest tests/test_rollout.py tests/test_vll
 import atexit
 import copy
 import gc
+import json
 import os
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -376,6 +378,11 @@ class VLLMEngine:
         if self.policy.mrope:  # limits of 0: the vision tower is not even built
             options = {"enable_mm_embeds": True, "limit_mm_per_prompt": {"image": 0, "video": 0}}
             options["skip_mm_profiling"] = True
+            # vLLM admits media up to the size of the largest image: let that be the longest prompt.
+            path, size = Path(self.folder.name, "preprocessor_config.json"), self.policy.preprocess
+            most = self.max_len * (size["patch_size"] * size["merge_size"]) ** 2
+            own = {"max_pixels": most, "size": {"shortest_edge": 4 * 28**2, "longest_edge": most}}
+            path.write_text(json.dumps(size | own))
         kv_gb = c.kv_gb if cuda else c.kv_gb or 1.0
         if kv_gb:
             options["kv_cache_memory_bytes"] = int(kv_gb * 2**30)
@@ -391,13 +398,16 @@ class VLLMEngine:
                     tensor_parallel_size=c.tp,
                     max_model_len=self.max_len,
                     max_num_seqs=c.max_seqs,
-                    max_num_batched_tokens=c.prefill_tokens,
+                    # On a CPU no chunks: vLLM 0.32 fails there at a chunk of a seeded request.
+                    enable_chunked_prefill=cuda,
+                    max_num_batched_tokens=max(c.prefill_tokens, 0 if cuda else self.max_len),
                     gpu_memory_utilization=c.memory,
                     block_size=None if cuda else 32,  # of the K/V cache; whole blocks are shared
                     enable_prefix_caching=True,
                     enforce_eager=c.eager or not cuda,
                     enable_sleep_mode=cuda,
                     disable_log_stats=False,  # it counts the prefilled tokens
+                    mm_processor_cache_gb=0,  # features are kept by EmbeddingCache, once
                     generation_config="vllm",
                     **options,
                 )
@@ -572,7 +582,9 @@ class VLLMEngine:
                 data[kind]["second_per_grid_ts"] = torch.tensor([g.seconds for _, g in own])
             # vLLM would hash the features but not the seconds, and trusts what we call them. Within
             # this call a tensor is one medium (other questions about it share its prefill).
-            uuids[kind] = [f"{self.calls} {id(p.media)} {i} {g}" for i, (_, g) in enumerate(own)]
+            uuids[kind] = [
+                f"{self.calls} {p.media.data_ptr()} {i} {g}" for i, (_, g) in enumerate(own)
+            ]
         return {
             "prompt_token_ids": [x for i, x in enumerate(p.ids.tolist()) if i not in dropped],
             "multi_modal_data": data,
