@@ -126,29 +126,6 @@ class Prompt:
 # ------------------------------------------------------------------------- what families share
 
 
-class InRow:
-    """Several media as one row of frames; a slice of it is a list of their slices.
-
-    >>> InRow([[0, 1, 2], [3], [4, 5]])[2:5]
-    [[2], [3], [4]]
-    """
-
-    def __init__(self, media: list):
-        self.media = media
-
-    def __len__(self) -> int:
-        return sum(map(len, self.media))
-
-    def __getitem__(self, part: slice) -> list:
-        first, last, _ = part.indices(len(self))
-        found = []
-        for m in self.media:
-            if first < len(m) and last > 0:
-                found.append(m[max(first, 0) : last])
-            first, last = first - len(m), last - len(m)
-        return found
-
-
 def load_part(kind, folder: Path, dtype):
     """A transformers model from its folder; ModelError if tensors are missing. Never a pickle."""
     try:
@@ -234,7 +211,7 @@ class VisionLanguage(nn.Module):
 
     def encode(self, frames, at_once: int = 64) -> Tensor:
         """(F, H, W, 3) uint8 -> features, `together` frames by themselves; at_once frames a pass,
-        since a pass holds the hidden states of all layers of the tower."""
+        since a pass holds the hidden states of all layers of the tower (a multiple of together)."""
         parts = [frames[i : i + at_once] for i in range(0, len(frames), at_once)]
         return torch.cat([self.encode_many([part])[0] for part in parts])
 
@@ -450,6 +427,29 @@ def build_projector(kind: str, tower_width: int, width: int) -> nn.Module:
     projector = nn.Module()
     projector.layers = nn.Sequential(*layers)
     return projector
+
+
+class InRow:
+    """Several media as one row of frames; a slice of it is a list of their slices.
+
+    >>> InRow([[0, 1, 2], [3], [4, 5]])[2:5]
+    [[2], [3], [4]]
+    """
+
+    def __init__(self, media: list):
+        self.media = media
+
+    def __len__(self) -> int:
+        return sum(map(len, self.media))
+
+    def __getitem__(self, part: slice) -> list:
+        first, last, _ = part.indices(len(self))
+        found = []
+        for m in self.media:
+            if first < len(m) and last > 0:
+                found.append(m[max(first, 0) : last])
+            first, last = first - len(m), last - len(m)
+        return found
 
 
 class VILA(VisionLanguage):

@@ -388,6 +388,30 @@ def test_a_checkpoint_folder_loads_again_with_the_same_weights(toy, tmp_path, ti
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
+def _ranks_shard(rank, folder, target):
+    """FSDP2 on two ranks: log-probs and what is saved are those of one process."""
+    model, alone = load(folder), load(folder)
+    model.shard_parameters(torch.float32)
+    model.enable_gradient_checkpointing()
+    pack = mrsp.pack([model.build_prompt(VIDEO, MEDIA)], answers(alone, [[5, 3]]))
+    for m in (model, alone):
+        (m(pack)[0].sum() / (2 if m is model else 1)).backward()
+    assert torch.allclose(model(pack)[0], alone(pack)[0], atol=1e-5)
+    for (name, p), q in zip(model.llm.named_parameters(), alone.llm.parameters()):
+        assert torch.allclose(mrsp.whole(p.grad), q.grad, atol=1e-5 * float(q.grad.abs().max())), (
+            name
+        )
+    model.save_pretrained(target, write=rank == 0)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_sharded_decoder_trains_and_saves_like_a_whole_one(toy, tmp_path, tie):
+    tiny_qwen(texts_of(toy), tie).save_pretrained(tmp_path / "a")
+    run_ranks(_ranks_shard, 2, str(tmp_path / "a"), str(tmp_path / "b"))
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
 def test_a_flat_config_as_first_published_loads(qwen, tmp_path):
     """All of the decoder's settings at the root, M-RoPE under rope_scaling, ids of the tokens."""
     qwen.save_pretrained(tmp_path)
