@@ -331,13 +331,20 @@ def import_vllm():
     return vllm
 
 
-def make_engine(kind: str | None, policy, config=None, dtype=torch.float32, copied=False):
-    """The engine of a rank. kind: "vllm", "torch", or None: vLLM where there is a GPU. dtype: of
-    its weights; copied: TorchEngine samples from a copy (policy is going to be sharded)."""
+def engine_kind(kind: str | None) -> str:
+    """ "vllm" or "torch"; None: vLLM where there is a GPU. RolloutError if vLLM is missing."""
     kind = kind or ("vllm" if torch.cuda.is_available() else "torch")
     if kind not in ("vllm", "torch"):
         raise RolloutError(f"--rollout must be vllm or torch, not {kind}")
     if kind == "vllm":
+        import_vllm()
+    return kind
+
+
+def make_engine(kind: str | None, policy, config=None, dtype=torch.float32, copied=False):
+    """The engine of a rank, of this engine_kind. dtype: of its weights; copied: TorchEngine samples
+    from a copy (policy is going to be sharded)."""
+    if engine_kind(kind) == "vllm":
         return VLLMEngine(policy, config or RolloutConfig(), dtype)
     return TorchEngine(policy, dtype=dtype if copied else None)
 
