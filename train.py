@@ -505,14 +505,17 @@ def pipeline(run: Run, preset: Preset) -> dict:
     for name in ("images", "base"):
         run.supervised(model, getattr(preset, name), name, seed)
     run.save(model, "base")
-    dtype, reference = getattr(torch, c.dtype), None
-    engine = make_engine(run.rollout, model, preset.rollout, dtype, copied=c.fsdp)
-    engine.sleep()
+    dtype, engine, reference = getattr(torch, c.dtype), None, None
+    if run.rollout == "torch":  # under FSDP it copies the decoder, while that is whole
+        engine = make_engine("torch", model, dtype=dtype, copied=c.fsdp)
     if preset.grpo.kl_coef:
         reference = TorchEngine(model, dtype=dtype).policy  # a copy of the decoder
     for part in (model, reference) if c.fsdp else ():
         if part is not None:
             part.shard_parameters(dtype)
+    if engine is None:  # vLLM takes of the GPU what sharding leaves
+        engine = make_engine("vllm", model, preset.rollout, dtype)
+        engine.sleep()
     run.supervised(model, preset.sft, "sft", seed)
     run.save(model, "sft")
     test = rows("test.jsonl")
