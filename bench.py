@@ -1,6 +1,7 @@
 """Benchmarks: what the design buys, measured, and what a run needs, predicted.
 
     python bench.py mrsp        the paper's efficiency figure in miniature, on two CPU cores
+    python bench.py rollout     both rollout engines: tokens a second, prefill counted, weight sync
     python bench.py step        one GRPO step on text: seconds of each phase, as one JSON line
     python bench.py attention   block attention against plain softmax and torch's own kernel
     python bench.py plan --model qwen2.5-vl-7b --frames 3600 --gpus 8 --gpu_memory 80
@@ -54,7 +55,7 @@ import grpo
 import mrsp
 from data import Example
 from model import VILA, Policy, Prompt
-from rollout import Sampling, TorchEngine
+from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, VLLMEngine
 
 QUESTION = Example("", "user", (), "", "", "", "video", "")
 BARS = {  # encoded once by all ranks? sequence parallel? shared prefix?
@@ -314,6 +315,48 @@ def bench_step(args) -> None:
         print(json.dumps(line))
 
 
+# ------------------------------------------------------------------------------------ rollout
+
+
+def bench_rollout(args) -> None:
+    """both rollout engines: tokens a second, prompt tokens computed, seconds of a weight sync"""
+    torch.set_num_threads(1)  # as each rank of a training run on CPUs
+    model = small_vila(args.hidden, args.layers)
+    longest = 9 * max(args.frames) + 64 + args.response_tokens
+    engines = {"torch": TorchEngine(model, dtype=torch.float32)}  # a copy: its sync copies
+    try:
+        engines["vllm"] = VLLMEngine(model, RolloutConfig(max_len=longest))
+    except RolloutError as error:
+        print(f"vllm is left out: {error}", file=sys.stderr)
+    random, found = torch.Generator().manual_seed(0), defaultdict(list)
+    sampling = Sampling(max_tokens=args.response_tokens)
+    for count in args.frames:
+        videos = torch.randint(0, 256, (args.prompts, count, 48, 48, 3), generator=random)
+        with torch.no_grad():
+            features = [model.encode(video.to(torch.uint8), at_once=16) for video in videos]
+        prompts = [model.build_prompt(QUESTION, f) for f in features]
+        for repeat in range(-1, args.repeats):  # the first round warms up
+            for name, engine in engines.items():
+                begin = time.perf_counter()
+                engine.sync(model)  # and forgets the K/V of the last round
+                synced, before = time.perf_counter(), engine.prefilled
+                seeds = [1000 * (repeat + 1) + i for i in range(args.prompts)]
+                engine.generate(prompts, args.group, sampling, seeds)
+                values = time.perf_counter() - synced, synced - begin, engine.prefilled - before
+                if repeat >= 0:
+                    found[count, name].append(values)
+        for name in engines:
+            seconds, sync, prefilled = map(median, zip(*found[count, name]))
+            tokens = args.prompts * args.group * args.response_tokens
+            asked = args.group * sum(len(p.ids) for p in prompts)
+            row = {"engine": name, "frames": count, "prompt_tokens": asked, "prefilled": prefilled}
+            row |= {"seconds": seconds, "tokens_per_second": tokens / seconds, "sync": sync}
+            shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+            print(json.dumps(chosen(args) | shown), flush=True)
+    for engine in engines.values():
+        engine.close()
+
+
 # ---------------------------------------------------------------------------------- attention
 
 
@@ -555,6 +598,10 @@ COMMANDS = {  # option: default, help
     "mrsp": (bench_mrsp, SMALL | {
         "frames": ([8, 32, 128, 512], "frames a video, by commas"), "hidden": (128, "its width"),
         "ranks": (2, "processes, and prompts"), "output": ("runs/bench", "folder of the results"),
+    }),
+    "rollout": (bench_rollout, SMALL | {
+        "frames": ([8, 32, 128, 512], "frames a video, by commas"), "hidden": (128, "its width"),
+        "prompts": (4, "in a batch"),
     }),
     "step": (bench_step, SMALL | {
         "prompt_tokens": (1024, "of the prompt"), "hidden": (256, "width of the decoder"),

@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from data import DataError, load_rows
 from grpo import accuracy_reward, format_reward
-from model import VILA
+from model import load
 from mrsp import EmbeddingCache
 from rollout import RolloutError, Sampling, make_engine
 
@@ -213,7 +213,7 @@ def main(argv=None) -> dict:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("--model", required=True, help="folder in VILA's layout")
+    add("--model", required=True, help="checkpoint folder of VILA or Qwen2.5-VL")
     add("--data", help="rows (.jsonl); default: the test rows that recipe.json names")
     add("--video_dir", help="folder that the rows' paths are relative to; default: the rows' own")
     add("--num_frames", type=int, help="frames a video; default: from recipe.json")
@@ -233,7 +233,7 @@ def main(argv=None) -> dict:
 def run(args) -> dict:
     from tqdm import tqdm
 
-    model = VILA.from_pretrained(args.model)
+    model = load(args.model)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     model.cache = EmbeddingCache(args.cache_dir)
     chosen = {k: getattr(args, k) for k in ("num_frames", "max_tokens")}

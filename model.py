@@ -126,29 +126,6 @@ class Prompt:
 # ------------------------------------------------------------------------- what families share
 
 
-class InRow:
-    """Several media as one row of frames; a slice of it is a list of their slices.
-
-    >>> InRow([[0, 1, 2], [3], [4, 5]])[2:5]
-    [[2], [3], [4]]
-    """
-
-    def __init__(self, media: list):
-        self.media = media
-
-    def __len__(self) -> int:
-        return sum(map(len, self.media))
-
-    def __getitem__(self, part: slice) -> list:
-        first, last, _ = part.indices(len(self))
-        found = []
-        for m in self.media:
-            if first < len(m) and last > 0:
-                found.append(m[max(first, 0) : last])
-            first, last = first - len(m), last - len(m)
-        return found
-
-
 def load_part(kind, folder: Path, dtype):
     """A transformers model from its folder; ModelError if tensors are missing. Never a pickle."""
     try:
@@ -182,12 +159,12 @@ class VisionLanguage(nn.Module):
         self.policy, self.tower = Policy(llm), tower
         llm.set_attn_implementation("mrsp")
         self.controls = (*media, *controls, "<|im_start|>", "<|im_end|>")
-        known = {token: tokenizer.convert_tokens_to_ids(token) for token in self.controls}
-        if lacking := [token for token, i in known.items() if i is None]:
+        self.ids = {token: tokenizer.convert_tokens_to_ids(token) for token in self.controls}
+        if lacking := [token for token, i in self.ids.items() if i is None]:
             raise ModelError(f"the tokenizer lacks {', '.join(map(repr, lacking))}")
-        self.media_tokens = tuple(known[token] for token in media)  # never to be sampled
+        self.media_tokens = tuple(self.ids[token] for token in media)  # never to be sampled
         self.media_token = self.media_tokens[0]  # a video's
-        self.eos = known["<|im_end|>"]
+        self.eos = self.ids["<|im_end|>"]
         self._tower_hash = None
 
     @property
@@ -234,7 +211,7 @@ class VisionLanguage(nn.Module):
 
     def encode(self, frames, at_once: int = 64) -> Tensor:
         """(F, H, W, 3) uint8 -> features, `together` frames by themselves; at_once frames a pass,
-        since a pass holds the hidden states of all layers of the tower."""
+        since a pass holds the hidden states of all layers of the tower (a multiple of together)."""
         parts = [frames[i : i + at_once] for i in range(0, len(frames), at_once)]
         return torch.cat([self.encode_many([part])[0] for part in parts])
 
@@ -450,6 +427,29 @@ def build_projector(kind: str, tower_width: int, width: int) -> nn.Module:
     projector = nn.Module()
     projector.layers = nn.Sequential(*layers)
     return projector
+
+
+class InRow:
+    """Several media as one row of frames; a slice of it is a list of their slices.
+
+    >>> InRow([[0, 1, 2], [3], [4, 5]])[2:5]
+    [[2], [3], [4]]
+    """
+
+    def __init__(self, media: list):
+        self.media = media
+
+    def __len__(self) -> int:
+        return sum(map(len, self.media))
+
+    def __getitem__(self, part: slice) -> list:
+        first, last, _ = part.indices(len(self))
+        found = []
+        for m in self.media:
+            if first < len(m) and last > 0:
+                found.append(m[max(first, 0) : last])
+            first, last = first - len(m), last - len(m)
+        return found
 
 
 class VILA(VisionLanguage):
@@ -670,10 +670,10 @@ class QwenVL(VisionLanguage):
         self.config, text = model.config, model.config.text_config
         text.tie_word_embeddings = self.config.tie_word_embeddings  # published: at the root alone
         self.seconds = {}  # of media whose times are known; a cached video is opened once a run
-        named = ("video_token_id", "image_token_id", "vision_start_token_id", "vision_end_token_id")
-        self.ids = dict(zip(named, map(tokenizer.convert_tokens_to_ids, self.controls)))
-        if wrong := {k: v for k, v in self.ids.items() if v != getattr(self.config, k)}:
-            raise ModelError(f"config.json and tokenizer differ; the tokenizer says {wrong}")
+        for name in ("video", "image"):
+            said, known = getattr(self.config, f"{name}_token_id"), self.ids[f"<|{name}_pad|>"]
+            if said != known:
+                raise ModelError(f"config.json: {name}_token_id is {said}, the tokenizer's {known}")
         vision = self.config.vision_config
         if (vision.temporal_patch_size, vision.spatial_merge_size) != (2, 2):
             raise ModelError("config.json: only 2 frames and 2 x 2 patches are joined to a token")
@@ -729,8 +729,8 @@ class QwenVL(VisionLanguage):
     def patches(self, frames) -> tuple[Tensor, tuple[int, int, int]]:
         """(F, H, W, 3) uint8 -> patches (T h w, 3 * 2 * p * p) and (T, h, w). The four patches
         that the merger joins follow each other."""
-        config, p = self.tower.config, self.preprocess
-        side, size = config.patch_size, p.get("size", {})
+        side, p = self.tower.config.patch_size, self.preprocess
+        size = p.get("size", {})  # of newer files
         least = p.get("min_pixels") or size.get("shortest_edge", 56 * 56)
         most = p.get("max_pixels") or size.get("longest_edge", 28 * 28 * 1280)
         height, width = smart_resize(*frames.shape[1:3], side * 2, least, most)
@@ -744,9 +744,8 @@ class QwenVL(VisionLanguage):
         """encode() for several media, whose sizes may differ, in one pass of the tower."""
         patches, grids = zip(*map(self.patches, media))
         grid = torch.tensor(grids, device=patches[0].device)
-        merged = self.tower(
-            torch.cat(patches), grid_thw=grid
-        ).pooler_output  # (sum of T h w / 4, D)
+        # (sum of T h w, 3 * 2 * p * p) -> (sum of T h w / 4, D)
+        merged = self.tower(torch.cat(patches), grid_thw=grid).pooler_output
         parts = merged.split([t * h * w // 4 for t, h, w in grids])
         return [x.view(t, h // 2, w // 2, -1) for x, (t, h, w) in zip(parts, grids)]
 
@@ -787,10 +786,10 @@ class QwenVL(VisionLanguage):
         """Features (N, D), <|vision_start|> N pads <|vision_end|>, where the pads are, the Grid."""
         t, h, w, _ = media.features.shape
         kind, n = "image" if example.data_type == "image" else "video", t * h * w
-        ids = [self.ids["vision_start_token_id"], *[self.ids[f"{kind}_token_id"]] * n]
+        start, end = self.ids["<|vision_start|>"], self.ids["<|vision_end|>"]
+        ids = [start, *[self.ids[f"<|{kind}_pad|>"]] * n, end]
         grid = Grid(kind, t, 2 * h, 2 * w, media.seconds)
-        end = self.ids["vision_end_token_id"]
-        return media.features.flatten(0, 2), [*ids, end], range(1, n + 1), (grid,)
+        return media.features.flatten(0, 2), ids, range(1, n + 1), (grid,)
 
     def positions(self, length: int, starts, grids) -> Tensor:
         vision = self.config.vision_config

@@ -331,13 +331,20 @@ def import_vllm():
     return vllm
 
 
-def make_engine(kind: str | None, policy, config=None, dtype=torch.float32, copied=False):
-    """The engine of a rank. kind: "vllm", "torch", or None: vLLM where there is a GPU. dtype: of
-    its weights; copied: TorchEngine samples from a copy (policy is going to be sharded)."""
+def engine_kind(kind: str | None) -> str:
+    """ "vllm" or "torch"; None: vLLM where there is a GPU. RolloutError if vLLM is missing."""
     kind = kind or ("vllm" if torch.cuda.is_available() else "torch")
     if kind not in ("vllm", "torch"):
         raise RolloutError(f"--rollout must be vllm or torch, not {kind}")
     if kind == "vllm":
+        import_vllm()
+    return kind
+
+
+def make_engine(kind: str | None, policy, config=None, dtype=torch.float32, copied=False):
+    """The engine of a rank, of this engine_kind. dtype: of its weights; copied: TorchEngine samples
+    from a copy (policy is going to be sharded)."""
+    if engine_kind(kind) == "vllm":
         return VLLMEngine(policy, config or RolloutConfig(), dtype)
     return TorchEngine(policy, dtype=dtype if copied else None)
 
@@ -349,80 +356,74 @@ class VLLMEngine:
     prefilled: prompt tokens computed so far; n answers to a prompt share one prefill."""
 
     def __init__(self, policy, config: RolloutConfig = RolloutConfig(), dtype=torch.float32):
-        self.policy, self.config, self.dtype, self.prefilled, self.calls = (
-            policy,
-            config,
-            dtype,
-            0,
-            0,
-        )
-        self.tp, self.llm, self.ready = (
-            config.tp,
-            None,
-            "",
-        )  # ready: why it cannot sample now; empty: it can
+        self.policy, self.config, self.dtype, self.tp = policy, config, dtype, config.tp
+        self.llm, self.cuda = None, torch.cuda.is_available()
+        self.prefilled = self.calls = 0
         self.start()
         atexit.register(self.close)
 
     def start(self) -> None:
         """Build the engine from the policy's config; sync() gives it weights."""
-        vllm, c, cuda = import_vllm(), self.config, torch.cuda.is_available()
+        vllm, c, policy = import_vllm(), self.config, self.policy
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world % c.tp:
             raise RolloutError(f"--rollout_tp {c.tp} does not divide the {world} rank(s)")
-        limit = self.policy.llm.config.max_position_embeddings
-        self.max_len, self.sleeping, self.cuda = c.max_len or limit, [], cuda
+        self.max_len = c.max_len or policy.llm.config.max_position_embeddings
+        self.sleeping = []  # parts of the memory that are given back
         self.folder = tempfile.TemporaryDirectory()  # config and tokenizer, no weights
-        self.policy.save_config(self.folder.name)
-        options = {"enable_prompt_embeds": True}
-        if self.policy.mrope:  # limits of 0: the vision tower is not even built
-            options = {"enable_mm_embeds": True, "limit_mm_per_prompt": {"image": 0, "video": 0}}
+        policy.save_config(self.folder.name)
+        options = dict(
+            dtype=self.dtype, load_format="dummy", generation_config="vllm",
+            # Each rank has its own engine (or tp of them one).
+            distributed_executor_backend="external_launcher" if world > 1 else "uni",
+            tensor_parallel_size=c.tp, max_model_len=self.max_len, max_num_seqs=c.max_seqs,
+            # On a CPU no chunks: there vLLM 0.32 fails at a chunk of a seeded request.
+            enable_chunked_prefill=self.cuda,
+            max_num_batched_tokens=max(c.prefill_tokens, 0 if self.cuda else self.max_len),
+            enable_prefix_caching=True, block_size=None if self.cuda else 32,
+            gpu_memory_utilization=c.memory, enable_sleep_mode=self.cuda,
+            enforce_eager=c.eager or not self.cuda,
+            disable_log_stats=False,  # they count the prefilled tokens
+            mm_processor_cache_gb=0,  # EmbeddingCache keeps the features, once
+        )  # fmt: skip
+        if c.kv_gb or not self.cuda:
+            options["kv_cache_memory_bytes"] = int((c.kv_gb or 1.0) * 2**30)
+        if not policy.mrope:
+            options["enable_prompt_embeds"] = True
+        else:  # limits of 0: the vision tower is not even built
+            options |= {"enable_mm_embeds": True, "limit_mm_per_prompt": {"image": 0, "video": 0}}
             options["skip_mm_profiling"] = True
-            # vLLM admits media up to the size of the largest image: let that be the longest prompt.
-            path, size = Path(self.folder.name, "preprocessor_config.json"), self.policy.preprocess
-            most = self.max_len * (size["patch_size"] * size["merge_size"]) ** 2
-            own = {"max_pixels": most, "size": {"shortest_edge": 4 * 28**2, "longest_edge": most}}
-            path.write_text(json.dumps(size | own))
-        kv_gb = c.kv_gb if cuda else c.kv_gb or 1.0
-        if kv_gb:
-            options["kv_cache_memory_bytes"] = int(kv_gb * 2**30)
-        devices = [torch.cuda.current_device()] if cuda else []
+        self._widen(Path(self.folder.name))
+        devices = [torch.cuda.current_device()] if self.cuda else []
         try:
             with torch.random.fork_rng(devices):  # vLLM seeds torch's generators
-                self.llm = vllm.LLM(
-                    self.folder.name,
-                    dtype=self.dtype,
-                    load_format="dummy",
-                    # Each rank its own engine (or tp of them one); they know of all ranks.
-                    distributed_executor_backend="external_launcher" if world > 1 else "uni",
-                    tensor_parallel_size=c.tp,
-                    max_model_len=self.max_len,
-                    max_num_seqs=c.max_seqs,
-                    # On a CPU no chunks: vLLM 0.32 fails there at a chunk of a seeded request.
-                    enable_chunked_prefill=cuda,
-                    max_num_batched_tokens=max(c.prefill_tokens, 0 if cuda else self.max_len),
-                    gpu_memory_utilization=c.memory,
-                    block_size=None if cuda else 32,  # of the K/V cache; whole blocks are shared
-                    enable_prefix_caching=True,
-                    enforce_eager=c.eager or not cuda,
-                    enable_sleep_mode=cuda,
-                    disable_log_stats=False,  # it counts the prefilled tokens
-                    mm_processor_cache_gb=0,  # features are kept by EmbeddingCache, once
-                    generation_config="vllm",
-                    **options,
-                )
+                self.llm = vllm.LLM(self.folder.name, **options)
         except Exception as error:
             raise RolloutError(f"vLLM does not start: {error}") from error
-        from vllm.model_executor.layers.logits_processor import LogitsProcessor
-
         self.llm.llm_engine.engine_core._finalizer.detach()  # its shutdown; see close()
-        found = self.llm.apply_model(
-            lambda model: [m for m in model.modules() if isinstance(m, LogitsProcessor)]
+        self.logits = self._find("LogitsProcessor")[0]
+        self.scale = self.logits.scale
+        self.ready = "it has no weights yet: call sync(policy)"  # why not; "": it can sample
+
+    def _widen(self, folder: Path) -> None:
+        """Positions and media up to max_len: vLLM makes its table of positions as long as the
+        checkpoint says, and admits media no larger than the processor's largest image."""
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        part = config.get("text_config", config)
+        part["max_position_embeddings"] = max(self.max_len, part["max_position_embeddings"])
+        path.write_text(json.dumps(config))
+        if self.policy.mrope:
+            p = self.policy.preprocess
+            most = self.max_len * (p["patch_size"] * p["merge_size"]) ** 2
+            p = p | {"max_pixels": most, "size": {"shortest_edge": 1, "longest_edge": most}}
+            (folder / "preprocessor_config.json").write_text(json.dumps(p))
+
+    def _find(self, kind: str) -> list:
+        """The modules of this class in vLLM's model."""
+        return self.llm.apply_model(
+            lambda model: [m for m in model.modules() if type(m).__name__ == kind]
         )[0]
-        if len(found) != 1:
-            raise RolloutError(f"{len(found)} logits processors in the vLLM model, expected one")
-        self.logits, self.scale = found[0], found[0].scale
-        self.ready = "it has no weights yet: call sync(policy)"
 
     def close(self) -> None:
         """Give everything back. Not by vLLM's own shutdown, which would end all process groups,
@@ -457,21 +458,14 @@ class VLLMEngine:
             if not (tied and name == "lm_head.weight")
         )
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        self.llm.apply_model(self._repack)
+        # On CPUs vLLM multiplies with a packed copy of each weight. That of an LM head tied to the
+        # embedding is not made anew by reload_weights (0.32): it would be that of old weights.
+        for head in self._find("ParallelLMHead"):
+            head.quant_method.process_weights_after_loading(head)
         self.llm.reset_prefix_cache()  # K/V of the old weights
         self.llm.llm_engine.reset_encoder_cache()
         self.llm.llm_engine.reset_mm_cache()
         self.ready = ""
-
-    @staticmethod
-    def _repack(model) -> None:
-        """On CPUs vLLM multiplies with a packed copy of each weight. That of an LM head tied to the
-        embedding is not made anew by reload_weights (0.32), and would stay that of old weights."""
-        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-        for module in model.modules():
-            if isinstance(module, ParallelLMHead):
-                module.quant_method.process_weights_after_loading(module)
 
     def sleep(self) -> None:
         """On a GPU: give back the K/V cache, and drop (level 2) or move to the host (level 1) the
@@ -514,54 +508,53 @@ class VLLMEngine:
 
         params = [
             SamplingParams(
-                n=n,
-                temperature=1.0 if sampling.temperature else 0.0,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                max_tokens=sampling.max_tokens,
-                seed=seed * n,  # answer g has seed * n + g: no two answers share one
-                logprobs=0,  # that of the sampled token alone
-                flat_logprobs=True,
+                n=n, max_tokens=sampling.max_tokens, top_p=sampling.top_p, top_k=sampling.top_k,
+                temperature=1.0 if sampling.temperature else 0.0,  # it is in the logits, below
+                seed=seed * n % 2**62,  # answer g has seed * n + g: no two answers share one
+                logprobs=0, flat_logprobs=True,  # those of the sampled tokens alone
                 logit_bias={token: -100.0 for token in self.policy.media_tokens},  # DEVIATION 2
-                stop=[sampling.stop] if sampling.stop else [],
-                stop_token_ids=[self.policy.eos] if self.policy.eos >= 0 else [],
-                ignore_eos=True,  # ours alone counts
-                detokenize=bool(sampling.stop),
+                stop=[sampling.stop] if sampling.stop else [], detokenize=bool(sampling.stop),
+                stop_token_ids=[self.policy.eos] if self.policy.eos >= 0 else [], ignore_eos=True,
             )
             for seed in seeds
-        ]
+        ]  # fmt: skip
         # DEVIATION 1: vLLM returns the log-probs of its logits before the sampling temperature.
         self.logits.scale = self.scale / (sampling.temperature or 1.0)
         before = self._prefilled()
         try:
             found = self.llm.generate(self._requests(prompts), params, use_tqdm=False)
         except Exception as error:
+            self.close()  # after an exception inside a step the next call would wait for ever
             self.ready = "it failed before: call restart() and sync(policy)"
             raise RolloutError(f"vLLM failed: {type(error).__name__}: {error}") from error
         self.prefilled += self._prefilled() - before
-        return [
-            [self._response(answer) for answer in self._as_we_wrote_it(prompt, out).outputs]
-            for prompt, out in zip(prompts, found, strict=True)
-        ]
+        out = []
+        for prompt, request in zip(prompts, found, strict=True):
+            # With media as features vLLM writes the tokens: they must be those of the trainer.
+            if prompt.grids and request.prompt_token_ids != prompt.ids.tolist():
+                raise RolloutError(
+                    "vLLM expands the media of a prompt to other tokens than the trainer: "
+                    f"{len(request.prompt_token_ids)} and {len(prompt.ids)}; prompt: {prompt.text}"
+                )
+            out.append([])
+            for a in request.outputs:
+                ids, logps = torch.tensor(a.token_ids), torch.tensor(a.logprobs.logprobs)
+                out[-1].append(response(self.policy, ids, logps, a.finish_reason == "stop"))
+        return out
 
     def _requests(self, prompts) -> list[dict]:
         """Each prompt as vLLM takes it."""
-        with_embeds = [p for p in prompts if p.media is not None and not p.grids]
-        if with_embeds:  # text embeddings from the engine's own table: never those of old weights
-            ids = torch.cat([p.ids for p in with_embeds])
-            rows = self.llm.apply_model(
-                lambda model: model.embed_input_ids(ids.to(next(model.parameters()).device)).cpu()
-            )[0]
-            rows = iter(rows.split([len(p.ids) for p in with_embeds]))
-        out, self.calls = [], self.calls + 1
+        device, out, self.calls = "cuda" if self.cuda else "cpu", [], self.calls + 1
         for p in prompts:
             if p.media is None:
                 out.append({"prompt_token_ids": p.ids.tolist()})
-            elif not p.grids:
-                at, media = p.media_at.cpu(), p.media.cpu().to(self.dtype)
-                out.append({"prompt_embeds": next(rows).index_copy(0, at, media)})
-            else:
+            elif p.grids:
                 out.append(self._with_grids(p))
+            else:  # text embeddings from the engine's own table: never those of old weights
+                ids = p.ids.to(device)
+                rows = self.llm.apply_model(lambda model: model.embed_input_ids(ids))[0].cpu()  # noqa: B023
+                rows.index_copy_(0, p.media_at.cpu(), p.media.cpu().to(self.dtype))
+                out.append({"prompt_embeds": rows})
         return out
 
     def _with_grids(self, p) -> dict:
@@ -595,16 +588,3 @@ class VLLMEngine:
         """Prompt tokens computed since the start: those of all answers, less those cached."""
         count = {m.name: m.value for m in self.llm.get_metrics() if hasattr(m, "value")}
         return int(count["vllm:prompt_tokens"] - count["vllm:prompt_tokens_cached"])
-
-    def _as_we_wrote_it(self, prompt, out):
-        """out, if vLLM placed the media as the trainer does. (It knows no ids of embeddings.)"""
-        if (prompt.media is None or prompt.grids) and out.prompt_token_ids != prompt.ids.tolist():
-            raise RolloutError(
-                "vLLM expands the media of a prompt to other tokens than the trainer: "
-                f"{len(out.prompt_token_ids)} and {len(prompt.ids)}; prompt: {prompt.text}"
-            )
-        return out
-
-    def _response(self, answer) -> Response:
-        ids, logps = torch.tensor(answer.token_ids), torch.tensor(answer.logprobs.logprobs)
-        return response(self.policy, ids, logps, answer.finish_reason == "stop")

@@ -53,7 +53,7 @@ import sft
 from data import DataError, ToyConfig
 from grpo import GRPOConfig
 from model import VILA, ModelError, Recipe, toy_checkpoint
-from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, make_engine
+from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, engine_kind, make_engine
 from sft import SFTConfig
 
 METRICS = {
@@ -212,14 +212,14 @@ class Run:
                 f"--sp {config.sp} does not divide the {self.world} rank(s): start with "
                 f"torchrun --nproc_per_node {config.sp} train.py"
             )
-        cuda = torch.cuda.is_available()
+        cuda, self.rollout = torch.cuda.is_available(), engine_kind(config.rollout)
         self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
         if cuda:
             torch.cuda.set_device(self.device)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if self.world > 1:
             dist.init_process_group(backend)
-        elif config.fsdp or config.rollout == "vllm":  # one rank, without torchrun
+        elif config.fsdp or self.rollout == "vllm":  # one rank, without torchrun
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         self.config, self.out = config, Path(config.output_dir)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -505,14 +505,17 @@ def pipeline(run: Run, preset: Preset) -> dict:
     for name in ("images", "base"):
         run.supervised(model, getattr(preset, name), name, seed)
     run.save(model, "base")
-    dtype, reference = getattr(torch, c.dtype), None
-    engine = make_engine(c.rollout, model, preset.rollout, dtype, copied=c.fsdp)
-    engine.sleep()
+    dtype, engine, reference = getattr(torch, c.dtype), None, None
+    if run.rollout == "torch":  # under FSDP it copies the decoder, while that is whole
+        engine = make_engine("torch", model, dtype=dtype, copied=c.fsdp)
     if preset.grpo.kl_coef:
         reference = TorchEngine(model, dtype=dtype).policy  # a copy of the decoder
     for part in (model, reference) if c.fsdp else ():
         if part is not None:
             part.shard_parameters(dtype)
+    if engine is None:  # vLLM takes of the GPU what sharding leaves
+        engine = make_engine("vllm", model, preset.rollout, dtype)
+        engine.sleep()
     run.supervised(model, preset.sft, "sft", seed)
     run.save(model, "sft")
     test = rows("test.jsonl")
