@@ -46,6 +46,7 @@ decode step. Check this file alone:  pytest tests/test_rollout.py tests/test_vll
 import atexit
 import copy
 import gc
+import importlib.util
 import json
 import os
 import tempfile
@@ -332,8 +333,11 @@ def import_vllm():
 
 
 def engine_kind(kind: str | None) -> str:
-    """ "vllm" or "torch"; None: vLLM where there is a GPU. RolloutError if vLLM is missing."""
-    kind = kind or ("vllm" if torch.cuda.is_available() else "torch")
+    """ "vllm" or "torch"; None: vLLM where there is a GPU and vLLM is installed. RolloutError if it
+    is asked for and missing."""
+    if kind is None:
+        found = torch.cuda.is_available() and importlib.util.find_spec("vllm")
+        kind = "vllm" if found else "torch"
     if kind not in ("vllm", "torch"):
         raise RolloutError(f"--rollout must be vllm or torch, not {kind}")
     if kind == "vllm":
@@ -399,7 +403,10 @@ class VLLMEngine:
             with torch.random.fork_rng(devices):  # vLLM seeds torch's generators
                 self.llm = vllm.LLM(self.folder.name, **options)
         except Exception as error:
-            raise RolloutError(f"vLLM does not start: {error}") from error
+            raise RolloutError(
+                f"vLLM does not start: {error} (here: --rollout_memory, --rollout_kv_gb, "
+                "--rollout_max_len, --rollout_max_seqs)"
+            ) from error
         self.llm.llm_engine.engine_core._finalizer.detach()  # its shutdown; see close()
         self.logits = self._find("LogitsProcessor")[0]
         self.scale = self.logits.scale
