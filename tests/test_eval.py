@@ -13,6 +13,8 @@ from rollout import Response, TorchEngine
 class Oracle:
     """An engine that answers as its function says."""
 
+    tp = 1  # ranks that share it
+
     def __init__(self, model, answer):
         self.model, self.answer, self.prompts = model, answer, []
 
