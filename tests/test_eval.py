@@ -90,7 +90,7 @@ def test_the_command_line_prints_the_accuracy_of_the_saved_model(toy, model, tmp
 
 
 def test_command_line_errors_are_one_line(toy, tmp_path):
-    with pytest.raises(SystemExit, match="error: .*no VILA checkpoint"):
+    with pytest.raises(SystemExit, match="error: .*is no checkpoint: config.json is missing"):
         evaluation.main(["--model", str(tmp_path)])
     with pytest.raises(SystemExit, match="error: .*give --data"):
         evaluation.main(["--model", str(toy / "init")])
