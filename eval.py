@@ -218,7 +218,7 @@ def main(argv=None) -> dict:
     add("--video_dir", help="folder that the rows' paths are relative to; default: the rows' own")
     add("--num_frames", type=int, help="frames a video; default: from recipe.json")
     add("--max_tokens", type=int, help="longest answer; default: from recipe.json")
-    add("--rollout", choices=("vllm", "torch"), help="sampler; default: vllm with a GPU")
+    add("--rollout", choices=("vllm", "torch"), help="default: vllm with a GPU, if installed")
     add("--prefill", default="", help="forced beginning of every answer")
     add("--wrong_video", action="store_true", help="control: ask about another video")
     add("--cache_dir", help="folder of embeddings kept across runs; default: none are kept")

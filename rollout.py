@@ -46,6 +46,8 @@ decode step. Check this file alone:  pytest tests/test_rollout.py tests/test_vll
 import atexit
 import copy
 import gc
+import importlib.util
+import itertools
 import json
 import os
 import tempfile
@@ -176,17 +178,9 @@ class TorchEngine:
         policy, device = self.policy, next(self.policy.parameters()).device
         b, end, total = len(prompts), policy.eos, max(len(p.ids) for p in prompts)
         # Uniform numbers of all decode steps: (B, steps, G), one generator a prompt.
-        uniform = torch.stack(
-            [
-                torch.rand(
-                    sampling.max_tokens,
-                    n,
-                    generator=torch.Generator().manual_seed(seed),
-                    dtype=torch.float64,
-                )
-                for seed in seeds
-            ]
-        ).to(device)
+        streams, size = [torch.Generator().manual_seed(s) for s in seeds], (sampling.max_tokens, n)
+        uniform = [torch.rand(size, generator=g, dtype=torch.float64) for g in streams]
+        uniform = torch.stack(uniform).to(device)
 
         # Prefill: prompts right-padded to (B, P); padding has segment -1, which nobody sees.
         ids = torch.zeros(b, total, dtype=torch.long, device=device)
@@ -195,20 +189,14 @@ class TorchEngine:
         media, media_at = [], []
         for row, prompt in enumerate(prompts):
             p = len(prompt.ids)
-            ids[row, :p], segment[row, :p], positions[..., row, :p] = (
-                prompt.ids,
-                0,
-                prompt.positions,
-            )
+            ids[row, :p], segment[row, :p] = prompt.ids, 0
+            positions[..., row, :p] = prompt.positions
             if prompt.media is not None:
                 media.append(prompt.media)
                 media_at.append(prompt.media_at + row * total)
         order = torch.arange(total, device=device).repeat(b, 1)
-        x = policy.embed(
-            ids,
-            torch.cat(media) if media else None,
-            torch.cat(media_at).to(device) if media_at else None,
-        )
+        media = (torch.cat(media), torch.cat(media_at).to(device)) if media else (None, None)
+        x = policy.embed(ids, *media)
         cache = DynamicCache(config=policy.llm.config)
         body = policy.llm.model
         hidden = body(
@@ -250,15 +238,13 @@ class TorchEngine:
             ).last_hidden_state  # (B, G, D)
         tokens, logps, lives = (torch.stack(x, -1).cpu() for x in (tokens, logps, lives))
         done = ~alive.cpu()
-        length = lives.sum(-1).tolist()  # (B, G)
-        out = [[(tokens[i, g], logps[i, g], length[i][g]) for g in range(n)] for i in range(b)]
-        return [
-            [
-                response(policy, x[:r].clone(), p[:r].clone(), bool(done[i, g]))
-                for g, (x, p, r) in enumerate(row)
-            ]
-            for i, row in enumerate(out)
-        ]
+        out = [[] for _ in range(b)]
+        for i, g in itertools.product(range(b), range(n)):
+            x, p = (
+                values[i, g, lives[i, g]] for values in (tokens, logps)
+            )  # without what is after
+            out[i].append(response(policy, x, p, bool(done[i, g])))
+        return out
 
     def _at_stop(self, tokens: Tensor, alive: Tensor, stop: str) -> Tensor:
         """tokens (B, G, t) so far -> (B, G): those alive that have come to the stop text."""
@@ -332,8 +318,11 @@ def import_vllm():
 
 
 def engine_kind(kind: str | None) -> str:
-    """ "vllm" or "torch"; None: vLLM where there is a GPU. RolloutError if vLLM is missing."""
-    kind = kind or ("vllm" if torch.cuda.is_available() else "torch")
+    """ "vllm" or "torch"; None: vLLM where there is a GPU and vLLM is installed. RolloutError if it
+    is asked for and missing."""
+    if kind is None:
+        found = torch.cuda.is_available() and importlib.util.find_spec("vllm")
+        kind = "vllm" if found else "torch"
     if kind not in ("vllm", "torch"):
         raise RolloutError(f"--rollout must be vllm or torch, not {kind}")
     if kind == "vllm":
@@ -399,7 +388,10 @@ class VLLMEngine:
             with torch.random.fork_rng(devices):  # vLLM seeds torch's generators
                 self.llm = vllm.LLM(self.folder.name, **options)
         except Exception as error:
-            raise RolloutError(f"vLLM does not start: {error}") from error
+            raise RolloutError(
+                f"vLLM does not start: {error} (here: --rollout_memory, --rollout_kv_gb, "
+                "--rollout_max_len, --rollout_max_seqs)"
+            ) from error
         self.llm.llm_engine.engine_core._finalizer.detach()  # its shutdown; see close()
         self.logits = self._find("LogitsProcessor")[0]
         self.scale = self.logits.scale
@@ -551,11 +543,13 @@ class VLLMEngine:
             elif p.grids:
                 out.append(self._with_grids(p))
             else:  # text embeddings from the engine's own table: never those of old weights
-                ids = p.ids.to(device)
-                rows = self.llm.apply_model(lambda model: model.embed_input_ids(ids))[0].cpu()  # noqa: B023
+                rows = self._embed(p.ids.to(device)).cpu()
                 rows.index_copy_(0, p.media_at.cpu(), p.media.cpu().to(self.dtype))
                 out.append({"prompt_embeds": rows})
         return out
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return self.llm.apply_model(lambda model: model.embed_input_ids(ids))[0]
 
     def _with_grids(self, p) -> dict:
         """ids with ONE token a medium, which vLLM expands; features and grids by kind."""

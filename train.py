@@ -92,7 +92,7 @@ class RunConfig:
 
     output_dir: str = "runs/toy"  # where everything is written
     seed: int = 0  # of data, weights, batches and sampling
-    rollout: str | None = None  # sampler: vllm or torch; default: vllm with a GPU, torch without
+    rollout: str | None = None  # sampler: vllm or torch; default: vllm with a GPU, if installed
     careful_prefill: str = "<think> seen"  # control: the SFT model, forced to begin like this
     frame_counts: str = "8,16,32,64"  # frames of the scaling curve
     show_every: int = 20  # GRPO steps between two decoded rollouts in samples.jsonl
@@ -499,7 +499,9 @@ def pipeline(run: Run, preset: Preset) -> dict:
         model.mesh = mrsp.make_mesh(c.sp, c.sp_attention, *heads)
     except ValueError as error:
         raise ModelError(error) from None
-    run.say(f"ranks: data parallel {model.mesh.dp}; {model.mesh.why}")
+    run.say(f"ranks: data parallel {model.mesh.dp}; {model.mesh.why}; sampler: {run.rollout}")
+    if run.rollout == "torch" and preset.rollout.tp > 1:
+        raise RolloutError("--rollout_tp is vLLM's: add --rollout vllm, or leave it out")
     if c.checkpointing:
         model.enable_gradient_checkpointing()
     for name in ("images", "base"):

@@ -13,6 +13,8 @@ from rollout import Response, TorchEngine
 class Oracle:
     """An engine that answers as its function says."""
 
+    tp = 1  # ranks that share it
+
     def __init__(self, model, answer):
         self.model, self.answer, self.prompts = model, answer, []
 
@@ -88,7 +90,7 @@ def test_the_command_line_prints_the_accuracy_of_the_saved_model(toy, model, tmp
 
 
 def test_command_line_errors_are_one_line(toy, tmp_path):
-    with pytest.raises(SystemExit, match="error: .*no VILA checkpoint"):
+    with pytest.raises(SystemExit, match="error: .*is no checkpoint: config.json is missing"):
         evaluation.main(["--model", str(tmp_path)])
     with pytest.raises(SystemExit, match="error: .*give --data"):
         evaluation.main(["--model", str(toy / "init")])
