@@ -506,6 +506,7 @@ class VLLMEngine:
                 logprobs=0, flat_logprobs=True,  # those of the sampled tokens alone
                 logit_bias=dict.fromkeys(self.policy.media_tokens, -torch.inf),  # DEVIATION 2
                 stop=[sampling.stop] if sampling.stop else [], detokenize=bool(sampling.stop),
+                skip_special_tokens=False,  # a stop text may be one, as in the text of a Response
                 stop_token_ids=[self.policy.eos] if self.policy.eos >= 0 else [], ignore_eos=True,
             )
             for seed in seeds
