@@ -50,10 +50,12 @@ import importlib.util
 import itertools
 import json
 import os
+import random
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -384,14 +386,18 @@ class VLLMEngine:
             options["skip_mm_profiling"] = True
         self._widen(Path(self.folder.name))
         devices = [torch.cuda.current_device()] if self.cuda else []
+        states = random.getstate(), np.random.get_state()
         try:
-            with torch.random.fork_rng(devices):  # vLLM seeds torch's generators
+            with torch.random.fork_rng(devices):  # vLLM seeds all generators: put them back
                 self.llm = vllm.LLM(self.folder.name, **options)
         except Exception as error:
             raise RolloutError(
                 f"vLLM does not start: {error} (here: --rollout_memory, --rollout_kv_gb, "
                 "--rollout_max_len, --rollout_max_seqs)"
             ) from error
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
         self.llm.llm_engine.engine_core._finalizer.detach()  # its shutdown; see close()
         self.logits = self._find("LogitsProcessor")[0]
         self.scale = self.logits.scale
