@@ -42,8 +42,8 @@ def batch(on_policy=False):
 
 
 def plain_loss(logp, old, ref, mask, advantage, config, total_tokens=None, total_sequences=None):
-    """The loss and the four sums, token by token, from lists. old = None is not allowed here."""
-    losses, sums = [], {"tokens": 0.0, "clipped": 0.0, "kl": 0.0, "ratio_error": 0.0}
+    """The loss and the five sums, token by token, from lists. old = None is not allowed here."""
+    losses, sums = [], {"tokens": 0.0, "clipped": 0.0, "kl": 0.0, "ratio_error": 0.0, "tis": 0.0}
     for b in range(len(logp)):
         for g in range(len(logp[b])):
             tokens, a = [], advantage[b][g]
@@ -67,6 +67,7 @@ def plain_loss(logp, old, ref, mask, advantage, config, total_tokens=None, total
                 sums["clipped"] += cut
                 sums["kl"] += kl
                 sums["ratio_error"] += abs(rho - 1)
+                sums["tis"] += 1  # no weights: each is 1
             losses.append(tokens)
     answers = [tokens for tokens in losses if tokens]
     if config.average == "token":
@@ -246,6 +247,94 @@ def test_a_clipped_token_has_no_gradient_however_large_its_ratio(advantage):
 def test_a_part_without_tokens_has_loss_zero(average):
     config, zero = LossConfig(kl_coef=0, average=average), torch.zeros(1, 2, 3)
     assert grpo_loss(zero, torch.zeros(1, 2), zero, config)[0].item() == 0
+
+
+# --------------------------------------------------------------- truncated importance sampling
+
+
+@pytest.mark.parametrize("cap", (0.7, 2.0))
+@each_config
+@each_policy
+def test_importance_weights_equal_a_scalar_loop(config, on_policy, cap):
+    """weight_t = min(pi_old / pi_sampler, cap): on the policy term of each token, not on the KL."""
+    logp, old, ref, mask, advantage = batch(on_policy)
+    pi_old = logp if old is None else old
+    gap = torch.linspace(-1.5, 1.5, logp.numel(), dtype=torch.float64).view_as(logp).roll(7)
+    sampled, config = pi_old - gap, replace(config, tis_cap=cap)
+    tokens, terms = [], []
+    for b, g, t in torch.cartesian_prod(*map(torch.arange, logp.shape)).tolist():
+        if mask[b, g, t]:
+            one = (x[b, g, t].item() for x in (logp, pi_old, sampled, ref))
+            now, start, said, fixed = one
+            weight, a, rho = (
+                min(math.exp(start - said), cap),
+                ADVANTAGES[b][g],
+                math.exp(now - start),
+            )
+            policy = -min(rho * a, min(max(rho, 0.8), 1.3) * a) if a > 0 else (
+                -min(max(rho, 0.8), 3.0) * a
+            )  # fmt: skip
+            kl = math.exp(fixed - now) - (fixed - now) - 1 if config.kl_coef else 0.0
+            inside = 0.8 < rho < 3.0 if a < 0 else rho < 1.3
+            slope = -a * rho * inside * weight + config.kl_coef * (1 - math.exp(fixed - now))
+            tokens.append((b, g, t, weight))
+            terms.append((policy * weight + config.kl_coef * kl, slope))
+    share = {}  # of a token in the mean
+    for b, g, t, _ in tokens:
+        by_answer = LENGTHS[b][g] * sum(n > 0 for row in LENGTHS for n in row)
+        share[b, g, t] = 1 / (len(tokens) if config.average == "token" else by_answer)
+    expected = sum(x * share[k[:3]] for k, (x, _) in zip(tokens, terms))
+
+    at = logp.clone().requires_grad_()
+    sampled = sampled.masked_fill(mask == 0, math.nan)  # padding changes nothing
+    loss, sums = grpo_loss(at, advantage, mask, config, old, ref, sampled)
+    gradient = torch.autograd.grad(loss, at)[0]
+    assert abs(loss.item() - expected) < 1e-12
+    assert abs(sums["tis"].item() - sum(k[3] for k in tokens)) < 1e-10
+    for (*k, _), (_, slope) in zip(tokens, terms):  # none through the weight
+        assert gradient[tuple(k)].item() == pytest.approx(slope * share[tuple(k)], abs=1e-12)
+    assert {k[3] == cap for k in tokens} == {True, False}  # the cap is tried on both sides
+
+
+def test_importance_weights_carry_no_gradient():
+    logp, old, _, mask, advantage = batch()
+    config, plain = LossConfig(kl_coef=0, tis_cap=9.0), LossConfig(kl_coef=0)
+    sampled = old - 0.5  # one weight for all tokens: the gradient is that many times as large
+    at = [logp.clone().requires_grad_() for _ in range(3)]
+    said = sampled.clone().requires_grad_()
+    one, _ = grpo_loss(at[0], advantage, mask, config, old, None, said)
+    two, _ = grpo_loss(at[1], advantage, mask, plain, old)
+    factor = math.exp(0.5)
+    gradient, own = torch.autograd.grad(one, (at[0], said), allow_unused=True)
+    torch.testing.assert_close(gradient, factor * torch.autograd.grad(two, at[1])[0])
+    assert own is None
+    # On-policy pi_old is the policy itself, and still a constant.
+    three, _ = grpo_loss(at[2], advantage, mask, config, None, None, logp - 0.5)
+    expected = -factor * advantage[..., None] * mask / mask.sum()
+    torch.testing.assert_close(torch.autograd.grad(three, at[2])[0], expected)
+
+
+@each_config
+@each_policy
+def test_without_a_cap_the_sampler_s_log_probs_change_nothing(config, on_policy):
+    logp, old, ref, mask, advantage = batch(on_policy)
+    one, sums = grpo_loss(logp, advantage, mask, config, old, ref)
+    two, _ = grpo_loss(logp, advantage, mask, config, old, ref, logp + 1)
+    assert one == two and sums["tis"] == sums["tokens"]
+
+
+def test_a_cap_needs_the_sampler_s_log_probs():
+    logp, old, ref, mask, advantage = batch()
+    with pytest.raises(ValueError, match="tis_cap is not zero: give sampler_logp"):
+        grpo_loss(logp, advantage, mask, LossConfig(tis_cap=2.0), old, ref)
+
+
+def test_a_weight_stays_finite_however_far_the_sampler_is():
+    logp = torch.tensor([[[-1.0, -200.0]]], requires_grad=True)
+    said, a, mask = torch.tensor([[[-200.0, -1.0]]]), torch.tensor([[1.0]]), torch.ones(1, 1, 2)
+    loss, sums = grpo_loss(logp, a, mask, LossConfig(kl_coef=0, tis_cap=5.0), None, None, said)
+    gradient = torch.autograd.grad(loss, logp)[0]
+    assert gradient[0, 0].tolist() == pytest.approx([-2.5, 0.0], abs=1e-6) and sums["tis"] < 5.01
 
 
 # ----------------------------------------------------------------------------------- advantages

@@ -1,11 +1,15 @@
 """The sampler: same prompts, same log-probs as the trainer, the right distribution."""
 
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import answers
 
 import mrsp
-from rollout import Sampling, TorchEngine
+import train
+from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, make_engine
 
 
 def test_sampler_logprobs_equal_the_trainers_for_the_same_tokens(model, prompts):
@@ -150,3 +154,143 @@ def test_a_copy_in_bfloat16_keeps_positions_in_float32_and_follows_the_policy(mo
     model.sharded = True
     with pytest.raises(ValueError, match="sampled from a copy"):
         TorchEngine(model).sync(model)
+
+
+def test_top_k_samples_only_from_the_k_most_likely_tokens(model, prompts):
+    with torch.no_grad():
+        every = torch.arange(model.llm.config.vocab_size)
+        p, _ = model(mrsp.pack(prompts[:1], [[v[None] for v in every]]))
+    p[model.media_token] = -torch.inf
+    engine = TorchEngine(model)
+    for k in (1, 3):
+        (out,) = engine.generate(prompts[:1], 300, Sampling(top_k=k, max_tokens=1), [3])
+        assert {int(r.ids[0]) for r in out} == set(p.topk(k).indices.tolist())
+    out = engine.generate(prompts, 4, Sampling(0.7, top_k=3, max_tokens=6))
+    packed = mrsp.pack(prompts, [[r.ids for r in group] for group in out])
+    trainer, _ = model(packed, 0.7)  # the log-probs are those of all tokens
+    assert (trainer - torch.cat([r.logps for g in out for r in g])).abs().max() < 1e-4
+
+    def ids(k):
+        out = engine.generate(prompts, 4, Sampling(top_k=k, max_tokens=6))
+        return [r.ids.tolist() for group in out for r in group]
+
+    assert ids(0) == ids(len(every)) == ids(10**6) != ids(3)  # all tokens, and more than there are
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_stop_text_ends_an_answer_and_stays_in_its_text(model, prompts, temperature):
+    """An answer is what it is without the stop, cut behind the token that completes it."""
+    n, engine = 4 if temperature else 1, TorchEngine(model)
+    sampling = Sampling(temperature, max_tokens=12)
+    free = [r for g in engine.generate(prompts, n, sampling) for r in g]
+    words = [r.text.split() for r in free]
+    # A word, a part of one, one over two tokens, the last possible token, one that never comes.
+    stops = [words[0][4], words[1][2][1:], f"{words[2][6]} {words[2][7]}", words[0][11], "nowhere"]
+    for stop in stops:
+        sampling = Sampling(temperature, max_tokens=12, stop=stop)
+        out = [r for g in engine.generate(prompts, n, sampling) for r in g]
+        assert any(stop in r.text for r in out) == (stop != "nowhere")
+        for r, whole in zip(out, free):
+            tokens = whole.ids.tolist()
+            tokens = tokens[: len(tokens) - whole.finished]  # the end token is no text
+            texts = [model.tokenizer.decode(tokens[: i + 1]) for i in range(len(tokens))]
+            at = next((i for i, text in enumerate(texts) if stop in text), len(whole.ids) - 1)
+            assert r.ids.tolist() == whole.ids.tolist()[: at + 1]
+            assert torch.allclose(r.logps, whole.logps[: at + 1], atol=1e-5)
+            assert (stop in r.text) == (stop in whole.text)
+            assert r.finished == (stop in r.text or whole.finished)
+
+
+def test_prompt_tokens_that_were_computed_are_counted(model, prompts):
+    engine = TorchEngine(model, batch_prompts=2)
+    length = sum(len(p.ids) for p in prompts)
+    for calls, n in enumerate((1, 5), 1):  # once for all answers to a prompt
+        engine.generate(prompts, n, Sampling(max_tokens=2))
+        assert engine.prefilled == calls * length
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ({"tp": 0}, "counts >= 1"),
+        ({"max_seqs": 0}, "counts >= 1"),
+        ({"prefill_tokens": 0}, "counts >= 1"),
+        ({"max_len": -1}, "counts >= 1"),
+        ({"max_len": 0}, "counts >= 1"),
+        ({"memory": 0.0}, "0 < memory < 1"),
+        ({"memory": 1.0}, "0 < memory < 1"),
+        ({"kv_gb": -1.0}, "kv_gb > 0"),
+        ({"kv_gb": 0.0}, "kv_gb > 0"),
+        ({"sleep_level": 0}, "sleep_level must be 1 or 2, not 0"),
+        ({"sleep_level": 3}, "sleep_level must be 1 or 2, not 3"),
+    ],
+)
+def test_impossible_settings_of_an_engine_are_refused(bad, message):
+    with pytest.raises(ValueError, match=message):
+        RolloutConfig(**bad)
+    assert RolloutConfig(kv_gb=0.5, max_len=9, sleep_level=1).tp == 1
+
+
+def test_a_negative_top_k_is_refused():
+    with pytest.raises(ValueError, match="top_k >= 0"):
+        Sampling(top_k=-1)
+
+
+def test_features_that_do_not_fit_are_refused(model, prompts):
+    engine, video, text = TorchEngine(model), prompts[0], prompts[2]
+    for bad in (
+        replace(video, media=video.media[:, :64]),
+        replace(video, media=video.media[1:]),
+        replace(video, media=None),
+        replace(text, media=video.media),
+    ):
+        with pytest.raises(ValueError, match="prompt 1: media features are .* 128 wide"):
+            engine.generate([text, bad], 2, Sampling(max_tokens=2))
+
+
+def test_the_engine_is_chosen_by_name(model, monkeypatch):
+    assert make_engine("torch", model).policy is model
+    copied = make_engine("torch", model, dtype=torch.bfloat16, copied=True)
+    assert copied.policy is not model and copied.policy.llm.dtype == torch.bfloat16
+    with pytest.raises(RolloutError, match="--rollout must be vllm or torch, not fast"):
+        make_engine("fast", model)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert isinstance(make_engine(None, model), TorchEngine)
+
+
+@pytest.fixture
+def no_vllm(monkeypatch):
+    for name in list(sys.modules):
+        if name.partition(".")[0] == "vllm":
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+
+
+def test_without_the_package_vllm_says_what_to_install(model, no_vllm):
+    with pytest.raises(RolloutError, match="--rollout vllm needs .*requirements-gpu.txt"):
+        make_engine("vllm", model)
+
+
+def test_a_run_without_the_package_ends_before_anything_is_made(no_vllm, tmp_path):
+    with pytest.raises(SystemExit, match="error: .*requirements-gpu.txt.*--rollout torch"):
+        train.main(["--rollout", "vllm", "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--rollout fast", "rollout must be vllm or torch, not 'fast'"),
+        ("--rollout_tp 2", "--rollout_tp 2 must divide --sp 1"),
+        ("--rollout_tp 0", "counts >= 1"),
+        ("--rollout_memory 1.5", "0 < memory < 1"),
+        ("--rollout_sleep_level 3", "sleep_level must be 1 or 2"),
+        ("--grpo_tis_cap -1", "tis_cap >= 0"),
+        ("--grpo_mean_mismatch 0", "mismatch limits > 0"),
+        ("--grpo_max_mismatch 0", "mismatch limits > 0"),
+    ],
+)
+def test_settings_of_rollouts_are_checked_before_anything_runs(options, message, tmp_path):
+    with pytest.raises(SystemExit, match=f"(?s)error: .*{message}"):
+        train.main([*options.split(), "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
