@@ -295,8 +295,9 @@ class RolloutConfig:
     eager: bool = False  # no CUDA graphs: starts sooner, samples slower
 
     def __post_init__(self):
-        counts = min(self.tp, self.max_seqs, self.prefill_tokens, self.max_len or 1)
-        if counts < 1 or not 0 < self.memory < 1 or (self.kv_gb or 1) <= 0:
+        kv_gb, max_len = (1 if x is None else x for x in (self.kv_gb, self.max_len))
+        counts = min(self.tp, self.max_seqs, self.prefill_tokens, max_len)
+        if counts < 1 or not 0 < self.memory < 1 or kv_gb <= 0:
             raise ValueError(f"need counts >= 1, 0 < memory < 1 and kv_gb > 0: {self}")
         if self.sleep_level not in (1, 2):
             raise ValueError(f"sleep_level must be 1 or 2, not {self.sleep_level}")
