@@ -228,6 +228,8 @@ def test_answers_depend_on_seed_and_prompt_and_all_differ(stand):
     assert tokens_of(one) == tokens_of(again) == tokens_of(alone)
     for a, b in zip(tokens_of(one), tokens_of(other)):
         assert a != b
+    huge = [2**61 + 5, 10**19, 3, 4]  # train.py's seeds grow with seed, step and prompt
+    assert tokens_of(stand.out(4, seeds=huge)) == tokens_of(stand.out(4, seeds=huge))
     # Neighbouring seeds of one prompt: answer g of one seed is not answer g - 1 of the next.
     same = stand.engine.generate([stand.prompts[0]] * 3, 4, SAMPLINGS[0], [5, 6, 7])
     assert len({tuple(r) for group in tokens_of(same) for r in group}) == 12
@@ -259,6 +261,21 @@ def test_an_answer_stops_at_its_end_token(stand):
             assert len(r.ids) == len(r.logps) and (r.finished or len(r.ids) == most)
             assert "<|im_end|>" not in r.text
     assert stand.gap(Sampling(max_tokens=30)) < 1e-4
+
+
+@on("vila")
+def test_the_trainers_end_token_alone_ends_an_answer(stand, monkeypatch):
+    """Not what config.json calls eos_token_id."""
+    table = stand.model.llm.get_input_embeddings().weight
+    with torch.no_grad():
+        table[stand.model.eos] *= 3
+    stand.engine.sync(stand.model)
+    for eos in (-1, 20):
+        monkeypatch.setattr(stand.model, "eos", eos)
+        flat = [r for group in stand.out(8, Sampling(max_tokens=30)) for r in group]
+        assert any(2 in r.ids[:-1] for r in flat)
+        assert all(r.finished == (r.ids[-1] == eos) for r in flat)
+        assert any(r.finished for r in flat) == (eos == 20)
 
 
 @on("vila", "vila untied")
@@ -454,7 +471,7 @@ def test_a_tied_head_is_packed_again(stand, monkeypatch):
     assert stand.gap() < 1e-4
 
 
-@on("vila")
+@on("vila", "qwen")
 def test_an_engine_in_bfloat16_follows_a_policy_in_float32(stand):
     model, prompts = stand.model, stand.prompts
     stand.engine.close()
@@ -612,15 +629,45 @@ def test_what_cannot_be_sampled_is_refused_before_vllm_sees_it(stand, monkeypatc
 
 @on("vila")
 def test_the_longest_prompt_that_fits_is_sampled_to_its_end(stand, toy):
-    prompt = stand.model.prompt(data.load_rows(str(toy / "rl.jsonl"))[0], 9)
+    """More answers than grow at once, more prompts than one step computes."""
+    rows = data.load_rows(str(toy / "rl.jsonl"))[:6]
+    prompts = [stand.model.prompt(r, 40) for r in rows]
+    longest = max(len(p.ids) for p in prompts)
     stand.engine.close()
-    engine = VLLMEngine(stand.model, replace(CONFIG, max_len=len(prompt.ids) + 7, max_seqs=2))
+    config = replace(CONFIG, max_len=longest + 7, max_seqs=4, prefill_tokens=1)
+    engine = VLLMEngine(stand.model, config)
     try:
         engine.sync(stand.model)
-        (out,) = engine.generate([prompt], 5, Sampling(max_tokens=7))  # more answers than max_seqs
-        assert max(len(r.ids) for r in out) == 7 and gap(stand.model, [prompt], [out]) < 1e-4
+        out = engine.generate(prompts, 5, Sampling(max_tokens=7))
+        assert max(len(r.ids) for group in out for r in group) == 7
+        assert gap(stand.model, prompts, out) < 1e-4
         with pytest.raises(RolloutError, match="--rollout_max_len"):
-            engine.generate([prompt], 1, Sampling(max_tokens=8))
+            engine.generate(prompts, 1, Sampling(max_tokens=8))
+    finally:
+        engine.close()
+
+
+@on("vila", "qwen")
+def test_a_prompt_may_be_longer_than_the_checkpoint_says(stand):
+    """max_len widens the table of positions, and what vLLM admits as one medium."""
+    model = stand.model
+    limit = model.llm.config.max_position_embeddings
+    long = stand.prompts[-1]
+    more = limit + 60 - len(long.ids)  # the question repeated, then the prompt as it is
+    ids = torch.cat([long.ids.repeat(more // len(long.ids) + 1)[:more], long.ids])
+    positions = torch.arange(len(ids)).expand(*long.positions.shape[:-1], -1)
+    prompts = [replace(long, ids=ids, positions=positions)]
+    if model.mrope:
+        row = data.Example("v", "Which came first?", (), "A", "temporal", "v.mp4", "video", "")
+        wide = torch.randn(140, 5, 6, 128, generator=torch.Generator().manual_seed(0))
+        prompts.append(model.build_prompt(row, Media(wide, 0.5)))
+        assert prompts[1].positions.max() < limit < len(prompts[1].ids)
+    stand.engine.close()
+    engine = VLLMEngine(model, replace(CONFIG, max_len=limit + 256))
+    try:
+        engine.sync(model)
+        out = engine.generate(prompts, 2, SAMPLINGS[0])
+        assert gap(model, prompts, out) < 1e-4
     finally:
         engine.close()
 
