@@ -7,8 +7,12 @@ import pytest
 import torch
 from conftest import answers
 
+import data
+import eval as evaluation
 import mrsp
 import train
+from grpo import GRPOConfig
+from model import ModelError
 from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, make_engine
 
 
@@ -294,3 +298,74 @@ def test_settings_of_rollouts_are_checked_before_anything_runs(options, message,
     with pytest.raises(SystemExit, match=f"(?s)error: .*{message}"):
         train.main([*options.split(), "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+class Says(TorchEngine):
+    """An engine whose log-probs are off by a constant."""
+
+    off = 0.0
+
+    def generate(self, *args):
+        out = super().generate(*args)
+        return [[replace(r, logps=r.logps + self.off) for r in group] for group in out]
+
+
+@pytest.mark.parametrize(
+    "cap, off, weight",
+    [(0.0, 0.3, 1.0), (2.0, -0.3, 1.34986), (2.0, 0.3, 0.74082), (1.2, -0.3, 1.2)],
+)
+def test_a_step_weighs_tokens_by_what_the_sampler_said_of_them(toy, model, cap, off, weight):
+    """And moves the policy that many times as far: in both updates, the second off-policy."""
+    rows, engine = data.load_rows(str(toy / "rl.jsonl"))[:4], Says(model)
+    model.tower.requires_grad_(False)
+    model.projector.requires_grad_(False)
+    config = GRPOConfig(
+        prompts=4, update_prompts=2, group=4, kl_coef=0.0, accuracy_weight=0.0, tis_cap=cap,
+        mean_mismatch=1.0, grad_clip=1e9,
+    )  # fmt: skip
+    norms = []
+    for engine.off, settings in ((0.0, replace(config, tis_cap=0.0)), (off, config)):
+        grade = lambda text, *_: {"reward": len(text) / 50, "accuracy": 0.0, "format": 0.0}  # noqa: E731
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train.grpo, "reward", grade)
+            optimizer = torch.optim.SGD(model.llm.parameters(), lr=0.0)
+            metrics, _ = train.grpo_step(model, None, engine, optimizer, rows, 0, settings)
+        norms.append(metrics["grad_norm"])
+    assert metrics["tis_weight"] == pytest.approx(weight, abs=1e-4)
+    assert metrics["mismatch_mean"] == pytest.approx(0.3, abs=1e-4)
+    assert norms[1] == pytest.approx(weight * norms[0], rel=1e-3) and norms[0] > 1e-3
+
+
+def test_a_mean_mismatch_stops_training(toy, model):
+    rows, engine = data.load_rows(str(toy / "rl.jsonl"))[:2], Says(model)
+    engine.off = 0.2  # less than a single token may be off
+    config = GRPOConfig(prompts=2, update_prompts=2, group=4, kl_coef=0.1)
+    optimizer = torch.optim.SGD(model.llm.parameters(), lr=0.0)
+    with pytest.raises(ModelError, match="by 0.2 on average.*--grpo_mean_mismatch 0.1"):
+        train.grpo_step(model, model, engine, optimizer, rows, 0, config)
+    engine.off = 0.05
+    train.grpo_step(model, model, engine, optimizer, rows, 0, config)
+
+
+def test_settings_of_sampling_reach_the_engine(toy, model):
+    """The stop text and top-k of recipe and options; what was computed is counted a step."""
+    rows, seen = data.load_rows(str(toy / "rl.jsonl"))[:4], []
+
+    class Recorder(TorchEngine):
+        def generate(self, prompts, n, sampling, seeds=None):
+            seen.append((n, sampling))
+            return super().generate(prompts, n, sampling, seeds)
+
+    model.recipe = replace(model.recipe, stop="B", max_tokens=5)
+    config = GRPOConfig(
+        prompts=4, group=4, kl_coef=0.0, temperature=0.9, top_p=0.8, top_k=7,
+    )  # fmt: skip
+    engine, optimizer = Recorder(model), torch.optim.SGD(model.llm.parameters(), lr=0.0)
+    for step in range(2):
+        metrics, _ = train.grpo_step(model, None, engine, optimizer, rows, step, config)
+        lengths = sum(len(model.prompt(r).ids) for r in rows)
+        assert (metrics["prefilled_tokens"], metrics["prompt_tokens"]) == (lengths, 4 * lengths)
+    assert seen == [(4, Sampling(0.9, 0.8, 5, 7, "B"))] * 2
+    seen.clear()
+    evaluation.evaluate(model, engine, rows)
+    assert seen == [(1, Sampling(0.0, max_tokens=5, stop="B"))]

@@ -859,6 +859,9 @@ def test_the_whole_pipeline_runs_on_vllm(tmp_path, options):
     steps = [line for line in steps if line["stage"] == "grpo"]
     assert len(steps) == 2 and all(s["mismatch_max"] < 1e-4 for s in steps)
     assert all(0 < s["prefilled_tokens"] < s["prompt_tokens"] / 2 for s in steps)
+    # 4 prompts x 8 answers; 60 tokens of video, a chat template, a question
+    assert all(32 * 70 < s["prompt_tokens"] < 32 * 120 for s in steps)
+    print("KL", [s["kl"] for s in steps], [s["prompt_tokens"] / 32 for s in steps])
     for kind in ("vllm", "torch")[: 1 if options else 2]:
         result = evaluation.main(["--model", str(out / "model"), "--rollout", kind])
         assert result["accuracy"] == summary["grpo"]["accuracy"] and not result["errors"]
