@@ -423,7 +423,8 @@ def test_several_media_in_one_prompt(stand, toy):
             torch.cat([a.media_at, at]), "", a.shared + b.shared - cut, grids,
         )  # fmt: skip
 
-    pairs = [(video, image), (image, other), (video, other), (other, video), (image, image)]
+    twin = replace(image, media=image.media.flip(0) + 0.5)  # as large, and another
+    pairs = [(video, image), (image, other), (video, other), (other, video), (image, twin)]
     prompts = [joined(a, b) for a, b in pairs]
     assert gap(model, prompts, stand.engine.generate(prompts, 3, SAMPLINGS[0])) < 1e-4
 
@@ -516,6 +517,7 @@ def test_on_a_gpu_memory_comes_back_in_order(stand, monkeypatch):
     monkeypatch.setattr(engine.llm, "wake_up", calls.extend)
     assert engine.config.sleep_level == 2
     engine.sleep()
+    engine.sleep()
     assert calls == [2]
     engine.sync(stand.model)
     assert calls == [2, "weights"]
@@ -570,18 +572,23 @@ def test_an_engine_that_failed_wants_a_restart(stand, monkeypatch):
 
 
 @on("vila")
-def test_a_closed_engine_says_so(stand):
+def test_a_closed_engine_says_so(stand, monkeypatch):
     engine = stand.engine
-    engine.sleep()
     engine.close()
     engine.close()
-    engine.sleep()
+    monkeypatch.setattr(engine, "cuda", True)
+    engine.sleep()  # nothing is left to give back
+    engine.wake()
+    monkeypatch.undo()
     for call in (stand.out, lambda: engine.sync(stand.model)):
         with pytest.raises(RolloutError, match=r"closed.*restart\(\)"):
             call()
     one = torch.ones(1)
     dist.all_reduce(one)  # the trainer's group is still there
     engine.restart()
+    engine.sleep()
+    engine.restart()  # awake again
+    assert engine.sleeping == []
     engine.sync(stand.model)
     engine.wake()
     assert stand.gap() < 1e-4
@@ -861,7 +868,8 @@ def test_the_whole_pipeline_runs_on_vllm(tmp_path, options):
     assert all(0 < s["prefilled_tokens"] < s["prompt_tokens"] / 2 for s in steps)
     # 4 prompts x 8 answers; 60 tokens of video, a chat template, a question
     assert all(32 * 70 < s["prompt_tokens"] < 32 * 120 for s in steps)
-    print("KL", [s["kl"] for s in steps], [s["prompt_tokens"] / 32 for s in steps])
+    # Nothing was learned: every answer was wrong. So the reference, the model after SFT, is it.
+    assert all(s["kl"] == 0 or s["reward"] > 0 for s in steps)
     for kind in ("vllm", "torch")[: 1 if options else 2]:
         result = evaluation.main(["--model", str(out / "model"), "--rollout", kind])
         assert result["accuracy"] == summary["grpo"]["accuracy"] and not result["errors"]
