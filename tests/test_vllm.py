@@ -672,6 +672,9 @@ def test_a_prompt_may_be_longer_than_the_checkpoint_says(stand):
     stand.engine.close()
     engine = VLLMEngine(model, replace(CONFIG, max_len=limit + 256))
     try:
+        if model.mrope:  # matters where prompts are prefilled in chunks: on a GPU
+            size = json.loads(Path(engine.folder.name, "preprocessor_config.json").read_text())
+            assert size["max_pixels"] == size["size"]["longest_edge"] == engine.max_len * 28 * 28
         engine.sync(model)
         out = engine.generate(prompts, 2, SAMPLINGS[0])
         assert gap(model, prompts, out) < 1e-4
