@@ -275,7 +275,8 @@ def test_without_the_package_vllm_says_what_to_install(model, no_vllm):
         make_engine("vllm", model)
 
 
-def test_a_run_without_the_package_ends_before_anything_is_made(no_vllm, tmp_path):
+def test_a_run_without_the_package_ends_before_anything_is_made(no_vllm, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "pipeline", None)
     with pytest.raises(SystemExit, match="error: .*requirements-gpu.txt.*--rollout torch"):
         train.main(["--rollout", "vllm", "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
@@ -294,7 +295,10 @@ def test_a_run_without_the_package_ends_before_anything_is_made(no_vllm, tmp_pat
         ("--grpo_max_mismatch 0", "mismatch limits > 0"),
     ],
 )
-def test_settings_of_rollouts_are_checked_before_anything_runs(options, message, tmp_path):
+def test_settings_of_rollouts_are_checked_before_anything_runs(
+    options, message, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train, "pipeline", None)  # not a whole run, if one is let through
     with pytest.raises(SystemExit, match=f"(?s)error: .*{message}"):
         train.main([*options.split(), "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
