@@ -348,9 +348,12 @@ def make_engine(kind: str | None, policy, config=None, dtype=torch.float32, copi
 
 
 class VLLMEngine:
-    """Samples with vLLM, in this process; see the opening of this file. It starts with random
-    weights: sync() first. torch.distributed, if it is used, must be initialised before.
+    """Samples with vLLM, in this process; see the opening of this file. torch.distributed, if it is
+    used, must be initialised before. All ranks start, sync, sleep and wake together:
 
+        start -> sync -> generate ... -> sleep -> (training) -> sync -> wake -> generate ...
+
+    blocked: why it cannot sample now (empty: it can); sleeping: parts of the memory given back.
     prefilled: prompt tokens computed so far; n answers to a prompt share one prefill."""
 
     def __init__(self, policy, config: RolloutConfig = RolloutConfig(), dtype=torch.float32):
@@ -593,12 +596,16 @@ class VLLMEngine:
         return self.llm.apply_model(lambda model: model.embed_input_ids(ids))[0]
 
     def _with_grids(self, p) -> dict:
-        """ids with ONE token a medium, which vLLM expands; features and grids by kind."""
-        sizes = [g.t * g.h * g.w for g in p.grids]  # patches
+        """ids with ONE token a medium, which vLLM expands; features and grids by kind:
+
+        ids  7 <start> V V V V <end> 9   media (4, D), grid t 1, h 4, w 4 (patches, 4 a token)
+        ->   7 <start> V       <end> 9   video_embeds (4, D), video_grid_thw [[1, 4, 4]]
+        """
+        sizes = [g.t * g.h * g.w for g in p.grids]  # patches of each medium
         merged = sum(sizes) // len(p.media)  # patches that share a token
         media = p.media.cpu().to(self.dtype).split([size // merged for size in sizes])
-        starts = p.media_at.cpu().split([len(m) for m in media])
-        dropped = set(torch.cat([at[1:] for at in starts]).tolist())
+        places = p.media_at.cpu().split([len(m) for m in media])  # of each medium's tokens in ids
+        dropped = set(torch.cat([at[1:] for at in places]).tolist())
         data, uuids = {}, {}
         for kind in dict.fromkeys(g.kind for g in p.grids):
             own = [(m, g) for m, g in zip(media, p.grids) if g.kind == kind]
