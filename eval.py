@@ -33,7 +33,7 @@ from data import DataError, load_rows
 from grpo import accuracy_reward, format_reward
 from model import load
 from mrsp import EmbeddingCache
-from rollout import RolloutError, Sampling, make_engine
+from rollout import RolloutConfig, RolloutError, Sampling, make_engine
 
 
 def swap_media(examples: list) -> list:
@@ -219,6 +219,13 @@ def main(argv=None) -> dict:
     add("--num_frames", type=int, help="frames a video; default: from recipe.json")
     add("--max_tokens", type=int, help="longest answer; default: from recipe.json")
     add("--rollout", choices=("vllm", "torch"), help="default: vllm with a GPU, if installed")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of model and sampler")
+    add(
+        "--rollout_max_len",
+        type=int,
+        help="vLLM's longest prompt with its answer; default: model's",
+    )
+    add("--rollout_memory", type=float, default=0.5, help="fraction of a GPU for vLLM")
     add("--prefill", default="", help="forced beginning of every answer")
     add("--wrong_video", action="store_true", help="control: ask about another video")
     add("--cache_dir", help="folder of embeddings kept across runs; default: none are kept")
@@ -233,7 +240,8 @@ def main(argv=None) -> dict:
 def run(args) -> dict:
     from tqdm import tqdm
 
-    model = load(args.model)
+    dtype = getattr(torch, args.dtype)
+    model = load(args.model, dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     model.cache = EmbeddingCache(args.cache_dir)
     chosen = {k: getattr(args, k) for k in ("num_frames", "max_tokens")}
@@ -244,7 +252,8 @@ def run(args) -> dict:
     examples = load_rows(source, args.video_dir)
     if args.wrong_video:
         examples = swap_media(examples)
-    engine = make_engine(args.rollout, model)
+    config = RolloutConfig(max_len=args.rollout_max_len, memory=args.rollout_memory)
+    engine = make_engine(args.rollout, model, config, dtype)
     engine.sync(model)
     result = evaluate(
         model, engine, examples, prefill=args.prefill,

@@ -288,7 +288,7 @@ class GRPOConfig(LossConfig):
     weight_decay: float = 1e-2  # decoupled weight decay
     grad_clip: float = 1.0  # largest norm of the gradient
     mean_mismatch: float = 0.1  # stop if log-probs of sampler and trainer differ by more on average
-    max_mismatch: float = 5.0  # stop if those of a token differ by more
+    max_mismatch: float = 20.0  # stop if those of a single token differ by more
 
     def __post_init__(self):
         counts = self.prompts, self.update_prompts, self.micro_prompts

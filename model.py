@@ -590,6 +590,8 @@ def smart_resize(height: int, width: int, factor: int, least: int, most: int) ->
     >>> smart_resize(360, 640, 28, 3136, 12845056), smart_resize(10, 10, 28, 3136, 12845056)
     ((364, 644), (56, 56))
     """
+    if max(height, width) > 200 * min(height, width):
+        raise ModelError(f"{height} x {width} pixels: one side is more than 200 times the other")
     h, w = (round(side / factor) * factor for side in (height, width))
     if h * w > most:
         shrink = math.sqrt(height * width / most)
@@ -623,7 +625,8 @@ def mrope_positions(length: int, starts, grids, merge: int, tokens_per_second: f
 
 
 class Media(NamedTuple):
-    """Features (T, h/2, w/2, D); seconds from one group of frames to the next (0.0: image)."""
+    """Features (T, h/2, w/2, D); seconds from one group of frames to the next (0.0: image), a
+    number that float32 holds: vLLM computes positions from that."""
 
     features: Tensor
     seconds: float

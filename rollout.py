@@ -281,6 +281,9 @@ class TorchEngine:
 # ---------------------------------------------------------------------------------------- vLLM
 
 
+AT_ONCE = 16 * 2**30  # bytes of prompt embeddings given to vLLM in one go, in host memory
+
+
 @dataclass(frozen=True)
 class RolloutConfig:
     """The vLLM engine of a rank."""
@@ -307,6 +310,9 @@ def import_vllm():
     """The vllm package, set up to run in this process."""
     # Weights are handed over in process, and all ranks of an engine schedule alike.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # Its second model runner keeps a copy of a prompt's embeddings on the GPU for each answer,
+    # beside the memory that it was given; the first one has one buffer.
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
@@ -342,9 +348,12 @@ def make_engine(kind: str | None, policy, config=None, dtype=torch.float32, copi
 
 
 class VLLMEngine:
-    """Samples with vLLM, in this process; see the opening of this file. It starts with random
-    weights: sync() first. torch.distributed, if it is used, must be initialised before.
+    """Samples with vLLM, in this process; see the opening of this file. torch.distributed, if it is
+    used, must be initialised before. All ranks start, sync, sleep and wake together:
 
+        start -> sync -> generate ... -> sleep -> (training) -> sync -> wake -> generate ...
+
+    blocked: why it cannot sample now (empty: it can); sleeping: parts of the memory given back.
     prefilled: prompt tokens computed so far; n answers to a prompt share one prefill."""
 
     def __init__(self, policy, config: RolloutConfig = RolloutConfig(), dtype=torch.float32):
@@ -352,7 +361,6 @@ class VLLMEngine:
         self.llm, self.cuda = None, torch.cuda.is_available()
         self.prefilled = self.calls = 0
         self.start()
-        atexit.register(self.close)
 
     def start(self) -> None:
         """Build the engine from the policy's config; sync() gives it weights."""
@@ -393,16 +401,25 @@ class VLLMEngine:
                 self.llm = vllm.LLM(self.folder.name, **options)
         except Exception as error:
             raise RolloutError(
-                f"vLLM does not start: {error} (here: --rollout_memory, --rollout_kv_gb, "
-                "--rollout_max_len, --rollout_max_seqs)"
+                f"vLLM does not start: {error} (its settings are called --rollout_memory, _kv_gb, "
+                "_max_len, _max_seqs, _prefill_tokens here)"
             ) from error
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
         self.llm.llm_engine.engine_core._finalizer.detach()  # its shutdown; see close()
-        self.logits = self._find("LogitsProcessor")[0]
-        self.scale = self.logits.scale
-        self.ready = "it has no weights yet: call sync(policy)"  # why not; "": it can sample
+        # DEVIATION 1: vLLM returns the log-probs of its logits before the sampling temperature.
+        self.temperature = 1.0
+        (logits,) = self._find("LogitsProcessor")
+        logits.register_forward_hook(lambda module, args, out: self._cooled(out))
+        self.blocked = "it has no weights yet: call sync(policy)"  # empty: it can sample
+        atexit.register(self.close)
+
+    def _cooled(self, logits):
+        """logits / temperature in float32. (None: a rank of a tensor-parallel engine without.)"""
+        return (
+            logits if logits is None or self.temperature == 1 else logits.float() / self.temperature
+        )
 
     def _widen(self, folder: Path) -> None:
         """Positions and media up to max_len: vLLM makes its table of positions as long as the
@@ -427,17 +444,21 @@ class VLLMEngine:
     def close(self) -> None:
         """Give everything back. Not by vLLM's own shutdown, which would end all process groups,
         the trainer's too: those stay, and a new engine takes them over."""
-        if self.llm is not None:
-            core = self.llm.llm_engine.engine_core.engine_core
-            core.model_executor.shutdown()
-            core.scheduler.shutdown()
-            gc.unfreeze()  # vLLM froze everything there was when it started
-        self.llm = self.logits = None
-        self.ready = "it was closed: call restart()"
+        if self.llm is None:
+            return
+        self.wake()  # what is asleep cannot be freed
+        core = self.llm.llm_engine.engine_core.engine_core
+        core.model_executor.shutdown()
+        core.scheduler.shutdown()
+        gc.unfreeze()  # vLLM froze everything there was when it started
+        self.llm, self.blocked = None, "it was closed: call restart()"
+        self.folder.cleanup()
+        atexit.unregister(self.close)
         gc.collect()
 
     def restart(self) -> None:
-        """A new engine in place of this one, for instance after it failed. It wants a sync()."""
+        """A new engine in place of this one, for instance after it failed; it wants a sync(). All
+        ranks together: their engines find each other when they start."""
         self.close()
         self.start()
 
@@ -446,8 +467,8 @@ class VLLMEngine:
         """All ranks together: sharded parameters are gathered one by one, and each goes into the
         engine before the next is asked for."""
         if self.llm is None:
-            raise RolloutError(f"the engine cannot take weights: {self.ready}")
-        self.policy = policy
+            raise RolloutError(f"the engine cannot take weights: {self.blocked}")
+        self.policy, self.blocked = policy, "it took over weights in part: call sync(policy) again"
         if "weights" in self.sleeping:
             self._wake("weights")  # weights back first; the K/V cache waits for wake()
         tied = policy.llm.config.tie_word_embeddings
@@ -464,18 +485,19 @@ class VLLMEngine:
         self.llm.reset_prefix_cache()  # K/V of the old weights
         self.llm.llm_engine.reset_encoder_cache()
         self.llm.llm_engine.reset_mm_cache()
-        self.ready = ""
+        self.blocked = ""
 
     def sleep(self) -> None:
         """On a GPU: give back the K/V cache, and drop (level 2) or move to the host (level 1) the
         weights. vLLM has no such thing on a CPU: there everything stays."""
-        if self.sleeping or self.llm is None:
+        if "weights" in self.sleeping or self.llm is None:
             return
+        self.wake()  # after a sync() the K/V cache may still be asleep
         self.sleeping = ["weights", "kv_cache"]
         if self.cuda:
             self.llm.sleep(self.config.sleep_level)
             if self.config.sleep_level == 2:
-                self.ready = "its weights were dropped by sleep(): call sync(policy)"
+                self.blocked = "its weights were dropped by sleep(): call sync(policy)"
 
     def wake(self) -> None:
         for part in list(self.sleeping):
@@ -492,9 +514,9 @@ class VLLMEngine:
         seeds = check_request(self.policy, prompts, n, sampling, seeds)
         if not prompts:
             return []
-        if self.ready or self.sleeping:
+        if self.blocked or self.sleeping:
             raise RolloutError(
-                f"the engine cannot sample: {self.ready or 'it sleeps: call wake()'}"
+                f"the engine cannot sample: {self.blocked or 'it sleeps: call wake()'}"
             )
         for i, prompt in enumerate(prompts):
             if len(prompt.ids) + sampling.max_tokens > self.max_len:
@@ -508,7 +530,7 @@ class VLLMEngine:
         params = [
             SamplingParams(
                 n=n, max_tokens=sampling.max_tokens, top_p=sampling.top_p, top_k=sampling.top_k,
-                temperature=1.0 if sampling.temperature else 0.0,  # it is in the logits, below
+                temperature=1.0 if sampling.temperature else 0.0,  # it is in the logits already
                 seed=seed * n % 2**62,  # answer g has seed * n + g: no two answers share one
                 logprobs=0, flat_logprobs=True,  # those of the sampled tokens alone
                 logit_bias=dict.fromkeys(self.policy.media_tokens, -torch.inf),  # DEVIATION 2
@@ -518,14 +540,17 @@ class VLLMEngine:
             )
             for seed in seeds
         ]  # fmt: skip
-        # DEVIATION 1: vLLM returns the log-probs of its logits before the sampling temperature.
-        self.logits.scale = self.scale / (sampling.temperature or 1.0)
-        before = self._prefilled()
+        self.temperature, before, found = sampling.temperature or 1.0, self._prefilled(), []
         try:
-            found = self.llm.generate(self._requests(prompts), params, use_tqdm=False)
+            for part in self._parts(prompts):
+                requests = self._requests(prompts[part])
+                found += self.llm.generate(requests, params[part], use_tqdm=False)
+                # One more step, with nothing to do: only then does vLLM drop the embeddings of the
+                # requests that ended last.
+                self.llm.llm_engine.step()
         except Exception as error:
             self.close()  # after an exception inside a step the next call would wait for ever
-            self.ready = "it failed before: call restart() and sync(policy)"
+            self.blocked = "it failed before: call restart() and sync(policy)"
             raise RolloutError(f"vLLM failed: {type(error).__name__}: {error}") from error
         self.prefilled += self._prefilled() - before
         out = []
@@ -541,6 +566,17 @@ class VLLMEngine:
                 ids, logps = torch.tensor(a.token_ids), torch.tensor(a.logprobs.logprobs)
                 out[-1].append(response(self.policy, ids, logps, a.finish_reason == "stop"))
         return out
+
+    @staticmethod
+    def _parts(prompts) -> list[slice]:
+        """Slices of prompts whose embeddings together take at most AT_ONCE bytes, or of one."""
+        width = [0 if p.media is None else len(p.ids) * p.media[0].nbytes for p in prompts]
+        cuts, held = [0], 0
+        for i, size in enumerate(width):
+            if held + size > AT_ONCE and i > cuts[-1]:
+                cuts, held = [*cuts, i], 0
+            held += size
+        return [slice(a, b) for a, b in itertools.pairwise([*cuts, len(prompts)])]
 
     def _requests(self, prompts) -> list[dict]:
         """Each prompt as vLLM takes it."""
@@ -560,12 +596,16 @@ class VLLMEngine:
         return self.llm.apply_model(lambda model: model.embed_input_ids(ids))[0]
 
     def _with_grids(self, p) -> dict:
-        """ids with ONE token a medium, which vLLM expands; features and grids by kind."""
-        sizes = [g.t * g.h * g.w for g in p.grids]  # patches
+        """ids with ONE token a medium, which vLLM expands; features and grids by kind:
+
+        ids  7 <start> V V V V <end> 9   media (4, D), grid t 1, h 4, w 4 (patches, 4 a token)
+        ->   7 <start> V       <end> 9   video_embeds (4, D), video_grid_thw [[1, 4, 4]]
+        """
+        sizes = [g.t * g.h * g.w for g in p.grids]  # patches of each medium
         merged = sum(sizes) // len(p.media)  # patches that share a token
         media = p.media.cpu().to(self.dtype).split([size // merged for size in sizes])
-        starts = p.media_at.cpu().split([len(m) for m in media])
-        dropped = set(torch.cat([at[1:] for at in starts]).tolist())
+        places = p.media_at.cpu().split([len(m) for m in media])  # of each medium's tokens in ids
+        dropped = set(torch.cat([at[1:] for at in places]).tolist())
         data, uuids = {}, {}
         for kind in dict.fromkeys(g.kind for g in p.grids):
             own = [(m, g) for m, g in zip(media, p.grids) if g.kind == kind]

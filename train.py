@@ -158,6 +158,7 @@ PRESETS = {
             steps=250, prompts=32, update_prompts=32, micro_prompts=16, top_p=1.0, lr=3e-4,
             weight_decay=0.0, kl_coef=0.0, scale_std=False,
         ),
+        rollout=RolloutConfig(kv_gb=1.0, eager=True),
     ),
 }  # fmt: skip
 
@@ -215,6 +216,11 @@ class Run:
         cuda, self.rollout = torch.cuda.is_available(), engine_kind(config.rollout)
         self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
         if cuda:
+            if int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+                raise DataError(
+                    f"more ranks than the {torch.cuda.device_count()} GPU(s) of this machine: "
+                    "start with a smaller torchrun --nproc_per_node"
+                )
             torch.cuda.set_device(self.device)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if self.world > 1:
@@ -379,14 +385,8 @@ def grpo_step(
                 sums["gap"] += gap.sum().item()
                 sums["gap_tokens"] += len(gap)
                 sums["gap_max"] = max(sums["gap_max"], gap.max().item())
-                limits = config.mean_mismatch, config.max_mismatch
-                if not (gap.mean() <= limits[0] and gap.max() <= limits[1]):  # catches nan too
-                    raise ModelError(
-                        "log-probs of the sampled tokens differ between sampler and trainer by "
-                        f"{gap.mean():.3g} on average, {gap.max():.3g} at most (limits "
-                        f"--grpo_mean_mismatch {limits[0]}, --grpo_max_mismatch {limits[1]}): they "
-                        "see different inputs or weights, or compute in too different a precision"
-                    )
+        if u == 0:
+            check_mismatch(sums, config)
         mrsp.all_reduce_gradients(trained)
         norm = mrsp.clip_gradients(trained, config.grad_clip)
         optimizer.step()
@@ -407,12 +407,28 @@ def grpo_step(
     return reduce_metrics(sums, config, mesh), sample
 
 
+def check_mismatch(sums: dict, config: GRPOConfig) -> None:
+    """ModelError, on all ranks alike, if the sampler's log-probs are not the trainer's."""
+    found = torch.tensor([sums["gap"], sums["gap_tokens"]], dtype=torch.float64)
+    gap, count = mrsp.all_sum(found).tolist()
+    largest, mean = torch.tensor(sums["gap_max"]), gap / max(count, 1)
+    if dist.is_initialized():
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    sums["gap_max"] = largest.item()
+    limits = config.mean_mismatch, config.max_mismatch
+    if not (mean <= limits[0] and sums["gap_max"] <= limits[1]):  # nan is no agreement either
+        raise ModelError(
+            "log-probs of the sampled tokens differ between sampler and trainer by "
+            f"{mean:.3g} on average, {sums['gap_max']:.3g} at most (limits --grpo_mean_mismatch "
+            f"{limits[0]}, --grpo_max_mismatch {limits[1]}): they see different inputs or weights, "
+            "or compute in too different a precision"
+        )
+
+
 def reduce_metrics(sums: dict, config: GRPOConfig, mesh: mrsp.Mesh) -> dict:
     """Sums of this rank -> the step's metrics over all ranks (see METRICS). The ranks of a sequence
     have the same sums: the first of them counts, except for the seconds."""
-    largest, names = torch.tensor(sums.pop("gap_max", 0.0)), sorted(SUMS)
-    if dist.is_initialized():
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    largest, names = sums.pop("gap_max"), sorted(SUMS)
     if mesh.sp_rank > 0:
         own = ("seconds", "prompt", "prefilled")  # what each rank did by itself
         sums = defaultdict(float, {n: v for n, v in sums.items() if n.startswith(own)})
@@ -427,7 +443,7 @@ def reduce_metrics(sums: dict, config: GRPOConfig, mesh: mrsp.Mesh) -> dict:
     out |= {n: t[n] for n in ("prompt_tokens", "prefilled_tokens")}
     out |= {n: t[n] for n in ("cache_hits", "cache_misses", "cache_bytes")}
     out["grad_norm"] = t["grad_norm"] / mesh.dp
-    out |= {"mismatch_mean": t["gap"] / max(t["gap_tokens"], 1), "mismatch_max": largest.item()}
+    out |= {"mismatch_mean": t["gap"] / max(t["gap_tokens"], 1), "mismatch_max": largest}
     seconds = ("seconds_encode", "seconds_rollout", "seconds_train", "seconds_sync")
     return out | {n: t[n] / mesh.dp / mesh.sp for n in seconds}
 
