@@ -796,7 +796,9 @@ def any_reward(monkeypatch):
 def test_a_grpo_step_samples_with_vllm_and_hands_the_new_weights_over(stand, toy, any_reward):
     for changes in ({}, {"tis_cap": 2.0}, {"temperature": 0.7, "top_p": 0.9, "top_k": 20}):
         before = stand.model.llm.model.norm.weight.detach().clone()
+        stand.engine.sleep()  # the step wakes it, and hands the GPU to training
         metrics, sample = step(stand, toy, **changes)
+        assert stand.engine.sleeping == ["kv_cache"]
         assert metrics["mismatch_max"] < 1e-4 and metrics["mismatch_mean"] < 1e-4
         assert 0 < metrics["prefilled_tokens"] < metrics["prompt_tokens"] / 2
         lengths = [
