@@ -25,6 +25,7 @@ from tokenizers import decoders
 import data
 import eval as evaluation
 import mrsp
+import rollout
 import train
 from grpo import GRPOConfig
 from model import VILA, Media, ModelError
@@ -319,6 +320,20 @@ def test_a_stop_text_may_be_a_special_token(stand):
         assert any(end in r.ids for r in flat)
         for r in flat:
             assert end not in r.ids[:-1] and (r.ids[-1] == end) <= r.finished
+
+
+@on("vila", "qwen")
+def test_prompts_given_in_parts_get_the_same_answers(stand, monkeypatch):
+    whole, bytes_of = stand.out(), [len(p.ids) * 512 for p in stand.prompts]
+    for limit in (0, max(bytes_of), sum(bytes_of) - 1, 2**40):
+        monkeypatch.setattr(rollout, "AT_ONCE", limit)
+        parts = stand.engine._parts(stand.prompts)
+        held = [sum(b for b, p in zip(bytes_of[x], stand.prompts[x]) if p.media is not None)
+                for x in parts]  # fmt: skip
+        assert sum((stand.prompts[x] for x in parts), []) == stand.prompts
+        assert all(b <= limit or x.stop - x.start == 1 for b, x in zip(held, parts))
+        assert (len(parts) == 1) == (limit == 2**40) and all(x.stop > x.start for x in parts)
+        assert tokens_of(stand.out()) == tokens_of(whole)
 
 
 # --------------------------------------------------------------------------- shared prefills
