@@ -349,6 +349,10 @@ def test_a_mean_mismatch_stops_training(toy, model):
         train.grpo_step(model, model, engine, optimizer, rows, 0, config)
     engine.off = 0.05
     train.grpo_step(model, model, engine, optimizer, rows, 0, config)
+    with pytest.raises(ModelError, match="0.05 at most.*--grpo_max_mismatch 0.04"):
+        train.grpo_step(
+            model, model, engine, optimizer, rows, 0, replace(config, max_mismatch=0.04)
+        )
 
 
 def test_settings_of_sampling_reach_the_engine(toy, model):

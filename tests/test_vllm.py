@@ -324,12 +324,12 @@ def test_a_stop_text_may_be_a_special_token(stand):
 
 @on("vila", "qwen")
 def test_prompts_given_in_parts_get_the_same_answers(stand, monkeypatch):
-    whole, bytes_of = stand.out(), [len(p.ids) * 512 for p in stand.prompts]
+    whole = stand.out()
+    bytes_of = [0 if p.media is None else len(p.ids) * 512 for p in stand.prompts]
     for limit in (0, max(bytes_of), sum(bytes_of) - 1, 2**40):
         monkeypatch.setattr(rollout, "AT_ONCE", limit)
         parts = stand.engine._parts(stand.prompts)
-        held = [sum(b for b, p in zip(bytes_of[x], stand.prompts[x]) if p.media is not None)
-                for x in parts]  # fmt: skip
+        held = [sum(bytes_of[x]) for x in parts]
         assert sum((stand.prompts[x] for x in parts), []) == stand.prompts
         assert all(b <= limit or x.stop - x.start == 1 for b, x in zip(held, parts))
         assert (len(parts) == 1) == (limit == 2**40) and all(x.stop > x.start for x in parts)
@@ -552,6 +552,13 @@ def test_on_a_gpu_memory_comes_back_in_order(stand, monkeypatch):
         stand.out()
     engine.sync(stand.model)
     assert stand.gap() < 1e-4
+    engine.sleep()
+    engine.sync(stand.model)
+    calls.clear()
+    engine.sleep()  # the K/V cache is asleep still: all falls asleep together
+    assert calls == ["kv_cache", 2] and engine.sleeping == ["weights", "kv_cache"]
+    engine.sync(stand.model)
+    engine.wake()
     calls.clear()
     monkeypatch.setattr(engine, "config", replace(engine.config, sleep_level=1))
     engine.sleep()
@@ -560,6 +567,10 @@ def test_on_a_gpu_memory_comes_back_in_order(stand, monkeypatch):
     engine.wake()
     assert calls == [1, "weights", "kv_cache"]
     stand.out()  # level 1 keeps the weights
+    engine.sleep()
+    calls.clear()
+    engine.close()  # what is asleep cannot be freed
+    assert calls == ["weights", "kv_cache"]
     monkeypatch.undo()
     assert not engine.cuda and engine.sleeping == []
 
