@@ -598,6 +598,18 @@ def test_an_engine_that_failed_wants_a_restart(stand, monkeypatch):
 
 
 @on("vila")
+def test_weights_that_came_in_part_are_not_sampled_from(stand, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(stand.engine.llm, "collective_rpc", None)
+        with pytest.raises(TypeError):
+            stand.engine.sync(stand.model)
+    with pytest.raises(RolloutError, match=r"in part.*sync\(policy\)"):
+        stand.out()
+    stand.engine.sync(stand.model)
+    assert stand.gap() < 1e-4
+
+
+@on("vila")
 def test_a_closed_engine_says_so(stand, monkeypatch):
     engine = stand.engine
     engine.close()
