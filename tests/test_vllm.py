@@ -334,6 +334,11 @@ def test_prompts_given_in_parts_get_the_same_answers(stand, monkeypatch):
         assert all(b <= limit or x.stop - x.start == 1 for b, x in zip(held, parts))
         assert (len(parts) == 1) == (limit == 2**40) and all(x.stop > x.start for x in parts)
         assert tokens_of(stand.out()) == tokens_of(whole)
+    core = stand.engine.llm.llm_engine.engine_core.engine_core
+    assert not core.model_executor.driver_worker.worker.model_runner.requests  # nor embeddings
+    monkeypatch.setattr(rollout, "AT_ONCE", 2 * bytes_of[0])
+    twos = stand.engine._parts(stand.prompts[:1] * 5)
+    assert twos == [slice(0, 2), slice(2, 4), slice(4, 5)]
 
 
 # --------------------------------------------------------------------------- shared prefills
