@@ -787,6 +787,8 @@ def _one_engine_for_two_ranks(rank, folder):
     prompts = [model.prompt(r) for r in [*rows[:4], text]]
     engine = VLLMEngine(model, replace(CONFIG, tp=2))
     assert engine.tp == 2
+    (inside,) = engine.llm.apply_model(lambda m: m.model.layers[0].mlp.down_proj)
+    assert inside.input_size_per_partition * 2 == inside.input_size  # half of each layer
     for start in range(2):
         for _ in range(2):
             engine.sync(model)
