@@ -236,7 +236,7 @@ def grpo_loss(
     per_token, clipped = policy_loss(ratio, advantage[..., None], config)
     tis = torch.ones_like(logp)
     if config.tis_cap:
-        gap = (old_logp - sampler_logp).masked_fill(mask == 0, 0.0).clamp(-20, 20)
+        gap = (old_logp - sampler_logp).masked_fill(mask == 0, 0.0)
         tis = gap.exp().clamp(max=config.tis_cap).detach()
         per_token = per_token * tis
     kl = torch.zeros_like(logp)

@@ -266,7 +266,7 @@ class TorchEngine:
             token = allowed.argmax(-1)
         else:
             flat = allowed.flatten(0, 1)
-            if 0 < sampling.top_k < flat.shape[-1]:
+            if sampling.top_k:
                 flat = TopKLogitsWarper(sampling.top_k)(None, flat)
             if sampling.top_p < 1:
                 flat = TopPLogitsWarper(sampling.top_p)(None, flat)

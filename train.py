@@ -92,6 +92,7 @@ class RunConfig:
 
     output_dir: str = "runs/toy"  # where everything is written
     seed: int = 0  # of data, weights, batches and sampling
+    rl_seed: int | None = None  # of batches and sampling in GRPO; default: as seed
     rollout: str | None = None  # sampler: vllm or torch; default: vllm with a GPU, if installed
     careful_prefill: str = "<think> seen"  # control: the SFT model, forced to begin like this
     frame_counts: str = "8,16,32,64"  # frames of the scaling curve
@@ -469,7 +470,7 @@ def train_grpo(run: Run, model, reference, engine, config: GRPOConfig, rows: lis
     optimizer = torch.optim.AdamW(
         model.llm.parameters(), config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay
     )
-    seed = run.config.seed
+    seed = run.config.seed if run.config.rl_seed is None else run.config.rl_seed
     with run.stage("grpo"):
         bar = run.bar("grpo", config.steps)(sft.batches(rows, config.prompts, config.steps, seed))
         for step, batch in enumerate(bar):
