@@ -220,11 +220,7 @@ def main(argv=None) -> dict:
     add("--max_tokens", type=int, help="longest answer; default: from recipe.json")
     add("--rollout", choices=("vllm", "torch"), help="default: vllm with a GPU, if installed")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of model and sampler")
-    add(
-        "--rollout_max_len",
-        type=int,
-        help="vLLM's longest prompt with its answer; default: model's",
-    )
+    add("--rollout_max_len", type=int, help="vLLM: longest prompt and answer; default: model's")
     add("--rollout_memory", type=float, default=0.5, help="fraction of a GPU for vLLM")
     add("--prefill", default="", help="forced beginning of every answer")
     add("--wrong_video", action="store_true", help="control: ask about another video")

@@ -417,9 +417,8 @@ class VLLMEngine:
 
     def _cooled(self, logits):
         """logits / temperature in float32. (None: a rank of a tensor-parallel engine without.)"""
-        return (
-            logits if logits is None or self.temperature == 1 else logits.float() / self.temperature
-        )
+        t = self.temperature
+        return logits if logits is None or t == 1 else logits.float() / t
 
     def _widen(self, folder: Path) -> None:
         """Positions and media up to max_len: vLLM makes its table of positions as long as the
