@@ -507,6 +507,7 @@ class VLLMEngine:
             self.llm.wake_up([part])
         self.sleeping.remove(part)
 
+    @torch.no_grad()
     def generate(self, prompts, n: int, sampling: Sampling, seeds=None) -> list[list[Response]]:
         """n answers to each prompt. seeds: one int a prompt (default 0, 1, ...). The ranks of one
         engine (tp) give the same prompts and get the same answers."""
@@ -540,6 +541,7 @@ class VLLMEngine:
             for seed in seeds
         ]  # fmt: skip
         self.temperature, before, found = sampling.temperature or 1.0, self._prefilled(), []
+        self.calls += 1
         try:
             for part in self._parts(prompts):
                 requests = self._requests(prompts[part])
@@ -579,7 +581,7 @@ class VLLMEngine:
 
     def _requests(self, prompts) -> list[dict]:
         """Each prompt as vLLM takes it."""
-        device, out, self.calls = "cuda" if self.cuda else "cpu", [], self.calls + 1
+        device, out = "cuda" if self.cuda else "cpu", []
         for p in prompts:
             if p.media is None:
                 out.append({"prompt_token_ids": p.ids.tolist()})
