@@ -173,15 +173,13 @@ class VisionLanguage(nn.Module):
 
     # -- checkpoints
 
-    def decoder_weights(self, keep: bool) -> dict[str, Tensor]:
-        """The decoder's tensors, a tied head once, in host memory. With sharded parameters every
-        rank calls this (they are gathered one by one), and one of them keeps what it gets."""
-        weights = {}
+    def decoder_weights(self):
+        """The decoder's tensors by their published names, one after the other, a tied head once:
+        what is saved, and what vLLM gets. Sharded ones are gathered: every rank goes through it."""
+        tied = self.llm.config.tie_word_embeddings
         for name, value in self.llm.state_dict().items():
-            value = mrsp.whole(value)
-            if keep and not (name == "lm_head.weight" and self.llm.config.tie_word_embeddings):
-                weights[name] = value.cpu()
-        return weights
+            if not (tied and name == "lm_head.weight"):
+                yield name, mrsp.whole(value)
 
     def load_recipe(self, root: Path) -> None:
         """Take over recipe.json, if the folder has one."""
@@ -521,7 +519,7 @@ class VILA(VisionLanguage):
         parameters every rank calls this (they are gathered one by one), and one of them writes."""
         from safetensors.torch import save_file
 
-        weights = self.decoder_weights(write)
+        weights = {name: value.cpu() for name, value in self.decoder_weights() if write}
         if not write:
             return
         root = Path(folder)
@@ -713,7 +711,7 @@ class QwenVL(VisionLanguage):
         """Write the published layout. All ranks call this, as in VILA."""
         from safetensors.torch import save_file
 
-        weights = self.decoder_weights(write)
+        weights = {name: value.cpu() for name, value in self.decoder_weights() if write}
         if not write:
             return
         weights |= {f"visual.{k}": v.cpu() for k, v in self.tower.state_dict().items()}

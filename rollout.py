@@ -470,13 +470,8 @@ class VLLMEngine:
         self.policy, self.blocked = policy, "it took over weights in part: call sync(policy) again"
         if "weights" in self.sleeping:
             self._wake("weights")  # weights back first; the K/V cache waits for wake()
-        tied = policy.llm.config.tie_word_embeddings
-        weights = (
-            (name, whole(value))
-            for name, value in policy.llm.state_dict().items()
-            if not (tied and name == "lm_head.weight")
-        )
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        weights = {"weights_iterator": policy.decoder_weights()}
+        self.llm.collective_rpc("reload_weights", kwargs=weights)
         # On CPUs vLLM multiplies with a packed copy of each weight. That of an LM head tied to the
         # embedding is not made anew by reload_weights (0.32): it would be that of old weights.
         for head in self._find("ParallelLMHead"):
