@@ -1,14 +1,25 @@
-"""The policy: a vision tower, a projector and a Qwen2 decoder. Two families, one prompt builder.
+"""The policy: towers for what is seen and heard, a decoder, and the one prompt builder.
 
-    frames (F, H, W, 3) uint8           VILA                       Qwen2.5-VL
-       | preprocess                     one square size S          own size, groups of 2 frames
-       | tower                          SigLIP      (F, N, C)      windowed ViT  (T, h w, C)
-       v projector                      n x n blocks, MLP          2 x 2 blocks, MLP
-    features                            (F, K, D)                  (T, h/2, w/2, D), T = ceil(F / 2)
-       |                  cached: the tower is frozen in RL (mrsp.EmbeddingCache)
-       | build_prompt: chat template, text around the media                Prompt
-       v                                positions (P,)             (3, P), M-RoPE
-    policy: [prompt | answers] -> log-probs of the answers' tokens         (M,)
+    video, image (F, H, W, 3) uint8            audio (S,) 16 kHz
+       | fit: to which size; preprocess           | log-mel
+       | tower, projector                         | tower
+    features (T, h, w, W) or (F, K, W)         (A, W)             mrsp.EmbeddingCache: the
+       |                                          |               towers are frozen in RL
+       | place: Pieces, runs of text tokens and of places for features, with their positions
+       v
+    Prompt     ids (P,), positions (P,) or (3, P), features (N, W) and where they stand
+       v
+    policy     [prompt | answers] -> log-probs of the answers' tokens (M,)
+
+A family says how it sees (fit, see), hears (hear) and places media in the prompt (place); the rest
+is shared:
+                     tower                       a video becomes                        positions
+    VILA             SigLIP + projector          F x K tokens, "\\n" after each frame   1-D
+    Qwen2.5-VL       own size, groups of 2       <start> T h w <end>                    M-RoPE
+    Qwen3-VL         the same, and deepstack     T times "<1.5 seconds> <start> h w <end>"
+    Qwen2.5-Omni     Qwen2.5-VL's and Whisper's  <start> T h w <end>, or, with its audio track,
+                                                 2 s of video, 2 s of audio, ...        M-RoPE
+    text             none                                                               1-D
 
 build_prompt is the ONE builder of the sequence: rollout, policy and reference get the same Prompt,
 so they cannot see different inputs (in the public code they do: the video stands at its token in
@@ -16,25 +27,27 @@ the rollout, and behind the text in training). A Prompt holds token ids and medi
 text embeddings belong to the policy, which is being trained, and are looked up when they are used;
 the public code keeps a stale copy of them for the rollout.
 
-Checkpoint folders are the published ones; load() tells them apart by config.json. VILA (NVlabs'
-LongVILA-R1, NVILA): llm/ (a Qwen2 checkpoint with its tokenizer), vision_tower/ (SigLIP and
-preprocessor_config.json), mm_projector/. Qwen2.5-VL: one checkpoint of transformers' own classes.
-Only safetensors are read, and no remote code runs.
+Checkpoints are the published ones, a local folder or a hub id; load() tells them apart by
+config.json and layout, never by name. Only safetensors are read, and no remote code runs.
 
 Differences from the public code:
     DEVIATION 1: the LM head sees only the hidden states that predict an answer's token, in chunks;
         L x V logits (256k x 152k) never exist.
-    DEVIATION 2: frames are resized with torch (bicubic, antialiased, not rounded), not with PIL.
-    DEVIATION 3: M-RoPE is computed here, once for sampler and trainer: text behind a video goes on
-        at the largest position of all three rows + 1, as in the original code and vLLM;
-        transformers 5 goes on at max(h, w), as if the video took no time.
+    DEVIATION 2: frames are resized with torch (bicubic, antialiased, not rounded), not with PIL;
+        VILA's images are resized like its frames, never cut into tiles.
+    DEVIATION 3: M-RoPE is computed here, once for sampler and trainer: text behind a medium goes on
+        at the largest position of all three rows + 1, as in the original code; transformers'
+        Qwen2.5-VL goes on at max(h, w), as if a video took no time.
     DEVIATION 4: a group's seconds come from the times of the frames that were really taken.
+    DEVIATION 5: TSP averages what is left where the frames do not divide; VILA fails there.
 
-Glossary: F frames, T groups of 2 frames, h w patches, K tokens a frame, P prompt tokens, D decoder
-width, C tower width, L packed length, M predicted tokens, V vocabulary.
-Check this file alone:  pytest tests/test_model.py tests/test_qwen.py
+Glossary: F frames, T groups of 2 frames, h w tokens of one, K tokens a frame, A tokens of a sound,
+P prompt tokens, D decoder width, W = D (1 + deepstack levels) width of a feature, C tower width,
+L packed length, M predicted tokens, V vocabulary.
+Check this file alone:  pytest tests/test_model.py tests/test_qwen.py tests/test_families.py
 """
 
+import functools
 import json
 import math
 import os
@@ -47,21 +60,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AttentionInterface,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+from transformers import AttentionInterface, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 import mrsp
-from data import Example, Frames
+from data import Example, Frames, Medium, load_audio
 
 AttentionInterface.register("mrsp", mrsp.mrsp_attention)
 
@@ -72,6 +77,12 @@ THINKING = (
     "options, answer with the letter of the right one."
 )
 BARE = "{problem}"  # non-thinking mode is the bare question
+# The turns of a checkpoint whose tokenizer has no chat template of its own.
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n"
+)
+TEXT, MEDIA = "\ufdd0", "\ufdd1"  # no characters: they stand for what a chat template goes around
 
 
 class ModelError(ValueError):
@@ -86,33 +97,44 @@ class Recipe:
     num_frames: int = 64  # frames taken from a video
     max_tokens: int = 2048  # longest answer
     template: str = THINKING  # the user's turn in thinking mode; {problem} is the question
-    system: str | None = None  # system prompt; None leaves the turn out
+    system: str | None = None  # system prompt; default: what the chat template does without one
     stop: str = ""  # text that ends an answer besides the end token, such as </answer>
     data: str = ""  # rows to evaluate on, relative to the checkpoint folder
+    thinking: bool = True  # ask by the template; false: the bare question
+    max_pixels: int | None = None  # of a frame or image (Qwen); default: as the checkpoint says
 
     def __post_init__(self):
-        if self.num_frames < 1 or self.max_tokens < 1 or "{problem}" not in self.template:
-            raise ValueError(
-                f"need num_frames, max_tokens >= 1 and {{problem}} in template: {self}"
-            )
+        counts = min(self.num_frames, self.max_tokens, self.max_pixels or 1)
+        if counts < 1 or "{problem}" not in self.template:
+            raise ValueError(f"need counts >= 1 and {{problem}} in template: {self}")
 
 
-class Grid(NamedTuple):
-    """A medium as its family counts it: t groups of frames, each of h x w patches."""
+class Media(NamedTuple):
+    """What a tower made of one medium: features (T, h, w, W) of a video or image (VILA:
+    (F, K, W)), (A, W) of audio; times (F,) in seconds of the frames, where the family uses
+    them; track (A, W), the features of a video's sound."""
 
-    kind: str  # "video" or "image"
-    t: int
-    h: int
-    w: int
-    seconds: float  # from one group to the next; 0.0 for an image
+    kind: str
+    features: Tensor
+    times: np.ndarray | tuple = ()
+    track: Tensor | None = None
+
+
+class Piece(NamedTuple):
+    """Consecutive tokens of a prompt. places: features stand here, one a token. cells (3, n): their
+    positions, from that of the piece; None: one after the other."""
+
+    ids: list[int]
+    places: bool = False
+    cells: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt. ids (P,), with a media token's id at every media position; positions (P,);
-    media (N, D) features and media_at (N,), where in ids they stand. text: for people and logs.
-    shared: how many leading tokens do not depend on the question (SFT shares them). With M-RoPE
-    positions are (3, P), and grids has one Grid for each medium in order; else it is empty."""
+    """One prompt. ids (P,), with a media token's id at every media position; positions (P,), or
+    (3, P) for M-RoPE; media (N, W) features and media_at (N,), where in ids they stand. text: for
+    people and logs. shared: how many leading tokens do not depend on the question (SFT shares
+    them)."""
 
     ids: Tensor
     positions: Tensor
@@ -120,37 +142,84 @@ class Prompt:
     media_at: Tensor
     text: str
     shared: int
-    grids: tuple[Grid, ...] = ()
+
+
+# ---------------------------------------------------------------------------------- checkpoints
+
+
+def folder_of(name: str, weights: bool = True) -> Path:
+    """A local checkpoint folder as it is, or a hub id (owner/name, owner/name@revision) downloaded
+    into the hub's cache: safetensors (if weights are wanted), json and tokenizer files alone."""
+    if Path(name).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(name)):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = name.partition("@")
+    wanted = ["*.json", "*.txt", "*.jinja"] + (["*.safetensors"] if weights else [])
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{name}: no such folder, and the hub does not give it ({type(error).__name__}): check "
+            "the name and the network, or download it and give its folder"
+        ) from None
+
+
+def read_json(root: Path, name: str) -> dict:
+    """A JSON file of a checkpoint; ModelError if there is none, or it is broken."""
+    try:
+        return json.loads((root / name).read_text())
+    except FileNotFoundError:
+        raise ModelError(f"{root} is no checkpoint of this family: {name} is missing") from None
+    except ValueError as error:
+        raise ModelError(f"{root / name}: {error}") from None
+
+
+def load_part(kind, folder: Path, dtype, weights: bool = True, skip: str = ""):
+    """A transformers model from its folder. ModelError if tensors are missing (they would be random
+    weights) or left over; skip: a pattern of those that are not needed. weights=False: shapes
+    alone, on the device "meta". Never a pickle."""
+    try:
+        if not weights:
+            with torch.device("meta"):
+                return kind(kind.config_class.from_pretrained(folder))
+        part, info = kind.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: {error}") from None
+    extra = sorted(x for x in info["unexpected_keys"] if not (skip and re.match(skip, x)))
+    bad = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
+    if bad or extra:
+        raise ModelError(f"{folder}: missing or misshapen tensors {bad}, unexpected {extra}")
+    return part
+
+
+def load_tokenizer(root: Path):
+    """Not AutoTokenizer: for a Qwen2 folder that puts Qwen2's splitting rules over those of
+    tokenizer.json, silently (transformers 5)."""
+    if not (root / "tokenizer.json").exists():
+        raise ModelError(f"{root} is no checkpoint: tokenizer.json is missing")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(root)
+    if tokenizer.chat_template is None and (root / "chat_template.json").exists():
+        tokenizer.chat_template = read_json(root, "chat_template.json")["chat_template"]
+    return tokenizer
 
 
 # ------------------------------------------------------------------------- what families share
 
 
-def load_part(kind, folder: Path, dtype):
-    """A transformers model from its folder; ModelError if tensors are missing. Never a pickle."""
-    try:
-        part, info = kind.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, use_safetensors=True
-        )
-    except OSError as error:
-        raise ModelError(f"{folder}: {error}") from None
-    if info["missing_keys"] or info["mismatched_keys"]:  # would be random weights
-        bad = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
-        raise ModelError(f"{folder}: missing or misshapen tensors {bad}")
-    return part
+class MultiModal(nn.Module):
+    """The policy. forward() gives log-probs of a Pack's targets, features() those of an example's
+    media. A family adds its checkpoints and fit(), see(), hear() and place()."""
 
-
-class VisionLanguage(nn.Module):
-    """The policy. forward() gives log-probs of a Pack's targets; encode() the media's features.
-    A family adds its checkpoints, encode_many(), place() and positions()."""
-
-    mrope = False  # positions of three rows: vLLM must be told the grids, not embeddings alone
+    takes: tuple[str, ...] = ()  # kinds of media
+    mrope = False  # positions of three rows
     together = 1  # frames that the tower sees as one
-    default_system: str | None = None  # the system prompt if the recipe has none
+    timed = False  # does place() use the times of frames?
+    levels = 0  # features of lower tower layers that the decoder adds after its first layers
 
-    def __init__(
-        self, llm, tower, tokenizer, preprocess: dict, media: tuple[str, ...], controls=()
-    ):
+    def __init__(self, llm, tower, tokenizer, preprocess: dict, media=(), controls=()):
         """media: tokens that stand for features; controls: further tokens no question may hold."""
         super().__init__()
         self.recipe, self.cache = Recipe(), mrsp.EmbeddingCache()
@@ -158,18 +227,24 @@ class VisionLanguage(nn.Module):
         self.tokenizer, self.preprocess = tokenizer, preprocess
         self.policy, self.tower = Policy(llm), tower
         llm.set_attn_implementation("mrsp")
-        self.controls = (*media, *controls, "<|im_start|>", "<|im_end|>")
-        self.ids = {token: tokenizer.convert_tokens_to_ids(token) for token in self.controls}
+        self.ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (*media, *controls)}
         if lacking := [token for token, i in self.ids.items() if i is None]:
             raise ModelError(f"the tokenizer lacks {', '.join(map(repr, lacking))}")
+        if tokenizer.eos_token_id is None:
+            raise ModelError("the tokenizer has no eos_token: which token ends an answer?")
+        self.controls = {*self.ids, *tokenizer.all_special_tokens, "<|im_start|>", "<|im_end|>"}
         self.media_tokens = tuple(self.ids[token] for token in media)  # never to be sampled
-        self.media_token = self.media_tokens[0]  # a video's
-        self.eos = self.ids["<|im_end|>"]
-        self._tower_hash = None
+        self.eos = tokenizer.eos_token_id
+        self.times = {}  # of frames; a video whose features are cached is opened once a run
+        self._tower_hash, self._turns = None, {}
 
     @property
     def llm(self):
         return self.policy.llm
+
+    @property
+    def media_width(self) -> int:
+        return self.llm.config.hidden_size * (1 + self.levels)
 
     # -- checkpoints
 
@@ -181,40 +256,57 @@ class VisionLanguage(nn.Module):
             if not (tied and name == "lm_head.weight"):
                 yield name, mrsp.whole(value)
 
-    def load_recipe(self, root: Path) -> None:
+    def save_pretrained(self, folder: str, write: bool = True) -> None:
+        """Write the published layout, loadable again. With sharded parameters every rank calls this
+        (they are gathered one by one), and one of them writes."""
+        weights = {name: value.cpu() for name, value in self.decoder_weights() if write}
+        if write:
+            root = Path(folder)
+            root.mkdir(parents=True, exist_ok=True)
+            self.write(root, weights)
+            (root / "recipe.json").write_text(json.dumps(asdict(self.recipe), indent=2))
+
+    def load_recipe(self, root: Path, default: Recipe | None = None) -> None:
         """Take over recipe.json, if the folder has one."""
+        self.recipe = default or self.recipe
         if (root / "recipe.json").exists():
             try:
                 self.recipe = Recipe(**json.loads((root / "recipe.json").read_text()))
             except (TypeError, ValueError) as error:
                 raise ModelError(f"{root}/recipe.json: {error}") from None
 
-    def save_recipe(self, root: Path) -> None:
-        (root / "recipe.json").write_text(json.dumps(asdict(self.recipe), indent=2))
+    def save_config(self, folder: str) -> None:
+        """Config and tokenizer of the decoder as a text model, no weights: what vLLM builds."""
+        self.llm.config.architectures = [type(self.llm).__name__]
+        self.llm.config.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
     # -- media
 
-    def scaled(self, frames, height: int, width: int) -> Tensor:
-        """(F, H, W, 3) uint8 -> (F, 3, height, width), normalised as preprocessor_config.json says,
-        on the tower's device and in its precision."""
+    def scaled(self, frames, size: tuple[int, int]) -> Tensor:
+        """(F, H, W, 3) uint8 -> (F, 3, *size), normalised as preprocessor_config.json says, on the
+        tower's device and in its precision."""
         weight, p = next(self.projector.parameters()), self.preprocess
         x = torch.as_tensor(np.ascontiguousarray(frames)).to(weight.device).permute(0, 3, 1, 2)
         x = x.float()
-        if x.shape[-2:] != (height, width):  # DEVIATION 2
-            x = F.interpolate(x, (height, width), mode="bicubic", antialias=True).clamp(0, 255)
+        if x.shape[-2:] != size:  # DEVIATION 2
+            x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 255)
         mean, std = (
             torch.tensor(p[k], device=x.device)[:, None, None] for k in ("image_mean", "image_std")
         )
         return ((x * p.get("rescale_factor", 1 / 255) - mean) / std).to(weight.dtype)
 
-    def encode(self, frames, at_once: int = 64) -> Tensor:
-        """(F, H, W, 3) uint8 -> features, `together` frames by themselves; at_once frames a pass,
-        since a pass holds the hidden states of all layers of the tower (a multiple of together)."""
-        parts = [frames[i : i + at_once] for i in range(0, len(frames), at_once)]
-        return torch.cat([self.encode_many([part])[0] for part in parts])
+    def encode(self, frames, size=None, at: range | None = None, at_once: int = 64) -> Tensor:
+        """Features of frames (F, H, W, 3) uint8, an array or Frames, `together` of them by
+        themselves. at: of these frames alone. at_once frames (a multiple of together) are decoded
+        and seen in a pass, which holds the hidden states of all layers of the tower."""
+        size = size or self.fit("video", *frames.shape[:3])
+        at = range(len(frames)) if at is None else at
+        parts = [frames[i : min(i + at_once, at.stop)] for i in at[::at_once]]
+        return torch.cat([self.see(part, size) for part in parts])
 
     def encoder_hash(self) -> str:
-        """Hash of everything that encode() depends on: weights of tower and projector, settings.
+        """Hash of everything that features depend on: weights of tower and projector, settings.
         Computed once: call forget_encoder() after training the tower."""
         if self._tower_hash is None:
             import hashlib
@@ -232,70 +324,136 @@ class VisionLanguage(nn.Module):
         """The tower's or projector's weights changed: cached embeddings no longer apply."""
         self._tower_hash = None
 
+    def cast_encoder(self, dtype) -> None:
+        """Frozen tower and projector in this precision; buffers (RoPE's frequencies) stay."""
+        for p in (*self.tower.parameters(), *self.projector.parameters()):
+            p.data = p.data.to(dtype)
+        self.forget_encoder()
+
     @torch.no_grad()
-    def features(self, example: Example, num_frames: int, group=None) -> Tensor | None:
-        """Features of an example's media; None for text. Computed once: on a hit of the
-        cache the file is not even decoded. No gradient: for a frozen tower. group: ranks that all
-        call this for the same examples in the same order, and encode a video together."""
-        if example.data_type == "text":
-            return None
+    def features(self, example: Example, num_frames: int, group=None) -> list[Media]:
+        """Features of an example's media, in order. Computed once: on a hit of the cache the file
+        is not even decoded. No gradient: for a frozen tower. group: ranks that all call this for
+        the same examples in the same order, and encode a medium together."""
+        return [self.perceive(m, num_frames, example.id, group, True) for m in example.media]
 
-        def compute():  # each rank of the group decodes and encodes its share, 64 at a time
-            frames = Frames(example, num_frames)
+    def features_trainable(self, examples: list, num_frames: int) -> list[list[Media]]:
+        """features() of several examples, with gradients into tower and projector; no cache. The
+        ranks of a sequence have the same examples, and encode each medium together."""
+        see = functools.partial(self.perceive, group=self.mesh.sp_group)
+        return [[see(m, num_frames, e.id) for m in e.media] for e in examples]
 
-            def encode(at: range) -> Tensor:
-                return torch.cat([self.encode(frames[i : min(i + 64, at.stop)]) for i in at[::64]])
+    def perceive(self, medium: Medium, num_frames: int, name="", group=None, cached=False) -> Media:
+        """One medium of question `name`, seen or heard; cached: kept, and found again."""
+        if medium.kind not in self.takes or (medium.track and "audio" not in self.takes):
+            what = medium.kind if medium.kind not in self.takes else "audio track"
+            raise ModelError(
+                f"question {name}: {type(self).__name__} takes no {what}, only "
+                f"{' and '.join(self.takes) or 'text'}: {medium.path}"
+            )
+        frames = functools.cache(lambda: Frames(medium, num_frames, name))
+        taken = medium.num_frames or num_frames, medium.segment, self.recipe.max_pixels
 
-            return mrsp.encode_parallel(encode, range(len(frames)), group, self.together)
+        def look():  # each rank of the group decodes and encodes its share
+            size = self.fit(medium.kind, *frames().shape[:3])
+            encode = lambda at: self.encode(frames(), size, at)  # noqa: E731
+            return mrsp.encode_parallel(encode, range(len(frames())), group, self.together)
 
-        taken = (example.num_frames or num_frames, example.segment, example.data_type)
-        content = mrsp.file_hash(example.media) if os.path.isfile(example.media) else example.media
-        key = mrsp.media_key(content, self.encoder_hash(), *taken)
-        return self.cache.get(key, compute, group)
+        def hear():
+            return self.hear(load_audio(medium, name=name), group)
+
+        def kept(kind: str, compute) -> Tensor:
+            if not cached:
+                return compute()
+            content = medium.path
+            if os.path.isfile(content):
+                content = mrsp.file_hash(content)
+            return self.cache.get(
+                mrsp.media_key(content, self.encoder_hash(), kind, *taken), compute, group
+            )
+
+        if medium.kind == "audio":
+            return Media("audio", kept("audio", hear))
+        if self.timed and (medium, num_frames) not in self.times:
+            self.times[medium, num_frames] = frames().times
+        track = kept("audio", hear) if medium.track else None
+        times = self.times.get((medium, num_frames), ())
+        return Media(medium.kind, kept(medium.kind, look), times, track)
+
+    def measure(self, medium: Medium, num_frames: int, name="") -> Media:
+        """What perceive() would give, on the device "meta": its shape, from the file's alone."""
+        empty = functools.partial(torch.empty, device="meta")
+        sound = lambda: empty(self.heard(len(load_audio(medium, name=name))), self.media_width)  # noqa: E731
+        if medium.kind == "audio":
+            return Media("audio", sound())
+        frames = Frames(medium, num_frames, name)
+        size = self.fit(medium.kind, *frames.shape[:3])
+        shape = (-(-len(frames) // self.together), *self.seen(size), self.media_width)
+        return Media(medium.kind, empty(shape), frames.times, sound() if medium.track else None)
 
     # -- prompt
 
     def prompt(self, example: Example, num_frames=None, prefill: str = "", group=None) -> Prompt:
-        """The Prompt of an example in thinking mode, as the recipe says, from cached features."""
+        """The Prompt of an example, as the recipe says, from cached features."""
         features = self.features(example, num_frames or self.recipe.num_frames, group)
-        return self.build_prompt(example, features, prefill=prefill)
+        return self.build_prompt(example, features, self.recipe.thinking, prefill)
 
-    def build_prompt(self, example, features, thinking: bool = True, prefill: str = "") -> Prompt:
-        """Tokens and positions of one question about its media, in ChatML:
+    def turns(self, thinking: bool) -> tuple[str, str, str]:
+        """What stands before the media, between them and the user's text (nothing, mostly), and
+        behind it, up to the answer: the family's own chat template."""
+        key = self.recipe.system, thinking
+        if key not in self._turns:
+            messages = [{"role": "user", "content": MEDIA + TEXT}]
+            if self.recipe.system is not None:
+                messages.insert(0, {"role": "system", "content": self.recipe.system})
+            whole = self.tokenizer.apply_chat_template(
+                messages, chat_template=self.tokenizer.chat_template or CHATML, tokenize=False,
+                add_generation_prompt=True, enable_thinking=thinking,
+            )  # fmt: skip
+            found = re.fullmatch(f"([^{TEXT}]*){MEDIA}([^{TEXT}]*){TEXT}([^{TEXT}]*)", whole)
+            if not found:
+                raise ModelError("the tokenizer's chat template changes the user's text")
+            self._turns[key] = found.groups()
+        return self._turns[key]
 
-            [<|im_start|>system ...<|im_end|>] <|im_start|>user {media}{text}<|im_end|>
-            <|im_start|>assistant {prefill}
+    def build_prompt(self, example, media: list, thinking: bool = True, prefill="") -> Prompt:
+        """Tokens and positions of one question about its media:
 
-        features from features(), or None. The media precede the text with no newline between (as
-        both families do). thinking: ask by the recipe's template, else the bare question.
-        prefill: the beginning of the answer, if it is forced.
+            [system turn] user turn: {media}{text} assistant turn: {prefill}
+
+        media from features(), in front of the text with nothing between. thinking: ask by the
+        recipe's template, else the bare question. prefill: the beginning of the answer, if it is
+        forced.
         """
-        system = self.default_system if self.recipe.system is None else self.recipe.system
         template = self.recipe.template if thinking else BARE
         tok = lambda text: self.tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
         for token in self.controls:
             if token in example.problem:
                 raise ModelError(f"question {example.id} contains the control token {token}")
-        head = f"<|im_start|>system\n{system}<|im_end|>\n" if system is not None else ""
-        head_ids = tok(head + "<|im_start|>user\n")
-        media, media_ids, inside, grids = None, [], [], ()
-        if features is not None:
-            media, media_ids, inside, grids = self.place(example, features)
-        media_at = [len(head_ids) + i for i in inside]
-        text = template.format(problem=example.problem)
-        rest = tok(f"{text}<|im_end|>\n<|im_start|>assistant\n{prefill}")
+        head, between, behind = self.turns(thinking)
+        pieces = [Piece(tok(head)), *(piece for m in media for piece in self.place(m))]
+        shared = sum(len(piece.ids) for piece in pieces)
+        rest = tok(f"{between}{template.format(problem=example.problem)}{behind}{prefill}")
+        pieces.append(Piece(rest))
+        ids = [i for piece in pieces for i in piece.ids]
+        places = [piece.places for piece in pieces for _ in piece.ids]
         device = self.llm.get_input_embeddings().weight.device
-        ids = torch.tensor(head_ids + media_ids + rest, device=device)
-        shown = f"[{len(media_ids)} media tokens]{self.tokenizer.decode(rest)}"
+        device = torch.device("cpu") if device.type == "meta" else device
+        rows = [row for m in media for row in self.rows(m)]
         return Prompt(
-            ids=ids,
-            positions=self.positions(len(ids), media_at[:1], grids).to(device),
-            media=media,
-            media_at=torch.tensor(media_at, dtype=torch.long, device=device),
-            text=f"{head}<|im_start|>user\n{shown}",
-            shared=len(head_ids) + len(media_ids),
-            grids=grids,
+            ids=torch.tensor(ids, device=device),
+            positions=(mrope_positions(pieces) if self.mrope else torch.arange(len(ids))).to(
+                device
+            ),
+            media=(rows[0] if len(rows) == 1 else torch.cat(rows)) if rows else None,
+            media_at=torch.tensor(places, dtype=torch.bool).nonzero()[:, 0].to(device),
+            text=f"{head}[{sum(places)} media tokens]{self.tokenizer.decode(rest)}",
+            shared=shared,
         )
+
+    def rows(self, m: Media) -> list[Tensor]:
+        """The features of a medium as rows (n, W), in the order of their places."""
+        return [m.features.flatten(0, -2)]
 
     def idle(self) -> mrsp.Pack:
         """The smallest Pack: a rank that has nothing to train runs it beside the others, because
@@ -306,10 +464,7 @@ class VisionLanguage(nn.Module):
 
     # -- policy
 
-    def embed(self, ids: Tensor, media: Tensor | None, media_at: Tensor) -> Tensor:
-        return self.policy.embed(ids, media, media_at)
-
-    def forward(self, pack: mrsp.Pack, temperature: float = 1.0, chunk: int = 8192):
+    def forward(self, pack: mrsp.Pack, temperature: float = 1.0, chunk: int | None = None):
         """Log-probs (M,) and entropies (M,) of a Pack's targets; see Policy."""
         return self.policy(mrsp.shard(pack, self.mesh), temperature, chunk)
 
@@ -339,6 +494,31 @@ class VisionLanguage(nn.Module):
         self.sharded = True
 
 
+def mrope_positions(pieces: list[Piece]) -> Tensor:
+    """M-RoPE: positions (3, P) in time, height and width. A piece begins behind the largest
+    position so far (DEVIATION 3); text has three equal rows.
+
+    >>> mrope_positions([Piece([7, 8]), Piece([9] * 4, True, grid((0, 3), 1, 2)), Piece([7])])
+    tensor([[0, 1, 2, 2, 5, 5, 6],
+            [0, 1, 2, 2, 2, 2, 6],
+            [0, 1, 2, 3, 2, 3, 6]])
+    """
+    rows, p = [], 0
+    for piece in pieces:
+        if piece.ids:
+            cells = piece.cells
+            cells = torch.arange(len(piece.ids)).expand(3, -1) if cells is None else cells
+            rows.append(p + cells)
+            p += int(cells.max()) + 1
+    return torch.cat(rows, 1)
+
+
+def grid(times, h: int, w: int) -> Tensor:
+    """Positions (3, T h w) of T groups of frames at these times (in positions), in order."""
+    cells = torch.cartesian_prod(torch.arange(len(times)), torch.arange(h), torch.arange(w)).T
+    return torch.stack([torch.as_tensor(times)[cells[0]], *cells[1:]])
+
+
 class Policy(nn.Module):
     """Decoder and log-probs as one module. It is the root of FSDP2: whatever touches a sharded
     parameter has to happen inside its forward."""
@@ -347,27 +527,41 @@ class Policy(nn.Module):
         super().__init__()
         self.llm = llm
 
-    def embed(self, ids: Tensor, media: Tensor | None, media_at: Tensor) -> Tensor:
-        """Token embeddings (B, L, D), with media features at flat positions media_at."""
+    def inputs(self, ids: Tensor, media: Tensor | None = None, media_at=None) -> dict:
+        """What the decoder's body is called with: token embeddings (B, L, D), with the media
+        features (n, W) at flat positions media_at (n,). Wider ones than D (deepstack) are [D | D of
+        level 1 | ...]: level i is added there to what layer i puts out."""
         x = self.llm.get_input_embeddings()(ids)
+        levels = []
         if media is not None:  # also if none of it is here: its gradient is awaited by all ranks
             flat = x.reshape(-1, x.shape[-1])
-            x = flat.index_copy(0, media_at, media.to(flat.device, flat.dtype)).view_as(x)
+            main, *levels = media.to(flat.device, flat.dtype).split(x.shape[-1], -1)
+            x = flat.index_copy(0, media_at, main).view_as(x)
         # All ranks run the same backward (FSDP gathers in it), also where nothing here is trained.
-        return x if x.requires_grad or not torch.is_grad_enabled() else x.requires_grad_()
+        x = x if x.requires_grad or not torch.is_grad_enabled() else x.requires_grad_()
+        if not levels:
+            return {"inputs_embeds": x}
+        here = torch.zeros(ids.numel(), dtype=torch.bool, device=x.device).index_fill(
+            0, media_at, 1
+        )
+        order = media_at.argsort()  # a share of a pack has its media in any order
+        deep = {"deepstack_visual_embeds": [level[order] for level in levels]}
+        return {"inputs_embeds": x, "visual_pos_masks": here.view_as(ids), **deep}
 
     def forward(
-        self, share: mrsp.Pack, temperature: float = 1.0, chunk: int = 8192
+        self, share: mrsp.Pack, temperature: float = 1.0, chunk: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Log-probs (M,) float32 (or wider) of the targets at a sampling temperature, and the
         entropy (M,) of each predicted distribution (no gradient). share: this rank's part of a
-        Pack (mrsp.shard); the result is that of the whole Pack, on every rank."""
-        x = self.embed(share.ids, share.media, share.media_at)  # (B, Ls, D)
+        Pack (mrsp.shard); the result is that of the whole Pack, on every rank. chunk: targets
+        whose logits exist at a time; default: 1 GB of them, in float32."""
+        inputs = self.inputs(share.ids, share.media, share.media_at)  # (B, Ls, D)
         hidden = self.llm.model(
-            inputs_embeds=x, position_ids=share.positions, use_cache=False, mrsp=share.layout
+            **inputs, position_ids=share.positions, use_cache=False, mrsp=share.layout
         ).last_hidden_state  # (B, Ls, D)
         # DEVIATION 1: only the hidden states that predict a target reach the LM head.
         hidden = mrsp.spread(hidden.reshape(-1, hidden.shape[-1]), share)  # (width, D)
+        chunk = chunk or max(1, min(8192, 2**28 // self.llm.config.vocab_size))
         parts = []
         for h, t in zip(hidden.split(chunk), share.targets.split(chunk)):
             # Checkpointed: backward computes a chunk's logits again instead of keeping (width, V).
@@ -384,6 +578,72 @@ class Policy(nn.Module):
         return logp.gather(-1, targets[:, None])[:, 0], entropy
 
 
+# ------------------------------------------------------------------------------------------ text
+
+
+def text_class(root: Path):
+    """transformers' class of the decoder in a folder; None if it has none."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(root)
+    except (ValueError, OSError):  # unknown, or it wants remote code
+        return None
+    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+
+
+class Text(MultiModal):
+    """Any decoder that transformers loads without remote code (Qwen2.5, Qwen3, Llama ...) and
+    whose answers can share a packed prompt: tried when it is loaded."""
+
+    def __init__(self, llm, tokenizer):
+        if not (hasattr(llm, "lm_head") and hasattr(getattr(llm, "model", None), "layers")):
+            raise ModelError(f"{type(llm).__name__} does not have model.layers and lm_head")
+        if llm._is_stateful:
+            raise ModelError(
+                f"{type(llm).__name__} has linear-attention or state-space layers: an answer would "
+                "go on from another answer's state; take a family with full attention"
+            )
+        super().__init__(llm, nn.Module(), tokenizer, {})
+        self.projector = nn.Module()
+
+    @classmethod
+    def from_pretrained(cls, folder: str, dtype=torch.float32, weights: bool = True) -> "Text":
+        root = folder_of(folder, weights)
+        llm = load_part(text_class(root), root, dtype, weights)
+        model = cls(llm, load_tokenizer(root))
+        model.load_recipe(root)
+        if weights:
+            model.try_packing()
+        return model
+
+    @torch.no_grad()
+    def try_packing(self) -> None:
+        """ModelError unless the log-probs of two answers behind one prompt are those of the model's
+        own forward on two sequences. They are not, for instance, where logits are scaled or capped,
+        or positions are no rotary ones."""
+        g = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.llm.config.vocab_size, (24,), generator=g)
+        ids = ids.to(self.llm.get_input_embeddings().weight.device)
+        first, *answers = ids.split(8)
+        prompt = Prompt(first, torch.arange(8, device=ids.device), None, ids[:0], "", 8)
+        self.eval()
+        ours = self(mrsp.pack([prompt], [answers]))[0]
+        self.llm.set_attn_implementation("sdpa")
+        both = torch.stack([torch.cat([first, a]) for a in answers])  # (2, 16)
+        theirs = self.llm(input_ids=both).logits[:, 7:-1].float().log_softmax(-1)
+        theirs = theirs.gather(-1, both[:, 8:, None]).flatten()
+        self.llm.set_attn_implementation("mrsp")
+        gap = (ours - theirs).abs().mean().item()
+        if not gap < (1e-3 if self.llm.dtype == torch.float32 else 0.1):
+            raise ModelError(
+                f"{type(self.llm).__name__}: log-probs behind a shared prompt differ by {gap:.2g} "
+                "from those of the model's own forward: this family cannot be trained here"
+            )
+
+    def write(self, root: Path, weights: dict) -> None:
+        self.llm.save_pretrained(root, state_dict=weights)
+        self.tokenizer.save_pretrained(root)
+
+
 # ----------------------------------------------------------------------------------------- VILA
 
 
@@ -397,7 +657,7 @@ class BlockDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         f, count, c = x.shape
-        side = int(count**0.5)
+        side = math.isqrt(count)
         if side * side != count:
             raise ModelError(f"{count} patches are not a square grid")
         x = x.view(f, side, side, c)
@@ -427,6 +687,166 @@ def build_projector(kind: str, tower_width: int, width: int) -> nn.Module:
     return projector
 
 
+class VILA(MultiModal):
+    """SigLIP, a projector that joins n x n patches, Qwen2."""
+
+    takes = ("video", "image")
+
+    def __init__(self, config: dict, llm, tower, projector, tokenizer, preprocess: dict):
+        """config: config.json of the folder."""
+        names = ["<vila/video>", *(["<image>"] if "<image>" in tokenizer.get_vocab() else [])]
+        super().__init__(llm, tower, tokenizer, preprocess, names)
+        self.config, self.projector = config, projector
+        for name, only in (
+            ("mm_vision_select_feature", "cls_patch"),
+            ("s2", False),
+            ("dynamic_s2", False),
+        ):
+            if config.get(name, only) != only:
+                raise ModelError(f"config.json: {name} is {config[name]!r}; only {only!r} is known")
+        self.layer = config.get("mm_vision_select_layer", -2)
+        tok = lambda text: tokenizer(text or "", add_special_tokens=False).input_ids  # noqa: E731
+        # kind: pooling over frames, rows and columns; tokens before and after each (pooled) frame
+        self.encoders = {}
+        for kind in ("image", "video"):
+            encoder = config.get(f"{kind}_encoder", {"_target_": "Basic"})
+            encoder = json.loads(encoder) if isinstance(encoder, str) else encoder
+            pools = encoder.get("pool_sizes", [[1, 1, 1]])
+            known = re.search(r"\b(Basic|TSP)", encoder["_target_"])
+            if (
+                not known
+                or len(pools) != 1
+                or encoder.get("sep_tokens")
+                or encoder.get("pos_embed")
+            ):
+                raise ModelError(
+                    f"config.json: {kind}_encoder {encoder} is not supported; supported are Basic "
+                    "encoders, and TSP ones with one pool size and no sep_tokens"
+                )
+            ends = encoder.get("start_tokens"), encoder.get("end_tokens", "\n")
+            self.encoders[kind] = (*pools[0], *map(tok, ends))
+        self.together = self.encoders["video"][0]
+
+    @classmethod
+    def create(cls, config: dict, llm: dict, tower: dict, tokenizer, preprocess: dict) -> "VILA":
+        """A model with random weights. llm and tower are Qwen2 and SigLIP config dicts."""
+        llm_config = transformers.Qwen2Config(**llm)
+        tower_config = transformers.SiglipVisionConfig(**tower)
+        kind = config["mm_projector_cfg"]["mm_projector_type"]
+        return cls(
+            config,
+            Qwen2ForCausalLM(llm_config),
+            transformers.SiglipVisionModel(tower_config),
+            build_projector(kind, tower_config.hidden_size, llm_config.hidden_size),
+            tokenizer,
+            preprocess,
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str, dtype=torch.float32, weights: bool = True) -> "VILA":
+        """Load a folder in VILA's layout; ModelError if it is none or tensors are missing."""
+        from safetensors.torch import load_file
+
+        root = folder_of(folder, weights)
+        config = read_json(root, "config.json")
+        config["mm_projector_cfg"] = read_json(root, "mm_projector/config.json")
+        preprocess = read_json(root, "vision_tower/preprocessor_config.json")
+        llm = load_part(Qwen2ForCausalLM, root / "llm", dtype, weights)
+        tower = load_part(transformers.SiglipVisionModel, root / "vision_tower", dtype, weights)
+        kind = config["mm_projector_cfg"].get("mm_projector_type")
+        projector = build_projector(kind, tower.config.hidden_size, llm.config.hidden_size)
+        if weights:
+            path = root / "mm_projector" / "model.safetensors"
+            if not path.exists():
+                raise ModelError(f"{folder} is no VILA checkpoint: {path} is missing")
+            found = load_file(path)
+            shapes = {k: v.shape for k, v in projector.state_dict().items()}
+            if {k: v.shape for k, v in found.items()} != shapes:
+                bad = sorted(k for k in shapes if k not in found or found[k].shape != shapes[k])
+                extra = sorted(set(found) - set(shapes))
+                raise ModelError(f"{path}: missing or misshapen tensors {bad}, unexpected {extra}")
+            projector.load_state_dict(found)
+        tokenizer = load_tokenizer(root / "llm")
+        # As VILA's own loader does where a checkpoint lacks them, in this order.
+        if "<vila/video>" not in tokenizer.get_vocab():
+            tokenizer.add_tokens(["<image>", "<vila/video>"], special_tokens=True)
+        if max(tokenizer.get_vocab().values()) >= llm.config.vocab_size:
+            raise ModelError(f"{folder}: the embedding has no room for VILA's media tokens")
+        model = cls(config, llm, tower, projector.to(dtype), tokenizer, preprocess)
+        frames = config.get("num_video_frames") or Recipe.num_frames
+        model.load_recipe(root, Recipe(num_frames=frames))
+        return model
+
+    def write(self, root: Path, weights: dict) -> None:
+        """llm/ alone is a Qwen2 checkpoint that vLLM can serve."""
+        from safetensors.torch import save_file
+
+        (root / "mm_projector").mkdir(exist_ok=True)
+        (root / "config.json").write_text(json.dumps(self.config, indent=2))
+        self.llm.save_pretrained(root / "llm", state_dict=weights)
+        self.tokenizer.save_pretrained(root / "llm")
+        self.tower.save_pretrained(root / "vision_tower")
+        (root / "vision_tower/preprocessor_config.json").write_text(json.dumps(self.preprocess))
+        projector = json.dumps(self.config["mm_projector_cfg"])
+        (root / "mm_projector/config.json").write_text(projector)
+        tensors = {k: v.contiguous() for k, v in self.projector.state_dict().items()}
+        save_file(tensors, root / "mm_projector/model.safetensors")
+
+    def encoder_settings(self) -> list:
+        named = ("hidden_act", "num_attention_heads", "layer_norm_eps", "image_size")
+        tower = {name: getattr(self.tower.config, name) for name in named}
+        return [self.config, self.preprocess, tower]
+
+    def fit(self, kind: str, frames: int, height: int, width: int) -> tuple[int, int]:
+        return (self.tower.config.image_size,) * 2
+
+    def seen(self, size) -> tuple[int]:
+        """Tokens of a (pooled) video frame of this size."""
+        n, (_, h, w) = self.projector.layers[0].n, self.encoders["video"][:3]
+        side = -(-(size[0] // self.tower.config.patch_size) // n)
+        return ((side // h) * (side // w),)
+
+    def see(self, frames, size) -> Tensor:
+        """(F, H, W, 3) uint8 -> (F, K, D); with TSP (ceil(F / t), K / (h w), D)."""
+        return self.pool(self.project(self.scaled(frames, size)))
+
+    def project(self, pixels: Tensor) -> Tensor:
+        """(F, 3, S, S) -> (F, K, D)"""
+        hidden = self.tower(pixels, output_hidden_states=True).hidden_states
+        return self.projector.layers(hidden[self.layer])
+
+    def pool(self, x: Tensor) -> Tensor:
+        """TSP: means over t frames, h rows and w columns of tokens; Basic: all 1."""
+        t, h, w = self.encoders["video"][:3]
+        if h * w > 1:
+            side = math.isqrt(x.shape[1])
+            if side % h or side % w:
+                raise ModelError(f"TSP: {side} x {side} tokens are not pooled by {h} x {w}")
+            x = x.view(len(x), side // h, h, side // w, w, -1).mean((2, 4)).flatten(1, 2)
+        return x if t == 1 else torch.stack([g.mean(0) for g in x.split(t)])  # DEVIATION 5
+
+    def features_trainable(self, examples: list, num_frames: int) -> list[list[Media]]:
+        """As of all families; where no frames are pooled, all media go through the tower as one row
+        of frames: many small images a pass."""
+        if max(self.encoders["video"][:3]) > 1 or not any(e.media for e in examples):
+            return super().features_trainable(examples, num_frames)
+        size = self.fit("video", 0, 0, 0)
+        media = [Frames(m, num_frames, e.id) for e in examples for m in e.media]
+        encode = lambda parts: self.project(torch.cat([self.scaled(f, size) for f in parts]))  # noqa: E731
+        joined = mrsp.encode_parallel(encode, InRow(media), self.mesh.sp_group)
+        found = iter(joined.split([len(m) for m in media]))
+        return [[Media(m.kind, next(found)) for m in e.media] for e in examples]
+
+    def place(self, m: Media) -> list[Piece]:
+        """Each frame's features with the tokens before and behind."""
+        *_, start, end = self.encoders[m.kind]
+        token = self.ids[
+            "<image>" if m.kind == "image" and "<image>" in self.ids else "<vila/video>"
+        ]
+        frame = [Piece(start), Piece([token] * m.features.shape[1], True), Piece(end)]
+        return frame * len(m.features)
+
+
 class InRow:
     """Several media as one row of frames; a slice of it is a list of their slices.
 
@@ -450,140 +870,14 @@ class InRow:
         return found
 
 
-class VILA(VisionLanguage):
-    """SigLIP, a projector that joins n x n patches, Qwen2."""
-
-    def __init__(self, config: dict, llm, tower, projector, tokenizer, preprocess: dict):
-        super().__init__(llm, tower, tokenizer, preprocess, (config["video_token"],))
-        self.config, self.projector = config, projector
-        encoder = config["video_encoder"]
-        if "Basic" not in encoder["_target_"]:
-            raise ModelError(f"video encoder {encoder['_target_']!r} is not supported; only Basic")
-        end = encoder.get("end_tokens")
-        self.end_ids = tokenizer(end, add_special_tokens=False).input_ids if end else []
-
-    @classmethod
-    def create(cls, config: dict, llm: dict, tower: dict, tokenizer, preprocess: dict) -> "VILA":
-        """A model with random weights. llm and tower are Qwen2 and SigLIP config dicts."""
-        llm_config, tower_config = Qwen2Config(**llm), SiglipVisionConfig(**tower)
-        kind = config["mm_projector_type"]
-        return cls(
-            config,
-            Qwen2ForCausalLM(llm_config),
-            SiglipVisionModel(tower_config),
-            build_projector(kind, tower_config.hidden_size, llm_config.hidden_size),
-            tokenizer,
-            preprocess,
-        )
-
-    @classmethod
-    def from_pretrained(cls, folder: str, dtype=torch.float32) -> "VILA":
-        """Load a folder in VILA's layout; ModelError if it is none or tensors are missing."""
-        root = Path(folder)
-        for part in ("config.json", "llm", "vision_tower", "mm_projector/model.safetensors"):
-            if not (root / part).exists():
-                raise ModelError(f"{folder} is no VILA checkpoint: {part} is missing")
-        from safetensors.torch import load_file
-
-        config = json.loads((root / "config.json").read_text())
-        parts = {}
-        for part, kind in (("llm", Qwen2ForCausalLM), ("vision_tower", SiglipVisionModel)):
-            parts[part] = load_part(kind, root / part, dtype)
-        llm, tower = parts["llm"], parts["vision_tower"]
-        projector = build_projector(
-            config["mm_projector_type"], tower.config.hidden_size, llm.config.hidden_size
-        )
-        tensors = load_file(root / "mm_projector" / "model.safetensors")
-        expected = set(projector.state_dict())
-        if set(tensors) != expected:
-            raise ModelError(
-                f"{folder}/mm_projector: missing tensors {sorted(expected - set(tensors))}, "
-                f"unexpected {sorted(set(tensors) - expected)}"
-            )
-        projector.load_state_dict(tensors)
-        model = cls(
-            config,
-            llm,
-            tower,
-            projector.to(dtype),
-            # Not AutoTokenizer: for a Qwen2 folder that puts Qwen2's splitting rules over those of
-            # tokenizer.json, silently (transformers 5).
-            PreTrainedTokenizerFast.from_pretrained(root / "llm"),
-            json.loads((root / "vision_tower" / "preprocessor_config.json").read_text()),
-        )
-        model.load_recipe(root)
-        return model
-
-    def save_pretrained(self, folder: str, write: bool = True) -> None:
-        """Write the same layout; llm/ alone is a Qwen2 checkpoint that vLLM can serve. With sharded
-        parameters every rank calls this (they are gathered one by one), and one of them writes."""
-        from safetensors.torch import save_file
-
-        weights = {name: value.cpu() for name, value in self.decoder_weights() if write}
-        if not write:
-            return
-        root = Path(folder)
-        (root / "mm_projector").mkdir(parents=True, exist_ok=True)
-        (root / "config.json").write_text(json.dumps(self.config, indent=2))
-        self.save_recipe(root)
-        self.llm.save_pretrained(root / "llm", state_dict=weights)
-        self.tokenizer.save_pretrained(root / "llm")
-        self.tower.save_pretrained(root / "vision_tower")
-        (root / "vision_tower" / "preprocessor_config.json").write_text(json.dumps(self.preprocess))
-        tensors = {k: v.contiguous() for k, v in self.projector.state_dict().items()}
-        save_file(tensors, root / "mm_projector" / "model.safetensors")
-
-    def save_config(self, folder: str) -> None:
-        """Config and tokenizer of the decoder, no weights: what vLLM builds a Qwen2 from."""
-        self.llm.config.architectures = [type(self.llm).__name__]
-        self.llm.config.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-
-    def pixels(self, frames) -> Tensor:
-        """(F, H, W, 3) uint8 -> (F, 3, S, S) normalised."""
-        size = self.tower.config.image_size
-        return self.scaled(frames, size, size)
-
-    def encode_many(self, media: list) -> list[Tensor]:
-        """encode() for several media, whose sizes may differ, in one pass of the tower."""
-        pixels = torch.cat([self.pixels(frames) for frames in media])
-        hidden = self.tower(pixels, output_hidden_states=True).hidden_states
-        features = self.projector.layers(hidden[self.config["mm_vision_select_layer"]])
-        return list(features.split([len(frames) for frames in media]))
-
-    def encoder_settings(self) -> list:
-        named = ("hidden_act", "num_attention_heads", "layer_norm_eps", "image_size")
-        tower = {name: getattr(self.tower.config, name) for name in named}
-        return [self.config, self.preprocess, tower]
-
-    def features_trainable(self, examples: list[Example], num_frames: int) -> list[Tensor | None]:
-        """features() of several examples, with gradients into tower and projector; no cache. The
-        ranks of a sequence have the same examples, and encode them as one row of frames."""
-        media = {i: Frames(e, num_frames) for i, e in enumerate(examples) if e.data_type != "text"}
-        if not media:
-            return [None] * len(examples)
-        encode = lambda parts: torch.cat(self.encode_many(parts))  # noqa: E731
-        joined = mrsp.encode_parallel(encode, InRow(list(media.values())), self.mesh.sp_group)
-        found = dict(zip(media, joined.split([len(m) for m in media.values()])))
-        return [found.get(i) for i in range(len(examples))]
-
-    def place(self, example: Example, features: Tensor) -> tuple:
-        """Features (F, K, D) -> (F * K, D), the token ids of the media, where among them the
-        features stand, no grids."""
-        n, k, _ = features.shape
-        frame = [self.media_token] * k + self.end_ids
-        inside = [f * len(frame) + i for f in range(n) for i in range(k)]
-        return features.flatten(0, 1), frame * n, inside, ()
-
-    def positions(self, length: int, starts, grids) -> Tensor:
-        return torch.arange(length)
+# ----------------------------------------------------------------------------------------- Qwen
 
 
-# ----------------------------------------------------------------------------------- Qwen2.5-VL
-
-
-def smart_resize(height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
-    """The nearest multiples of factor with least..most pixels in all (the family's rule).
+def smart_resize(
+    height: int, width: int, factor: int, least: int, most: int, frames: int = 1, counted: int = 1
+) -> tuple[int, int]:
+    """The nearest multiples of factor with least..most pixels in all (the family's rule). frames,
+    counted: of a video whose frames share the limits (Qwen3-VL), as they are and rounded.
 
     >>> smart_resize(360, 640, 28, 3136, 12845056), smart_resize(10, 10, 28, 3136, 12845056)
     ((364, 644), (56, 56))
@@ -591,43 +885,13 @@ def smart_resize(height: int, width: int, factor: int, least: int, most: int) ->
     if max(height, width) > 200 * min(height, width):
         raise ModelError(f"{height} x {width} pixels: one side is more than 200 times the other")
     h, w = (round(side / factor) * factor for side in (height, width))
-    if h * w > most:
-        shrink = math.sqrt(height * width / most)
+    if counted * h * w > most:
+        shrink = math.sqrt(frames * height * width / most)
         h, w = (max(factor, int(side / shrink / factor) * factor) for side in (height, width))
-    elif h * w < least:
-        grow = math.sqrt(least / (height * width))
+    elif counted * h * w < least:
+        grow = math.sqrt(least / (frames * height * width))
         h, w = (math.ceil(side * grow / factor) * factor for side in (height, width))
     return h, w
-
-
-def mrope_positions(length: int, starts, grids, merge: int, tokens_per_second: float) -> Tensor:
-    """M-RoPE: positions (3, P) in time, height and width, for P = length tokens with media whose
-    tokens begin at `starts` (DEVIATION 3). Text has three equal rows.
-
-        text   p, p, p            p = 0, 1, 2 ...
-        media  p + int(t * seconds * tokens_per_second), p + y, p + x       for t, y, x in order
-        text   from (largest position so far) + 1
-    """
-    rows, at, p = [], 0, 0  # at: tokens so far; p: next position
-    text = lambda n: (p + torch.arange(n)).expand(3, -1)  # noqa: E731
-    for start, grid in zip(starts, grids, strict=True):
-        rows.append(text(start - at))
-        p += start - at
-        sides = (grid.t, grid.h // merge, grid.w // merge)
-        cells = torch.cartesian_prod(*map(torch.arange, sides)).T.clone()  # (3, t h w), t slowest
-        # In double, and cut off: a float32 product is another integer now and then.
-        cells[0] = (cells[0].double() * (grid.seconds * tokens_per_second)).long()
-        rows.append(p + cells)
-        at, p = start + math.prod(sides), p + int(cells.max()) + 1
-    return torch.cat([*rows, text(length - at)], 1)
-
-
-class Media(NamedTuple):
-    """Features (T, h/2, w/2, D); seconds from one group of frames to the next (0.0: image), a
-    number that float32 holds: vLLM computes positions from that."""
-
-    features: Tensor
-    seconds: float
 
 
 class Decoder(nn.Module):
@@ -651,165 +915,321 @@ class Decoder(nn.Module):
         self.model.gradient_checkpointing_enable(settings)
 
 
-class QwenVL(VisionLanguage):
+class QwenVL(MultiModal):
     """Qwen2.5-VL, by transformers' classes. The tower sees groups of 2 frames, and no group sees
     another (its attention has windows or whole groups): groups are encoded apart, on any rank."""
 
-    mrope = True
+    takes = ("video", "image")
+    mrope = timed = True
     together = 2
-    default_system = "You are a helpful assistant."  # its chat template adds this turn
+    kind = transformers.Qwen2_5_VLForConditionalGeneration
+    text_kind = transformers.Qwen2Config  # what the decoder alone is, but for M-RoPE
+    published = ("model.", "", "")  # prefixes of the decoder's, the towers' and the head's tensors
+    skip = ""  # a pattern: tensors of the checkpoint that are not needed
+    pads = {"video": "<|video_pad|>", "image": "<|image_pad|>"}
+    marks = {"video": ("<|vision_start|>", "<|vision_end|>")}  # around features; images too
+    towers = ("visual",)
 
-    def __init__(self, model, tokenizer, preprocess: dict):
+    def __init__(self, whole, tokenizer, preprocess: dict, video: dict | None = None):
+        """whole: transformers' model; preprocess, video: how images and videos are preprocessed."""
+        text = whole.get_decoder()
+        towers = {path.split(".")[-1]: part for path, part in whole.named_modules()}
         super().__init__(
-            Decoder(model.model.language_model, model.lm_head),
-            model.model.visual,
+            Decoder(text, whole.lm_head),
+            nn.ModuleDict({name: towers[name] for name in self.towers}),
             tokenizer,
             preprocess,
-            ("<|video_pad|>", "<|image_pad|>"),
-            ("<|vision_start|>", "<|vision_end|>"),
+            tuple(self.pads.values()),
+            [token for pair in self.marks.values() for token in pair],
         )
-        self.config, text = model.config, model.config.text_config
-        text.tie_word_embeddings = self.config.tie_word_embeddings  # published: at the root alone
-        self.seconds = {}  # of media whose times are known; a cached video is opened once a run
-        for name in ("video", "image"):
-            said, known = getattr(self.config, f"{name}_token_id"), self.ids[f"<|{name}_pad|>"]
+        self.config, self.video = whole.config, video or preprocess
+        text.config.tie_word_embeddings = self.config.tie_word_embeddings  # often at the root alone
+        for kind, token in self.pads.items():
+            said, known = getattr(self.config, f"{kind}_token_id"), self.ids[token]
             if said != known:
-                raise ModelError(f"config.json: {name}_token_id is {said}, the tokenizer's {known}")
+                raise ModelError(f"config.json: {kind}_token_id is {said}, the tokenizer's {known}")
         vision = self.config.vision_config
         if (vision.temporal_patch_size, vision.spatial_merge_size) != (2, 2):
             raise ModelError("config.json: only 2 frames and 2 x 2 patches are joined to a token")
 
     @property
+    def visual(self):
+        return self.tower["visual"]
+
+    @property
     def projector(self):
-        return self.tower.merger
+        return self.visual.merger
 
     @classmethod
-    def create(cls, config: dict, tokenizer, preprocess: dict) -> "QwenVL":
-        """A model with random weights. config: that of Qwen2_5_VLConfig."""
-        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
-        return cls(model, tokenizer, preprocess)
+    def create(cls, config: dict, tokenizer, preprocess: dict, video=None) -> "QwenVL":
+        """A model with random weights. config: that of transformers' model."""
+        return cls(cls.kind(cls.kind.config_class(**config)), tokenizer, preprocess, video)
 
     @classmethod
-    def from_pretrained(cls, folder: str, dtype=torch.float32) -> "QwenVL":
+    def from_pretrained(cls, folder: str, dtype=torch.float32, weights: bool = True) -> "QwenVL":
         """Load a folder as published; ModelError if it is none or tensors are missing."""
-        root = Path(folder)
-        for part in ("config.json", "preprocessor_config.json", "tokenizer.json"):
-            if not (root / part).exists():
-                raise ModelError(f"{folder} is no Qwen2.5-VL checkpoint: {part} is missing")
-        kind = json.loads((root / "config.json").read_text()).get("model_type")
-        if kind != "qwen2_5_vl":
-            raise ModelError(f"{folder} is no Qwen2.5-VL checkpoint: its model_type is {kind!r}")
-        model = cls(
-            load_part(Qwen2_5_VLForConditionalGeneration, root, dtype),
-            PreTrainedTokenizerFast.from_pretrained(root),
-            json.loads((root / "preprocessor_config.json").read_text()),
-        )
+        root = folder_of(folder, weights)
+        files = [root / f"{name}preprocessor_config.json" for name in ("", "video_")]
+        preprocess = read_json(root, files[0].name)
+        video = read_json(root, files[1].name) if files[1].exists() else None
+        tokenizer = load_tokenizer(root)
+        whole = load_part(cls.kind, root, dtype, weights, cls.skip)
+        model = cls(whole, tokenizer, preprocess, video)
         model.load_recipe(root)
         return model
 
-    def save_pretrained(self, folder: str, write: bool = True) -> None:
-        """Write the published layout. All ranks call this, as in VILA."""
-        from safetensors.torch import save_file
+    def write(self, root: Path, weights: dict) -> None:
+        from huggingface_hub import save_torch_state_dict
 
-        weights = {name: value.cpu() for name, value in self.decoder_weights() if write}
-        if not write:
-            return
-        weights |= {f"visual.{k}": v.cpu() for k, v in self.tower.state_dict().items()}
-        self.save_config(folder)
-        self.save_recipe(Path(folder))
-        weights = {k: v.contiguous() for k, v in weights.items()}
-        save_file(weights, Path(folder) / "model.safetensors", {"format": "pt"})
+        decoder, towers, head = self.published
+        at = lambda name: re.sub(r"^model\.", decoder, name) if name[0] == "m" else head + name  # noqa: E731
+        state = {at(name): value for name, value in weights.items()}
+        state |= {towers + name: value.cpu() for name, value in self.tower.state_dict().items()}
+        save_torch_state_dict(state, root)
+        self.outer_config().save_pretrained(root)
+        self.tokenizer.save_pretrained(root)
+        (root / "preprocessor_config.json").write_text(json.dumps(self.preprocess, indent=2))
+        if self.video is not self.preprocess:
+            (root / "video_preprocessor_config.json").write_text(json.dumps(self.video, indent=2))
+
+    def outer_config(self):
+        self.config.architectures = [self.kind.__name__]
+        return self.config
 
     def save_config(self, folder: str) -> None:
-        """All but weights and recipe: what vLLM builds the model from."""
-        self.config.architectures = [Qwen2_5_VLForConditionalGeneration.__name__]
-        self.config.save_pretrained(folder)
+        settings = self.llm.config.to_dict()
+        for name in ("model_type", "architectures", "dtype"):
+            settings.pop(name, None)
+        config = self.text_kind(**settings)
+        config.architectures = [config.model_type.capitalize() + "ForCausalLM"]
+        config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        Path(folder, "preprocessor_config.json").write_text(json.dumps(self.preprocess, indent=2))
 
-    def patches(self, frames) -> tuple[Tensor, tuple[int, int, int]]:
-        """(F, H, W, 3) uint8 -> patches (T h w, 3 * 2 * p * p) and (T, h, w). The four patches
-        that the merger joins follow each other."""
-        side, p = self.tower.config.patch_size, self.preprocess
-        size = p.get("size", {})  # of newer files
+    def encoder_settings(self) -> list:
+        named = ("hidden_act", "num_heads", "patch_size", "window_size", "fullatt_block_indexes")
+        named += ("deepstack_visual_indexes",)
+        config = self.visual.config
+        return [self.preprocess, self.video, {n: getattr(config, n, None) for n in named}]
+
+    def limits(self, kind: str) -> tuple[int, int]:
+        """The least and the most pixels of an image, or of a frame, that the checkpoint says."""
+        p = self.video if kind == "video" else self.preprocess
+        size = p.get("size") or {}  # of newer files
         least = p.get("min_pixels") or size.get("shortest_edge", 56 * 56)
-        most = p.get("max_pixels") or size.get("longest_edge", 28 * 28 * 1280)
-        height, width = smart_resize(*frames.shape[1:3], side * 2, least, most)
-        x = self.scaled(frames, height, width)
+        return least, p.get("max_pixels") or size.get("longest_edge", 28 * 28 * 1280)
+
+    def fit(self, kind: str, frames: int, height: int, width: int) -> tuple[int, int]:
+        least, most = self.limits(kind)
+        most = min(most, self.recipe.max_pixels or most)
+        factor = 2 * self.visual.config.patch_size
+        return smart_resize(height, width, factor, min(least, most), most)
+
+    def seen(self, size) -> tuple[int, int]:
+        """Tokens (h, w) of a group of frames of this size."""
+        return tuple(side // (2 * self.visual.config.patch_size) for side in size)
+
+    def patches(self, frames, size=None) -> tuple[Tensor, tuple[int, int, int]]:
+        """(F, H, W, 3) uint8 -> patches (T h w, 3 * 2 * p * p) and (T, h, w), here in patches. The
+        four patches that the merger joins follow each other."""
+        side = self.visual.config.patch_size
+        height, width = size or self.fit("video", *frames.shape[:3])
+        x = self.scaled(frames, (height, width))
         x = torch.cat([x, x[-1:]][: 1 + len(x) % 2])  # the last group lacks a frame: repeat it
         t, h, w = len(x) // 2, height // side, width // side
         x = x.view(t, 2, 3, h // 2, 2, side, w // 2, 2, side)  # t, frame, colour, y y y, x x x
         return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1), (t, h, w)
 
-    def encode_many(self, media: list) -> list[Tensor]:
-        """encode() for several media, whose sizes may differ, in one pass of the tower."""
-        patches, grids = zip(*map(self.patches, media))
-        grid = torch.tensor(grids, device=patches[0].device)
-        # (sum of T h w, 3 * 2 * p * p) -> (sum of T h w / 4, D)
-        merged = self.tower(torch.cat(patches), grid_thw=grid).pooler_output
-        parts = merged.split([t * h * w // 4 for t, h, w in grids])
-        return [x.view(t, h // 2, w // 2, -1) for x, (t, h, w) in zip(parts, grids)]
+    def see(self, frames, size) -> Tensor:
+        """(F, H, W, 3) uint8 -> (T, h / 2, w / 2, W)"""
+        patches, (t, h, w) = self.patches(frames, size)
+        out = self.visual(patches, grid_thw=torch.tensor([[t, h, w]], device=patches.device))
+        levels = out.deepstack_features if self.levels else []
+        return torch.cat([out.pooler_output, *levels], -1).view(t, h // 2, w // 2, -1)
 
-    def encoder_settings(self) -> list:
-        named = ("hidden_act", "num_heads", "patch_size", "window_size", "fullatt_block_indexes")
-        return [self.preprocess, {name: getattr(self.tower.config, name) for name in named}]
+    def places(self, m: Media) -> tuple[list[int], Tensor]:
+        """Ids and positions of the places of a video's or image's features."""
+        t, h, w, _ = m.features.shape
+        steps = torch.zeros(t, dtype=torch.long)
+        if m.kind == "video":  # DEVIATION 4; in double, and cut off
+            seconds = 2 * (m.times[-1] - m.times[0]) / (len(m.times) - 1 or 1)
+            steps = (torch.arange(t).double() * (seconds * self.positions_per_second)).long()
+        return [self.ids[self.pads[m.kind]]] * (t * h * w), grid(steps, h, w)
 
-    def features(self, example: Example, num_frames: int, group=None) -> Media | None:
-        features = super().features(example, num_frames, group)
-        if features is None:
-            return None
-        key = (example.media, example.segment, example.num_frames or num_frames)
-        if key not in self.seconds:
-            self.seconds[key] = self.group_seconds(Frames(example, num_frames))
-        return Media(features, self.seconds[key])
+    @property
+    def positions_per_second(self) -> float:
+        return self.config.vision_config.tokens_per_second
 
-    def features_trainable(self, examples: list[Example], num_frames: int) -> list[Media | None]:
-        """features() with gradients into the tower; no cache. One medium after the other, each by
-        all ranks of the sequence: their sizes differ."""
+    def mark(self, kind: str) -> list[Piece]:
+        return [Piece([self.ids[token]]) for token in self.marks[kind]]
 
-        def one(example: Example) -> Media:
-            frames, encode = Frames(example, num_frames), lambda part: self.encode_many([part])[0]
-            features = mrsp.encode_parallel(encode, frames, self.mesh.sp_group, self.together)
-            return Media(features, self.group_seconds(frames))
-
-        return [None if e.data_type == "text" else one(e) for e in examples]
-
-    @staticmethod
-    def group_seconds(frames: Frames) -> float:
-        """DEVIATION 4: twice the mean distance of the frames taken (s), as float32 holds it: that
-        is how vLLM gets it. A video of one frame: 1.0, which no position depends on."""
-        if frames.example.data_type == "image":
-            return 0.0
-        times = frames.times
-        return float(np.float32(2 * (times[-1] - times[0]) / (len(times) - 1 or 1))) or 1.0
-
-    def place(self, example: Example, media: Media) -> tuple:
-        """Features (N, D), <|vision_start|> N pads <|vision_end|>, where the pads are, the Grid."""
-        t, h, w, _ = media.features.shape
-        kind, n = "image" if example.data_type == "image" else "video", t * h * w
-        start, end = self.ids["<|vision_start|>"], self.ids["<|vision_end|>"]
-        ids = [start, *[self.ids[f"<|{kind}_pad|>"]] * n, end]
-        grid = Grid(kind, t, 2 * h, 2 * w, media.seconds)
-        return media.features.flatten(0, 2), ids, range(1, n + 1), (grid,)
-
-    def positions(self, length: int, starts, grids) -> Tensor:
-        vision = self.config.vision_config
-        return mrope_positions(length, starts, grids, 2, vision.tokens_per_second)
+    def place(self, m: Media) -> list[Piece]:
+        start, end = self.mark("video")
+        ids, cells = self.places(m)
+        return [start, Piece(ids, True, cells), end]
 
 
-def load(folder: str, dtype=torch.float32) -> VisionLanguage:
-    """The model in a folder, whatever its family: told by config.json and layout, not by name."""
-    root = Path(folder)
+class Qwen3VL(QwenVL):
+    """Qwen3-VL: every group of frames stands behind its time, and features of lower tower layers
+    come along (deepstack)."""
+
+    kind = transformers.Qwen3VLForConditionalGeneration
+    published = ("model.language_model.", "model.", "")
+    text_kind = transformers.Qwen3Config
+
+    def __init__(self, whole, *rest):
+        super().__init__(whole, *rest)
+        self.levels = len(self.config.vision_config.deepstack_visual_indexes)
+
+    @property
+    def projector(self):
+        return nn.ModuleList([self.visual.merger, self.visual.deepstack_merger_list])
+
+    def fit(self, kind: str, frames: int, height: int, width: int) -> tuple[int, int]:
+        """The limits of a video are those of all its frames together."""
+        if kind != "video":
+            return super().fit(kind, frames, height, width)
+        (least, most), factor = self.limits("video"), 2 * self.visual.config.patch_size
+        most = min(most, (self.recipe.max_pixels or most) * frames)
+        if min(height, width) < factor:
+            grow = factor / min(height, width)
+            height, width = int(height * grow), int(width * grow)
+        counted = max(2, round(frames / 2) * 2)
+        return smart_resize(height, width, factor, min(least, most), most, frames, counted)
+
+    def place(self, m: Media) -> list[Piece]:
+        """For each group "<1.5 seconds>", the mean time of its frames, and its features in marks
+        (as the family's first processor; that of transformers 5.10 and later puts another pair of
+        marks around all of it)."""
+        if m.kind != "video":
+            return super().place(m)
+        times = np.append(m.times, m.times[-1:])[: len(m.times) + len(m.times) % 2]
+        (start, end), pieces = self.mark("video"), []
+        for features, seconds in zip(m.features, times.reshape(-1, 2).mean(1)):
+            ids = self.tokenizer(f"<{seconds:.1f} seconds>", add_special_tokens=False).input_ids
+            cells = grid([0], *features.shape[:2])
+            places = [self.ids[self.pads["video"]]] * cells.shape[1]
+            pieces += [Piece(ids), start, Piece(places, True, cells), end]
+        return pieces
+
+
+class Omni(QwenVL):
+    """Qwen2.5-Omni's Thinker: Qwen2.5-VL's eyes, Whisper's ears. 25 positions are a second, and one
+    audio token: a video and its sound run side by side."""
+
+    takes = ("video", "image", "audio")
+    kind = transformers.Qwen2_5OmniThinkerForConditionalGeneration
+    published = ("thinker.model.", "thinker.", "thinker.")
+    skip = r"(talker|token2wav)\."
+    pads = {"video": "<|VIDEO|>", "image": "<|IMAGE|>", "audio": "<|AUDIO|>"}
+    marks = {
+        "video": ("<|vision_bos|>", "<|vision_eos|>"),
+        "audio": ("<|audio_bos|>", "<|audio_eos|>"),
+    }
+    towers = ("visual", "audio_tower")
+
+    @property
+    def projector(self):
+        return nn.ModuleList([self.visual.merger, self.tower["audio_tower"].proj])
+
+    @property
+    def positions_per_second(self) -> float:
+        return self.config.position_id_per_seconds
+
+    def outer_config(self):
+        config = transformers.Qwen2_5OmniConfig(
+            thinker_config=self.config.to_dict(), enable_audio_output=False
+        )
+        config.architectures = ["Qwen2_5OmniForConditionalGeneration"]
+        return config
+
+    def limits(self, kind: str) -> tuple[int, int]:
+        """Those of a video's frames are the family's processor's, not in the checkpoint."""
+        return (128 * 28 * 28, 768 * 28 * 28) if kind == "video" else super().limits(kind)
+
+    def mel(self, sound: np.ndarray) -> Tensor:
+        """(S,) at 16 kHz -> log-mel spectrogram (ceil(S / 160), 128), whatever the length."""
+        ear = transformers.WhisperFeatureExtractor.from_dict(self.preprocess)
+        sound = np.pad(sound, (0, ear.n_fft))  # silence behind: as in a longer, padded batch
+        out = ear(sound, sampling_rate=16000, padding=True, truncation=False, return_tensors="pt")
+        return out.input_features[0].T[: -(-(len(sound) - ear.n_fft) // ear.hop_length)]
+
+    def heard(self, samples: int) -> int:
+        """Audio tokens of so many samples: 25 a second."""
+        frames = -(-samples // 160)
+        return ((frames - 1) // 2 - 1) // 2 + 1
+
+    def hear(self, sound: np.ndarray, group=None) -> Tensor:
+        """(S,) -> (A, D). The tower's attention stays in units of 2 s, which the ranks of a group
+        share, and which go through it 64 at a time."""
+        tower, tokens, mel = self.tower["audio_tower"], self.heard(len(sound)), self.mel(sound)
+        unit = 2 * tower.n_window  # frames of the spectrogram, four a token
+        if tokens < 1:
+            raise ModelError(f"{len(sound)} samples of audio are too few to be heard")
+
+        def encode(part: Tensor) -> Tensor:  # (t, 128) -> (ceil(t / unit), unit / 4, D)
+            out = []
+            for x in part.to(tower.conv1.weight).split(64 * unit):
+                lengths = torch.tensor([len(x)], device=x.device)
+                out.append(tower(x.T, feature_lens=lengths).last_hidden_state)
+            out = torch.cat(out)
+            whole = -(-len(part) // unit) * (unit // 4)
+            return F.pad(out, (0, 0, 0, whole - len(out))).view(-1, unit // 4, out.shape[-1])
+
+        return mrsp.encode_parallel(encode, mel, group, unit).flatten(0, 1)[:tokens]
+
+    def side_by_side(self, m: Media) -> tuple[list[int], Tensor, Tensor]:
+        """A video and its audio track: ids, positions and order of their tokens, 2 s of video and
+        2 s of audio in turn. (Frames further apart than that stand whole, before the sound of
+        their time; the family's processor would split them over the chunks.)"""
+        ids, cells = self.places(m)
+        sound = torch.arange(len(m.track)).expand(3, -1)
+        chunk = self.config.seconds_per_chunk * self.positions_per_second
+        turn = torch.cat([cells[0] // chunk * 2, sound[0] // chunk * 2 + 1])
+        order = turn.argsort(stable=True)
+        ids = torch.tensor(ids + [self.ids[self.pads["audio"]]] * len(m.track))[order].tolist()
+        return ids, torch.cat([cells, sound], 1)[:, order], order
+
+    def rows(self, m: Media) -> list[Tensor]:
+        if m.track is None:
+            return super().rows(m)
+        rows = torch.cat([m.features.flatten(0, -2), m.track])
+        return [rows[self.side_by_side(m)[2].to(rows.device)]]
+
+    def place(self, m: Media) -> list[Piece]:
+        if m.kind == "audio":
+            start, end = self.mark("audio")
+            return [start, Piece([self.ids[self.pads["audio"]]] * len(m.features), True), end]
+        if m.track is None:
+            return super().place(m)
+        ids, cells, _ = self.side_by_side(m)
+        (a, z), (b, y) = (  # the marks of both share a position
+            [piece.ids[0] for piece in self.mark(kind)] for kind in ("video", "audio")
+        )
+        one = torch.zeros(3, 2, dtype=torch.long)
+        return [Piece([a, b], cells=one), Piece(ids, True, cells), Piece([y, z], cells=one)]
+
+
+# ------------------------------------------------------------------------------------ any of them
+
+FAMILIES = {"qwen2_5_vl": QwenVL, "qwen3_vl": Qwen3VL, "qwen2_5_omni": Omni}
+
+
+def load(name: str, dtype=torch.float32, weights: bool = True) -> MultiModal:
+    """The model in a folder or on the hub, whatever its family: told by config.json and layout, not
+    by name. weights=False: without them, on the device "meta", to look at shapes and prompts."""
+    root = folder_of(name, weights)
     if not (root / "config.json").exists():
-        raise ModelError(f"{folder} is no checkpoint: config.json is missing")
-    kind = json.loads((root / "config.json").read_text()).get("model_type")
-    if kind == "qwen2_5_vl":
-        return QwenVL.from_pretrained(folder, dtype)
+        raise ModelError(f"{name} is no checkpoint: there is no such folder with a config.json")
+    kind = read_json(root, "config.json").get("model_type")
     if (root / "llm").is_dir():
-        return VILA.from_pretrained(folder, dtype)
+        return VILA.from_pretrained(root, dtype, weights)
+    if kind in FAMILIES:
+        return FAMILIES[kind].from_pretrained(root, dtype, weights)
+    if text_class(root) is not None:
+        return Text.from_pretrained(root, dtype, weights)
     raise ModelError(
-        f"{folder}: model_type {kind!r} is not supported; supported are Qwen2.5-VL "
-        "(qwen2_5_vl) and VILA's layout (folders llm, vision_tower, mm_projector)"
+        f"{name}: model_type {kind!r} is not supported; supported are VILA's layout (folders llm, "
+        f"vision_tower, mm_projector), {', '.join(FAMILIES)}, and text decoders without remote code"
     )
 
 
@@ -832,10 +1252,10 @@ def toy_checkpoint(folder: str, texts: list[str], image_size: int, recipe: Recip
     torch.manual_seed(seed)
     model = VILA.create(
         config={
-            "mm_projector_type": "mlp_downsample",
+            "mm_projector_cfg": {"mm_projector_type": "mlp_downsample"},
             "mm_vision_select_layer": -1,
+            "image_encoder": {"_target_": "BasicImageEncoder", "end_tokens": None},
             "video_encoder": {"_target_": "BasicVideoEncoder", "end_tokens": None},
-            "video_token": "<vila/video>",
         },
         llm=dict(
             vocab_size=len(vocab), hidden_size=128, intermediate_size=384, num_hidden_layers=3,

@@ -105,7 +105,7 @@ def check_request(policy, prompts, n: int, sampling: Sampling, seeds) -> list[in
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
-    width = policy.llm.config.hidden_size
+    width = policy.media_width
     for i, prompt in enumerate(prompts):
         media = torch.empty(0, width) if prompt.media is None else prompt.media
         if media.shape != (len(prompt.media_at), width):
@@ -198,11 +198,10 @@ class TorchEngine:
                 media_at.append(prompt.media_at + row * total)
         order = torch.arange(total, device=device).repeat(b, 1)
         media = (torch.cat(media), torch.cat(media_at).to(device)) if media else (None, None)
-        x = policy.embed(ids, *media)
         cache = DynamicCache(config=policy.llm.config)
         body = policy.llm.model
         hidden = body(
-            inputs_embeds=x,
+            **policy.policy.inputs(ids, *media),
             position_ids=positions.to(device),
             past_key_values=cache,
             use_cache=True,
@@ -232,7 +231,7 @@ class TorchEngine:
             if positions.ndim == 3:  # M-RoPE: text has three equal rows
                 position = position.expand(3, -1, -1)
             hidden = body(
-                inputs_embeds=policy.embed(token, None, None),
+                **policy.policy.inputs(token),
                 position_ids=position,
                 past_key_values=cache,
                 use_cache=True,
