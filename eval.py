@@ -125,17 +125,18 @@ def summarise(records: list[dict]) -> dict:
 
 def table(summary: dict) -> str:
     """summary.json of a run as the table that ends it."""
-    g = summary["grpo"]
-    rows = {
-        "guessing": summary["chance"],
-        "after SFT": summary["sft"]["accuracy"],
-        "  control: SFT forced into the careful style": summary["control"]["accuracy"],
-        "after GRPO": g["accuracy"],
-        **{f"  {name}": value for name, value in g["by_category"].items()},
-        **{f"  {n} frames": value for n, value in g["by_frames"].items()},
-        "  other environment": g["other_environment"],
-        "  control: wrong video": g["wrong_video"],
-    }
+    names = {"control": "  control: SFT forced into the careful style", "grpo": "after GRPO"}
+    names |= {"chance": "guessing", "sft": "before GRPO"}
+    names |= {"other_environment": "  other environment", "wrong_video": "  control: wrong video"}
+    rows = {}
+    for stage in ("chance", "sft", "control", "grpo"):
+        if stage in summary:
+            found = summary[stage]
+            rows[names[stage]] = found["accuracy"] if isinstance(found, dict) else found
+    g = summary.get("grpo", {})
+    rows |= {f"  {name}": value for name, value in g.get("by_category", {}).items()}
+    rows |= {f"  {n} frames": value for n, value in g.get("by_frames", {}).items()}
+    rows |= {names[k]: g[k] for k in ("other_environment", "wrong_video") if k in g}
     lines = [f"accuracy on {summary['questions']} held-out questions, seed {summary['seed']}"]
     lines += [f"  {name:46s} {100 * value:5.1f} %" for name, value in rows.items()]
     seconds = "  ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())

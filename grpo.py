@@ -272,7 +272,6 @@ def grpo_loss(
 class GRPOConfig(LossConfig):
     """The GRPO stage; defaults are the released ones of Long-RL where they are stated."""
 
-    data: str = "rl.jsonl"  # rows; the path is relative to the data directory
     steps: int = 100  # rollout batches
     prompts: int = 512  # prompts of a rollout batch, over all ranks
     update_prompts: int = 128  # prompts of one optimizer step; fewer than prompts: off-policy

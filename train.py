@@ -2,6 +2,9 @@
 
     torchrun --nproc_per_node 2 train.py            the whole pipeline on a toy, on two CPU cores
     python train.py                                 the same in one process
+    torchrun --nproc_per_node 8 train.py --data rows.jsonl --video_dir videos/     on 8 GPUs: GRPO
+                                                    from a published 7B checkpoint (PRESETS)
+    python train.py --preset hour --dry_run ...     its settings, memory and first prompt
     torchrun --nproc_per_node 2 train.py --help     every setting, with a sentence each
 
 One GRPO step (section 4 of the paper; grpo_step below tells it in this order):
@@ -18,11 +21,12 @@ number of ranks trains the same model. --fsdp shards the parameters over all of 
 
 The toy is the real thing, small: mp4 files, decord, the VILA classes from a checkpoint folder,
 every stage. Its "images" and "base" stages stand for the pretrained model that the paper starts
-from.
+from. All other presets start from a published checkpoint (--model, a folder or a hub id) and skip
+what comes before; SFT runs if --sft_data names rows, the evaluation if --test_data does.
 
 Outputs (--output_dir): summary.json, metrics.jsonl, samples.jsonl, curves.png, frames.png, sft/
-and model/ (checkpoints in VILA's layout, with recipe.json for eval.py; init/ and base/ are those
-before SFT), data/ (the toy's).
+and model/ (checkpoints in the published layout, with recipe.json for eval.py; init/ and base/ are
+the toy's before SFT), data/ (the toy's).
 Each metric is explained in METRICS.
 
 Check this file alone:  pytest tests/test_train.py
@@ -31,13 +35,15 @@ Check this file alone:  pytest tests/test_train.py
 import argparse
 import inspect
 import json
+import math
 import os
 import re
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 
 import torch
@@ -52,7 +58,7 @@ import mrsp
 import sft
 from data import DataError, ToyConfig
 from grpo import GRPOConfig
-from model import VILA, ModelError, Recipe, toy_checkpoint
+from model import ModelError, Recipe, load, toy_checkpoint
 from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, engine_kind, make_engine
 from sft import SFTConfig
 
@@ -91,6 +97,11 @@ class RunConfig:
     """What to run, on what."""
 
     output_dir: str = "runs/toy"  # where everything is written
+    model: str | None = None  # checkpoint folder or hub id; default: the toy, pretrained here
+    data: str | None = "rl.jsonl"  # rows for GRPO; the toy's are in its own folder
+    video_dir: str | None = None  # folder of the rows' media; default: that of the rows
+    test_data: str | None = "test.jsonl"  # rows that the model is evaluated on; default: not at all
+    dry_run: bool = False  # show settings, memory and the first prompt; load no weights
     seed: int = 0  # of data, weights, batches and sampling
     rl_seed: int | None = None  # of batches and sampling in GRPO; default: as seed
     rollout: str | None = None  # sampler: vllm or torch; default: vllm with a GPU, if installed
@@ -141,6 +152,35 @@ class Preset:
             raise ValueError("muon needs whole matrices: --sft_optimizer adamw, or --fsdp false")
 
 
+# The sources of the numbers: P the paper, LRL its released code's defaults (both in grpo.py's
+# GRPOConfig too, for what is not set here), V VILA's nearest public SFT recipe, ours: our choice.
+QWEN = Preset(
+    run=RunConfig(
+        output_dir="runs/qwen2.5-vl-7b",
+        model="Qwen/Qwen2.5-VL-7B-Instruct",  # P: one of the two models of its efficiency figure
+        data=None, test_data=None,
+        cache_dir="runs/embeddings",  # ours: 100 GB of embeddings, for all runs
+        sp=4,  # P: SP degree of the efficiency figure
+        fsdp=True, dtype="bfloat16", checkpointing=True,  # ours: 7B on 80 GB
+    ),
+    recipe=Recipe(
+        num_frames=256,  # P: its figure has 8 to 1,024
+        max_tokens=2048,  # LRL
+        max_pixels=128 * 28 * 28,  # ours: 64 tokens a frame, near the 71 of the paper's hour
+    ),
+    sft=SFTConfig(
+        data="", train="llm",  # no SFT unless --sft_data is given; tower frozen
+        groups=64, texts=1, steps=562,  # ours: an epoch of the paper's 36K samples
+        lr=2e-5, warmup=0.03, weight_decay=0.0,  # V
+    ),
+    grpo=GRPOConfig(
+        group=8,  # P
+        prompts=512, update_prompts=128,  # LRL
+        steps=133,  # ours: an epoch of the paper's 68K samples
+    ),
+    rollout=RolloutConfig(max_len=32768, memory=0.5),  # ours: 16k of video, question, answer
+)  # fmt: skip
+
 PRESETS = {
     "toy": Preset(
         recipe=Recipe(
@@ -161,7 +201,61 @@ PRESETS = {
         ),
         rollout=RolloutConfig(kv_gb=1.0, eager=True),
     ),
+    "qwen2.5-vl-7b": QWEN,
+    "longvila-7b": replace(
+        QWEN,
+        run=replace(
+            QWEN.run,
+            output_dir="runs/longvila-7b",
+            model="Efficient-Large-Model/LongVILA-R1-7B",  # P
+        ),
+        recipe=Recipe(num_frames=256, max_tokens=2048),  # as above; 66k tokens at 257 a frame
+        rollout=RolloutConfig(max_len=73728, memory=0.5),  # ours: those and question and answer
+    ),
+    "hour": replace(
+        QWEN,
+        run=replace(QWEN.run, output_dir="runs/hour", sp=8),  # P: an hour on one node of 8 GPUs
+        recipe=Recipe(
+            num_frames=3600,  # P: an hour at a frame a second
+            max_tokens=2048,  # LRL
+            max_pixels=142 * 28 * 28,  # P: 256k tokens in all, 71 a frame
+        ),
+        grpo=replace(QWEN.grpo, prompts=32, update_prompts=8),  # ours: embeddings take 2 GB a video
+        rollout=RolloutConfig(max_len=270_000, memory=0.5),  # ours: 256k, question and answer
+    ),
+    "max-frames": replace(
+        QWEN,
+        run=replace(QWEN.run, output_dir="runs/max-frames", sp=8),
+        recipe=Recipe(
+            num_frames=8192,  # P: the most frames of a video
+            max_tokens=2048,  # LRL
+            max_pixels=62 * 28 * 28,  # ours: 254k tokens, as many as the paper's hour
+        ),
+        grpo=replace(QWEN.grpo, prompts=32, update_prompts=8),  # ours: as above
+        rollout=RolloutConfig(max_len=270_000, memory=0.5),  # ours: as above
+    ),
+    "omni": replace(
+        QWEN,
+        run=replace(
+            QWEN.run,
+            output_dir="runs/omni",
+            model="Qwen/Qwen2.5-Omni-7B",  # LRL: its audio model, the Thinker alone
+        ),
+        recipe=Recipe(
+            num_frames=64,  # ours; with the audio track, 25 tokens a second
+            max_tokens=2048,  # LRL
+            max_pixels=128 * 28 * 28,  # the least that the family's processor makes of a frame
+        ),
+    ),
+    "text": replace(
+        QWEN,
+        run=replace(QWEN.run, output_dir="runs/text", model="Qwen/Qwen2.5-7B-Instruct", sp=1),
+        recipe=Recipe(max_tokens=2048),  # LRL
+        rollout=RolloutConfig(max_len=8192, memory=0.5),  # ours
+    ),
 }  # fmt: skip
+# The first command of the README: the paper's setting where there are GPUs, the toy elsewhere.
+DEFAULT = "qwen2.5-vl-7b" if torch.cuda.is_available() else "toy"
 
 
 def sentences(cls) -> dict[str, str]:
@@ -175,7 +269,7 @@ def sentences(cls) -> dict[str, str]:
 def parse_options(argv: list[str]) -> Preset:
     """Command line -> Preset. --preset NAME gives the defaults; an unknown option is an error."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=list(PRESETS), default="toy", help="named settings")
+    first.add_argument("--preset", choices=list(PRESETS), default=DEFAULT, help="named settings")
     chosen, rest = first.parse_known_args(argv)
     # One flat dataclass for each part, its fields prefixed with the part's name.
     parts, flat = vars(PRESETS[chosen.preset]), []
@@ -229,6 +323,8 @@ class Run:
         elif config.fsdp or self.rollout == "vllm":  # one rank, without torchrun
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         self.config, self.out = config, Path(config.output_dir)
+        # Paths of rows start here; an absolute one stays as it is.
+        self.base = self.out / "data" if config.model is None else Path()
         self.out.mkdir(parents=True, exist_ok=True)
         self.seconds, self.started = defaultdict(float), time.time()
         if self.rank == 0:
@@ -258,9 +354,12 @@ class Run:
             dist.barrier()
         self.seconds[name] += time.time() - start
 
+    def rows(self, path: str) -> list:
+        return data.load_rows(str(self.base / path), self.config.video_dir)
+
     def supervised(self, model, config: SFTConfig, name: str, seed: int) -> None:
         """One supervised stage on the rows that its config names."""
-        rows = data.load_rows(str(self.out / "data" / config.data))
+        rows = self.rows(config.data)
         log = lambda step, m: self.write("metrics.jsonl", {"stage": name, "step": step} | m)  # noqa: E731
         with self.stage(name):
             bar = self.bar(name, config.steps)
@@ -498,19 +597,31 @@ LongVILA-R1 in miniature, {world} rank(s) on {device}; every stage shows the tim
   4 GRPO    {steps} steps, {prompts} prompts x {group} answers; reward: right answer, right format
   5 test    {questions} questions on videos never trained on, greedy, after the last step
 Everything goes to {out}/"""
+PLAN_7B = """\
+{model}, {world} rank(s) on {device}: {sft}GRPO on {data}, {steps} steps, {prompts} prompts x
+{group} answers, {frames} frames a video. Everything goes to {out}/"""
+
+
+def make_toy(run: Run, preset: Preset) -> Path:
+    """The toy's videos and rows, and its untrained checkpoint."""
+    toy_build = lambda *rest: data.toy_build(str(run.base), preset.toy, preset.run.seed, *rest)  # noqa: E731
+    with run.stage("data"):
+        toy_build(run.rank, run.world, run.bar("videos"))
+        if run.rank == 0:
+            files = sorted(run.base.glob("*.jsonl"))
+            texts = [f"{e.problem} {e.response}" for f in files for e in run.rows(f.name)]
+            recipe, init = preset.recipe, str(run.out / "init")
+            toy_checkpoint(init, texts, data.SIZE, recipe, preset.run.seed)
+    return run.out / "init"
 
 
 def pipeline(run: Run, preset: Preset) -> dict:
     """Every stage in order. Returns the summary."""
-    seed, folder = run.config.seed, run.out / "data"
-    rows = lambda name: data.load_rows(str(folder / name))  # noqa: E731
-    with run.stage("data"):
-        data.toy_build(str(folder), preset.toy, seed, run.rank, run.world, run.bar("videos"))
-        if run.rank == 0:
-            files = sorted(folder.glob("*.jsonl"))
-            texts = [f"{e.problem} {e.response}" for file in files for e in rows(file.name)]
-            toy_checkpoint(str(run.out / "init"), texts, data.SIZE, preset.recipe, seed)
-    model, c = VILA.from_pretrained(run.out / "init").to(run.device), run.config
+    c, seed, toy = run.config, run.config.seed, preset.run.model is None
+    folder = make_toy(run, preset) if toy else c.model
+    rl, test = run.rows(c.data), run.rows(c.test_data) if c.test_data else []
+    model, dtype = load(folder).to(run.device), getattr(torch, c.dtype)
+    model.recipe = preset.recipe
     model.cache = mrsp.EmbeddingCache(c.cache_dir, max_disk_bytes=int(c.cache_gb * 2**30))
     heads = model.llm.config.num_attention_heads, model.llm.config.num_key_value_heads
     try:
@@ -522,10 +633,13 @@ def pipeline(run: Run, preset: Preset) -> dict:
         raise RolloutError("--rollout_tp is vLLM's: add --rollout vllm, or leave it out")
     if c.checkpointing:
         model.enable_gradient_checkpointing()
-    for name in ("images", "base"):
+    for name in ("images", "base") if toy else ():
         run.supervised(model, getattr(preset, name), name, seed)
-    run.save(model, "base")
-    dtype, engine, reference = getattr(torch, c.dtype), None, None
+    if toy:
+        run.save(model, "base")
+    if dtype != torch.float32 and (preset.sft.train == "llm" or not preset.sft.data):
+        model.cast_encoder(dtype)  # it is not trained
+    engine, reference = None, None
     if run.rollout == "torch":  # under FSDP it copies the decoder, while that is whole
         engine = make_engine("torch", model, dtype=dtype, copied=c.fsdp)
     if preset.grpo.kl_coef:
@@ -536,44 +650,150 @@ def pipeline(run: Run, preset: Preset) -> dict:
     if engine is None:  # vLLM takes of the GPU what sharding leaves
         engine = make_engine("vllm", model, preset.rollout, dtype)
         engine.sleep()
-    run.supervised(model, preset.sft, "sft", seed)
-    run.save(model, "sft")
-    test = rows("test.jsonl")
-    after_sft = run.evaluate(model, engine, test, "SFT")
-    control = run.evaluate(model, engine, test, "control", prefill=run.config.careful_prefill)
+    found = {"seed": seed, "questions": len(test)}
+    score = lambda rows, *rest, **how: run.evaluate(model, engine, rows, *rest, **how)["accuracy"]  # noqa: E731
+    both = lambda result: {k: result[k] for k in ("accuracy", "by_category")}  # noqa: E731
+    if preset.sft.data:
+        run.supervised(model, preset.sft, "sft", seed)
+        run.save(model, "sft")
+    if test:
+        chance = [1 / len(e.options) if e.options else 0.0 for e in test]
+        found["chance"] = sum(chance) / len(test)
+        found["sft"] = both(run.evaluate(model, engine, test, "before GRPO"))
+    if toy:
+        control = run.evaluate(model, engine, test, "control", prefill=c.careful_prefill)
+        found["control"] = both(control)
 
-    train_grpo(run, model, reference, engine, preset.grpo, rows(preset.grpo.data))
+    train_grpo(run, model, reference, engine, preset.grpo, rl)
     run.save(model, "model")
-    result = run.evaluate(model, engine, test, "GRPO")
-    by_frames = {
-        str(n): run.evaluate(model, engine, test, f"{n} frames", num_frames=n)["accuracy"]
-        for n in map(int, run.config.frame_counts.split(","))
-    }
-    other = run.evaluate(model, engine, rows("test_other.jsonl"), "other environment")
-    wrong = run.evaluate(model, engine, evaluation.swap_media(test), "wrong video")
+    if test:
+        found["grpo"] = both(run.evaluate(model, engine, test, "GRPO"))
+    if toy:
+        counts = map(int, c.frame_counts.split(","))
+        found["grpo"] |= {
+            "by_frames": {str(n): score(test, f"{n} frames", num_frames=n) for n in counts},
+            "other_environment": score(run.rows("test_other.jsonl"), "other environment"),
+            "wrong_video": score(evaluation.swap_media(test), "wrong video"),
+        }
     engine.close()
-    return {
-        "seed": seed,
-        "chance": sum(1 / len(e.options) for e in test) / len(test),
-        "sft": {k: after_sft[k] for k in ("accuracy", "by_category")},
-        "control": {k: control[k] for k in ("accuracy", "by_category")},
-        "grpo": {k: result[k] for k in ("accuracy", "by_category")}
-        | {"by_frames": by_frames, "other_environment": other["accuracy"]}
-        | {"wrong_video": wrong["accuracy"]},
-        "questions": result["questions"],
-        "seconds": run.seconds | {"total": time.time() - run.started},
+    return found | {"seconds": run.seconds | {"total": time.time() - run.started}}
+
+
+# ------------------------------------------------------------------ before a run on a checkpoint
+
+
+def prepare(preset: Preset, world: int) -> tuple[list[str], list[str]]:
+    """Look at all that a run on a checkpoint needs before anything large is loaded: memory and first
+    prompt as lines to show, and a line for each thing that is missing, with what to do."""
+    c, recipe, rows, model, lines, lacks = preset.run, preset.recipe, [], None, [], []
+    sampler = "torch"
+    try:
+        sampler = engine_kind(c.rollout)
+        if c.data is None:
+            raise DataError("no rows: give --data FILE.jsonl, and their media's --video_dir DIR")
+        for path in filter(None, (c.data, preset.sft.data, c.test_data)):
+            rows += data.load_rows(path, c.video_dir)
+    except (DataError, RolloutError) as error:
+        lacks.append(str(error))
+    files = sorted({m.path for e in rows for m in e.media})
+    if gone := [path for path in files if not os.path.isfile(path)]:
+        lacks.append(
+            f"{len(gone)} of {len(files)} media files are missing, the first is {gone[0]}: "
+            "download them, or give the folder that the rows' paths start from as --video_dir"
+        )
+    try:
+        model = load(c.model, weights=False)
+        model.recipe = recipe
+        lines, lacks_memory = memory_plan(preset, model, world, sampler)
+        lacks += lacks_memory
+        if rows and not gone:
+            first = rows[0]
+            media = [model.measure(m, recipe.num_frames, first.id) for m in first.media]
+            prompt = model.build_prompt(first, media, recipe.thinking)
+            lines.append(
+                f"first prompt: {len(prompt.ids)} tokens, {len(prompt.media_at)} of them media, "
+                f"positions up to {int(prompt.positions.max())}:\n{prompt.text}"
+            )
+    except (DataError, ModelError) as error:
+        lacks.append(f"--model {error}" if model is None else str(error))
+    return lines, lacks
+
+
+def memory_plan(preset: Preset, model, world: int, sampler: str) -> tuple[list[str], list[str]]:
+    """bench.memory of a GRPO step on a 640 x 360 video (or 2,000 tokens of text), as lines; a line
+    more if it is not here."""
+    import bench
+
+    c, recipe, config, gib = preset.run, preset.recipe, model.llm.config, 2**30
+    tokens = 2000
+    if "video" in model.takes:
+        seen = model.seen(model.fit("video", recipe.num_frames, 360, 640))
+        tokens = 200 + -(-recipe.num_frames // model.together) * math.prod(seen)
+    shape = {
+        name: getattr(config, name) for name in bench.SHAPES["qwen2.5-vl-7b"] if name != "head_dim"
     }
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    wide = 4 if c.dtype == "float32" else 2
+    part = bench.memory(
+        shape | {"head_dim": head}, tokens, preset.grpo.group * recipe.max_tokens, world, c.sp,
+        c=wide, chunk=max(1, min(8192, 2**28 // config.vocab_size)),
+        prefill=preset.rollout.prefill_tokens if sampler == "vllm" else None,
+    )  # fmt: skip
+    part["tower"] = wide * sum(p.numel() for p in model.tower.parameters())
+    part["total"] += part["tower"]
+    where = f"without a GPU, its memory for {world} ranks"
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world
+    if torch.cuda.is_available():
+        where, have = "a GPU", torch.cuda.get_device_properties(0).total_memory
+    lines = [f"memory of each of {world} ranks in GiB, prompts of {tokens:,} tokens, --sp {c.sp}:"]
+    lines += [f"  {name:12s} {value / gib:8.3f}" for name, value in part.items()]
+    lines.append(f"  {'(here)':12s} {have / gib:8.3f}  {where}")
+    if torch.cuda.is_available() and sampler == "torch":
+        lines.append("sampler: torch, which is slow; for vLLM: pip install -r requirements-gpu.txt")
+    if part["total"] < 0.92 * have:
+        return lines, []
+    return lines, [
+        f"memory: a rank needs {part['total'] / gib:.0f} GiB, {have / gib:.0f} GiB are here "
+        f"({where}): start on 8 GPUs of 80 GB with torchrun --nproc_per_node 8, or take fewer "
+        "--recipe_num_frames, more ranks a sequence (--sp) or a smaller --model"
+    ]
 
 
-def main(argv=None) -> dict:
+def dry_run(preset: Preset) -> None:
+    """Show the settings and what prepare() finds, for 8 ranks or those that are here; the toy is
+    made in a folder of its own, of one video."""
+    world = max(int(os.environ.get("WORLD_SIZE", 8)), preset.run.sp)
+    for name, part in vars(preset).items():
+        if preset.run.model is None or name not in ("toy", "images", "base"):
+            print(f"{name}: " + ", ".join(f"{k}={v!r}" for k, v in asdict(part).items()))
+    with tempfile.TemporaryDirectory() as folder:
+        if preset.run.model is None:
+            run = replace(preset.run, model=f"{folder}/init", data=f"{folder}/data/rl.jsonl")
+            small = replace(preset, toy=ToyConfig(1, 1, 1, 1, 1))
+            make_toy(Run(replace(preset.run, output_dir=folder)), small)
+            preset = replace(preset, run=replace(run, test_data=None), sft=SFTConfig(data=""))
+        lines, lacks = prepare(preset, world)
+    print("\n".join(lines))
+    if lacks:
+        raise DataError("missing for this run:\n  " + "\n  ".join(lacks))
+
+
+def main(argv=None) -> dict | None:
     try:
         preset = parse_options(sys.argv[1:] if argv is None else argv)
+        if preset.run.dry_run:
+            return dry_run(preset)
+        if preset.run.model is not None:
+            lacks = prepare(preset, int(os.environ.get("WORLD_SIZE", 1)))[1]
+            if lacks:
+                raise DataError("missing for this run:\n  " + "\n  ".join(lacks))
         run, toy, c = Run(preset.run), preset.toy, preset.grpo
-        videos = toy.base + toy.sft + toy.rl + toy.test + toy.other
         run.say(
-            PLAN.format(
-                world=run.world, device=run.device, out=run.out, videos=videos, steps=c.steps,
-                prompts=c.prompts, group=c.group, questions=5 * toy.test,
+            (PLAN if preset.run.model is None else PLAN_7B).format(
+                world=run.world, device=run.device, out=run.out, steps=c.steps, prompts=c.prompts,
+                group=c.group, questions=5 * toy.test, frames=preset.recipe.num_frames,
+                videos=toy.base + toy.sft + toy.rl + toy.test + toy.other, model=preset.run.model,
+                data=preset.run.data, sft=f"SFT on {preset.sft.data}, " if preset.sft.data else "",
             )
         )  # fmt: skip
         summary = pipeline(run, preset)
@@ -582,9 +802,10 @@ def main(argv=None) -> dict:
     if run.rank == 0:
         (run.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         evaluation.plot_curves(run.out / "metrics.jsonl", run.out / "curves.png")
-        evaluation.plot_frames(summary, run.out / "frames.png")
+        if "by_frames" in summary.get("grpo", {}):
+            evaluation.plot_frames(summary, run.out / "frames.png")
     run.say(f"\n{evaluation.table(summary)}\n")
-    run.say(f"Look at curves.png, frames.png and samples.jsonl in {run.out}/, ask again with")
+    run.say(f"Look at the pictures and samples.jsonl in {run.out}/, ask again with")
     run.say(f"    python eval.py --model {run.out}/model\nthen read mrsp.py and grpo.py.")
     if dist.is_initialized():
         dist.destroy_process_group()
