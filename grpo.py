@@ -289,9 +289,7 @@ class GRPOConfig(LossConfig):
     grad_clip: float = 1.0  # largest norm of the gradient
     mean_mismatch: float = 0.1  # stop if log-probs of sampler and trainer differ by more on average
     max_mismatch: float = 20.0  # stop if those of a single token differ by more
-    lora_rank: int = (
-        0  # rank of the adapters (LoRA) trained in place of the decoder; 0: no adapters
-    )
+    lora_rank: int = 0  # rank of adapters (LoRA) trained in place of the decoder's weights; 0: none
     lora_alpha: float = 32.0  # what adapters add to a layer is scaled by lora_alpha / lora_rank
 
     def __post_init__(self):

@@ -55,9 +55,7 @@ class SFTConfig:
     warmup: float = 0.03  # share of the steps with rising learning rate; then cosine to 0
     weight_decay: float = 0.0  # decoupled weight decay
     grad_clip: float = 1.0  # largest norm of the gradient
-    lora_rank: int = (
-        0  # rank of the adapters (LoRA) trained in place of the decoder; 0: no adapters
-    )
+    lora_rank: int = 0  # rank of adapters (LoRA) trained in place of the decoder's weights; 0: none
     lora_alpha: float = 32.0  # what adapters add to a layer is scaled by lora_alpha / lora_rank
 
     def __post_init__(self):
