@@ -288,6 +288,8 @@ class GRPOConfig(LossConfig):
     grad_clip: float = 1.0  # largest norm of the gradient
     mean_mismatch: float = 0.1  # stop if log-probs of sampler and trainer differ by more on average
     max_mismatch: float = 20.0  # stop if those of a single token differ by more
+    lora_rank: int = 0  # rank of adapters (LoRA) trained in place of the decoder's weights; 0: none
+    lora_alpha: float = 32.0  # what adapters add to a layer is scaled by lora_alpha / lora_rank
 
     def __post_init__(self):
         counts = self.prompts, self.update_prompts, self.micro_prompts
@@ -297,3 +299,5 @@ class GRPOConfig(LossConfig):
             raise ValueError(f"average must be token or sequence, not {self.average!r}")
         if self.tis_cap < 0 or self.mean_mismatch <= 0 or self.max_mismatch <= 0:
             raise ValueError(f"need tis_cap >= 0 and mismatch limits > 0: {self}")
+        if self.lora_rank < 0 or self.lora_alpha <= 0:
+            raise ValueError(f"need lora_rank >= 0 and lora_alpha > 0: {self}")

@@ -250,11 +250,18 @@ class MultiModal(nn.Module):
 
     def decoder_weights(self):
         """The decoder's tensors by their published names, one after the other, a tied head once:
-        what is saved, and what vLLM gets. Sharded ones are gathered: every rank goes through it."""
+        what is saved, and what samplers get. Sharded ones are gathered: every rank goes through it.
+        Those of layers with an adapter (sft.add_adapters) are what merging it would make them."""
         tied = self.llm.config.tie_word_embeddings
         for name, value in self.llm.state_dict().items():
-            if not (tied and name == "lm_head.weight"):
-                yield name, mrsp.whole(value)
+            if (tied and name == "lm_head.weight") or ".lora_" in name:
+                continue
+            layer, adapted, rest = name.partition(".base_layer")
+            value = mrsp.whole(value)
+            if adapted and rest == ".weight":
+                update = self.llm.get_submodule(layer).get_delta_weight("default").detach()
+                value = (value + update).to(value.dtype)
+            yield layer + rest, value
 
     def save_pretrained(self, folder: str, write: bool = True) -> None:
         """Write the published layout, loadable again. With sharded parameters every rank calls this

@@ -61,7 +61,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
 
-from mrsp import Layout, whole
+from mrsp import Layout
 
 
 class RolloutError(RuntimeError):
@@ -152,8 +152,9 @@ class TorchEngine:
                 )
             self.policy = policy
             return
-        for own, new in zip(self.policy.llm.parameters(), policy.llm.parameters()):
-            own.copy_(whole(new))  # gathered one by one: two full copies never exist
+        own = self.policy.llm.state_dict()
+        for name, new in policy.decoder_weights():  # one by one: two full copies never exist
+            own[name].copy_(new)
 
     def sleep(self) -> None:
         pass  # nothing is held between calls

@@ -567,10 +567,13 @@ def train_grpo(run: Run, model, reference, engine, config: GRPOConfig, rows: lis
         with torch.no_grad():
             for own, new in zip(reference.llm.parameters(), model.llm.parameters()):
                 own.copy_(new)  # sharded alike: each rank copies its own share
-    optimizer = torch.optim.AdamW(
-        model.llm.parameters(), config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay
-    )
     seed = run.config.seed if run.config.rl_seed is None else run.config.rl_seed
+    if config.lora_rank:  # the reference has none
+        sft.add_adapters(model, config.lora_rank, config.lora_alpha, seed)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay
+    )
     with run.stage("grpo"):
         bar = run.bar("grpo", config.steps)(sft.batches(rows, config.prompts, config.steps, seed))
         for step, batch in enumerate(bar):
@@ -585,6 +588,7 @@ def train_grpo(run: Run, model, reference, engine, config: GRPOConfig, rows: lis
                     first = sample["responses"][0]
                     asked = " / ".join(sample["question"].splitlines())
                     tqdm.write(f"step {step}: {asked} -> {first['text']} reward {first['reward']}")
+    sft.merge_adapters(model)
 
 
 # ---------------------------------------------------------------------------------------- main
