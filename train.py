@@ -687,8 +687,8 @@ def pipeline(run: Run, preset: Preset) -> dict:
 
 
 def prepare(preset: Preset, world: int) -> tuple[list[str], list[str]]:
-    """Look at all that a run on a checkpoint needs before anything large is loaded: memory and first
-    prompt as lines to show, and a line for each thing that is missing, with what to do."""
+    """Look at all that a run on a checkpoint needs before anything large is loaded: memory and the
+    first prompt as lines to show, and a line for each thing that is missing, with what to do."""
     c, recipe, rows, model, lines, lacks = preset.run, preset.recipe, [], None, [], []
     sampler = "torch"
     try:
