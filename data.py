@@ -1,24 +1,28 @@
-"""Data: rows of LongVideo-Reason, frames of a video, and a toy data set that a CPU can learn.
+"""Data: rows of LongVideo-Reason, frames and sound of media, a toy data set that a CPU can learn.
 
 The data set (section 3 of the paper; hub name LongVideo-Reason/longvideo-reason) is a JSON-lines
 file, one question a line, with these fields:
 
     problem_id     unique name of the question
     problem        question, then its options one a line: "Which ...?\\nA. red\\nB. blue"
-    data_type      "video" (or "image", "text")
+    data_type      "video" (or "image", "audio", "text")
     problem_type   category: temporal, goal, plot, spatial
     reasoning      the chain of thought that SFT learns from
-    videos         path of the media file, relative to a video directory
+    videos         path of the media file, relative to a video directory; "" for text
     answer         "<answer>B</answer>"
 
-and, as our additions, optional: response (a verbatim SFT target instead of reasoning + answer),
-num_frames (instead of the run's setting) and segment ([start, end] in seconds).
+and, as our additions, optional: response (a verbatim SFT target instead of reasoning + answer);
+of `videos`: a list of paths, all of the kind data_type, num_frames (instead of the run's setting),
+segment ([start, end] in seconds) and audio_track (true: a video's sound is heard as well); and
+`images` and `audios`, lists of paths that come along. Order in the prompt: videos, images, audios.
 
                  load_rows                   load_media
     rows.jsonl ------------> list[Example] ------------> frames (F, H, W, 3) uint8, times (F,) s
-                 checks every field           decord / PIL
-
-F frames, H x W pixels. Frame indices follow VILA: linspace(0, N - 1, F), truncated to int.
+                 checks every  with Media     decord / PIL
+                 field                       load_audio
+                                           ------------> sound (S,) float32, 16,000 samples a second
+                                              PyAV
+F frames, H x W pixels, S samples. Frame indices follow VILA: linspace(0, N - 1, F), truncated.
 
 What other systems do: a video that does not decode is replaced by another one under the same
 question, or dropped. Here bad input is a DataError that names the row or the file, and the caller
@@ -37,32 +41,41 @@ import string
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 FIELDS = ("problem_id", "problem", "data_type", "problem_type", "reasoning", "videos", "answer")
-TYPES = ("video", "image", "text")
+TYPES = ("video", "image", "audio", "text")
 
 
 class DataError(ValueError):
     """Bad input: the message names the file or row and the field, and says what is wrong."""
 
 
+class Medium(NamedTuple):
+    """A file that a question is about, and what is taken from it."""
+
+    kind: str  # "video", "image" or "audio"
+    path: str  # absolute
+    num_frames: int | None = None  # of a video: instead of the run's setting
+    segment: tuple[float, float] | None = None  # [start, end) seconds of a video or audio
+    track: bool = False  # a video whose audio track is heard as well
+
+
 @dataclass(frozen=True)
 class Example:
     """One question. `options` is () for an open-ended one; `answer` is a letter if there are
-    options, else free text; `media` is an absolute path, or "" for text only."""
+    options, else free text; `media` are in the order of the prompt, () for text only."""
 
     id: str
     problem: str
     options: tuple[str, ...]
     answer: str
     category: str
-    media: str
+    media: tuple[Medium, ...]
     data_type: str
     response: str  # what SFT trains on
-    num_frames: int | None = None
-    segment: tuple[float, float] | None = None
 
 
 # ---------------------------------------------------------------------------------------- rows
@@ -82,23 +95,47 @@ def parse_options(problem: str) -> tuple[str, ...]:
     return tuple(text for _, text in found)
 
 
-def parse_row(row: dict, video_dir: str, where: str = "row") -> Example:
-    """One JSON object to an Example, or a DataError that names the row and the field."""
-    name = f"{where} (problem_id {row.get('problem_id', '?')!r})"
-    for field in FIELDS:
-        if not isinstance(row.get(field), str):
-            raise DataError(f"{name}: field {field!r} is missing or not a string")
-    if row["data_type"] not in TYPES:
-        raise DataError(f"{name}: data_type {row['data_type']!r} is not one of {', '.join(TYPES)}")
-    if (row["data_type"] == "text") != (row["videos"] == ""):
-        raise DataError(f"{name}: field 'videos' must be a path, and empty for data_type text")
-    frames, segment, response = (row.get(x) for x in ("num_frames", "segment", "response"))
+def parse_media(row: dict, video_dir: str, name: str) -> tuple[Medium, ...]:
+    """The media of a row, in the order of the prompt. name: what errors call the row."""
+    fields = ("data_type", "num_frames", "segment", "audio_track")
+    kind, frames, segment, track = map(row.get, fields)
     if frames is not None and (type(frames) is not int or frames < 1):
         raise DataError(f"{name}: field 'num_frames' is {frames!r}, not a number of frames")
     if segment is not None:
         numbers = isinstance(segment, list) and all(type(x) in (int, float) for x in segment)
         if not (numbers and len(segment) == 2 and 0 <= segment[0] < segment[1] < float("inf")):
             raise DataError(f"{name}: field 'segment' is {segment!r}, not [start, end] in seconds")
+    if not isinstance(track, bool | None):
+        raise DataError(f"{name}: field 'audio_track' is {track!r}, not true or false")
+    for field in fields[1:]:
+        if row.get(field) and kind != "video" and (field, kind) != ("segment", "audio"):
+            raise DataError(f"{name}: field {field!r} does not go with data_type {kind}")
+    how = (frames, tuple(segment) if segment else None, bool(track))
+    media = []
+    for field, of in (("videos", kind), ("images", "image"), ("audios", "audio")):
+        paths = row.get(field)
+        if kind == "text" and paths != ("" if field == "videos" else None):
+            raise DataError(f"{name}: field {field!r} must be empty for data_type text")
+        if kind == "text" or paths is None:
+            continue
+        if field == "videos" and isinstance(paths, str):
+            paths = [paths]
+        if not (isinstance(paths, list) and paths and all(isinstance(p, str) and p for p in paths)):
+            raise DataError(f"{name}: field {field!r} is {row[field]!r}, not paths of media files")
+        paths = [str(Path(video_dir, path).absolute()) for path in paths]
+        media += [Medium(of, path, *(how if field == "videos" else ())) for path in paths]
+    return tuple(media)
+
+
+def parse_row(row: dict, video_dir: str, where: str = "row") -> Example:
+    """One JSON object to an Example, or a DataError that names the row and the field."""
+    name = f"{where} (problem_id {row.get('problem_id', '?')!r})"
+    for field in FIELDS:
+        if not isinstance(row.get(field), (str, list) if field == "videos" else str):
+            raise DataError(f"{name}: field {field!r} is missing or not a string")
+    if row["data_type"] not in TYPES:
+        raise DataError(f"{name}: data_type {row['data_type']!r} is not one of {', '.join(TYPES)}")
+    media, response = parse_media(row, video_dir, name), row.get("response")
     if response is not None and not (isinstance(response, str) and response.strip()):
         raise DataError(f"{name}: field 'response' is {response!r}, not a text")
     try:
@@ -123,11 +160,9 @@ def parse_row(row: dict, video_dir: str, where: str = "row") -> Example:
         options=options,
         answer=answer,
         category=row["problem_type"],
-        media=str(Path(video_dir, row["videos"]).absolute()) if row["videos"] else "",
+        media=media,
         data_type=row["data_type"],
         response=response,
-        num_frames=frames,
-        segment=tuple(segment) if segment else None,
     )
 
 
@@ -178,15 +213,30 @@ def frame_indices(total: int, n: int, first: int = 0, last: int | None = None) -
     return np.linspace(first, last, min(n, last - first + 1), dtype=int)
 
 
-def load_media(example: Example, num_frames: int) -> tuple[np.ndarray, np.ndarray]:
-    """The frames of an example: (F, H, W, 3) uint8 and their times in seconds (F,) float64.
+@contextmanager
+def named_errors(medium: Medium, kind: str, name: str):
+    """All that goes wrong within becomes a DataError that names the file, and the question `name`
+    if there is one: first of all a file that is missing or empty."""
+    where = f" (question {name})" if name else ""
+    if not os.path.isfile(medium.path):
+        raise DataError(f"{medium.path}: no such file{where}; check the video directory")
+    if os.path.getsize(medium.path) == 0:
+        raise DataError(f"{medium.path}: the file is empty{where}; download it again")
+    try:
+        yield
+    except Exception as error:  # the decoders raise their own types; keep one line of theirs
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+        raise DataError(f"{medium.path}: does not decode as {kind}{where}: {reason}") from None
 
-    An image is one frame at time 0; text has F = 0. The row's own num_frames and segment win over
-    `num_frames`. Raises DataError, naming the file, if it is missing, empty or does not decode.
+
+def load_media(medium: Medium, num_frames: int, name: str = "") -> tuple[np.ndarray, np.ndarray]:
+    """The frames of a video or image: (F, H, W, 3) uint8 and their times in seconds (F,) float64.
+
+    An image is one frame at time 0. The medium's own num_frames and segment win over `num_frames`.
+    Raises DataError, naming the file and the question `name`, if it is missing, empty or does not
+    decode.
     """
-    if example.data_type == "text":
-        return np.zeros((0, 1, 1, 3), np.uint8), np.zeros(0)
-    frames = Frames(example, num_frames)
+    frames = Frames(medium, num_frames, name)
     return frames[:], frames.times
 
 
@@ -195,19 +245,12 @@ class Frames:
     (z - a, H, W, 3) uint8. So ranks that encode a video together decode only their own share.
     times (F,) seconds. Errors as load_media's."""
 
-    def __init__(self, example: Example, num_frames: int):
-        path, self.example, self.reader = example.media, example, None
-        if not os.path.isfile(path):
-            raise DataError(
-                f"{path}: no such file (question {example.id}); check the video directory"
-            )
-        if os.path.getsize(path) == 0:
-            raise DataError(f"{path}: the file is empty (question {example.id}); download it again")
-        self.times = np.zeros(1)
-        if example.data_type == "video":
-            with self.named_errors():
+    def __init__(self, medium: Medium, num_frames: int, name: str = ""):
+        self.medium, self.name, self.reader, self.times = medium, name, None, np.zeros(1)
+        with named_errors(medium, medium.kind, name):
+            if medium.kind == "video":
                 self.reader, self.indices, fps = open_video(
-                    path, example.num_frames or num_frames, example.segment
+                    medium.path, medium.num_frames or num_frames, medium.segment
                 )
                 self.times = self.indices / fps
 
@@ -215,24 +258,13 @@ class Frames:
         return len(self.times)
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        with self.named_errors():
+        with named_errors(self.medium, self.medium.kind, self.name):
             if self.reader is not None:
                 return self.reader.get_batch(self.indices[part]).asnumpy()
             from PIL import Image
 
-            with Image.open(self.example.media) as image:
+            with Image.open(self.medium.path) as image:
                 return np.array(image.convert("RGB"))[None][part]
-
-    @contextmanager
-    def named_errors(self):
-        try:
-            yield
-        except Exception as error:  # decord and PIL raise their own types; keep one line of theirs
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
-            e = self.example
-            raise DataError(
-                f"{e.media}: does not decode as {e.data_type} (question {e.id}): {reason}"
-            ) from None
 
 
 def open_video(path: str, num_frames: int, segment=None):
@@ -266,6 +298,68 @@ def check_whole(path: str, frames: int, end: float) -> None:
         raise DataError(
             f"the file is cut off: {frames} frames of {declared}, {end:.1f} s of {seconds:.1f} s"
         )
+
+
+def load_audio(medium: Medium, rate: int = 16000, name: str = "") -> np.ndarray:
+    """The sound of an audio file, or of a video's audio track: (S,) float32 in [-1, 1], `rate`
+    samples a second, the mean of its channels. A segment's first sample is at its start.
+
+    Second 0 is that of the video, if the file has one: a track that starts later is padded with
+    silence, one that starts earlier is cut. Errors as load_media's; sound with gaps is one.
+    """
+    import av
+
+    with (
+        named_errors(medium, "audio", name),
+        av.open(medium.path, metadata_errors="replace") as container,  # old tags are not UTF-8
+    ):
+        if not container.streams.audio:
+            raise DataError("the file has no audio stream")
+        stream = container.streams.audio[0]
+        # Planar floats of all channels: libav's own way from floats to mono leaves [-1, 1].
+        resampler, parts, error = av.AudioResampler("fltp", rate=rate), [], None
+        mono = lambda f: [x.to_ndarray().mean(0) for x in resampler.resample(f) if x]  # noqa: E731
+        try:
+            for frame in container.decode(stream):
+                parts += mono(frame)
+        except av.InvalidDataError as wrong:  # at the end of an .mp3 this is a tag
+            error = wrong
+        parts += mono(None)  # what the resampler holds back
+        check_sound(medium.path, container, stream, sum(map(len, parts)) / rate, error)
+        zero = start_of((container.streams.video or [stream])[0])
+        late = round(rate * (start_of(stream) - zero))
+        sound = np.concatenate([np.zeros(max(late, 0), np.float32), *parts])[max(-late, 0) :]
+        if medium.segment is not None:
+            start, end = (int(np.ceil(x * rate - 1e-6)) for x in medium.segment)
+            sound = sound[start:end]
+        if len(sound) == 0:
+            raise DataError(f"there is no sound (segment: {medium.segment})")
+        return sound.clip(-1, 1)
+
+
+def start_of(stream) -> float:
+    """When a stream begins, in seconds."""
+    return float((stream.start_time or 0) * stream.time_base)
+
+
+def check_sound(path: str, container, stream, seconds: float, error: Exception | None) -> None:
+    """DataError if fewer seconds were decoded, until an error or the end, than the file's header
+    tells. An Ogg file, a raw .aac and an .mp3 without its encoder's tag tell nothing: cut off, they
+    are shorter sounds."""
+    stated = float((stream.duration or 0) * stream.time_base)
+    if container.format.name in ("aac", "mp3") and not stream.start_time:
+        stated = 0.0  # libav's guess from the bit rate, 4 times too long if that varies
+    elif stream.duration is None and len(container.streams) == 1:  # Matroska
+        stated = (container.duration or 0) / 1e6 - start_of(stream)
+    elif container.format.name == "wav":  # libav goes by the length of the file
+        with open(path, "rb") as file:
+            form, size = file.read(4), int.from_bytes(file.read(4), "little")
+        if form == b"RIFF" and size < 2**31 - 2**16:  # else written as a stream, without a length
+            stated *= size / os.path.getsize(path)
+    if error is not None and (not stated or seconds < stated - 0.1):
+        raise error
+    if seconds < 0.98 * stated - 0.1:
+        raise DataError(f"the sound is cut off or has gaps: {seconds:.1f} s of {stated:.1f} s")
 
 
 # ------------------------------------------------------------------------------------- the toy
@@ -546,7 +640,6 @@ if __name__ == "__main__":
     toy_build(target, ToyConfig(base=4, sft=4, rl=4, test=4, other=4), seed=0)
     for split in ("base", "sft", "test"):
         for example in load_rows(f"{target}/{split}.jsonl")[:3]:
-            media, times = load_media(example, 64)
-            print(
-                split, media.shape, f"{times[-1:]} s", repr(example.problem), "->", example.response
-            )
+            frames, times = load_media(example.media[0], 64)
+            shown = split, frames.shape, f"{times[-1:]} s", repr(example.problem)
+            print(*shown, "->", example.response)

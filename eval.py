@@ -37,16 +37,22 @@ from rollout import RolloutConfig, RolloutError, Sampling, make_engine
 
 
 def swap_media(examples: list) -> list:
-    """The wrong-video control: every question about the video (or image) that stands half the set
-    away, with that one's segment. Text questions have none, and stay."""
-    other = {}
-    for kind in ("video", "image"):
-        media = list(dict.fromkeys((e.media, e.segment) for e in examples if e.data_type == kind))
-        if len({path for path, _ in media}) == 1:
+    """The wrong-media control: every question about the media that stand half the set away among
+    those of the same kinds, with their segments; each medium's num_frames stay. Text questions
+    have none, and stay."""
+    sets, swap, swapped = {}, {}, []
+    keys = [tuple(m._replace(num_frames=None) for m in e.media) for e in examples]
+    for media in dict.fromkeys(keys):
+        sets.setdefault(tuple((m.kind, m.track) for m in media), []).append(media)
+    for kinds, media in sets.items():
+        if kinds and len({tuple(m.path for m in own) for own in media}) == 1:
+            kind = "+".join(kind for kind, _ in kinds)
             raise DataError(f"the wrong-{kind} control needs questions about at least two of them")
-        other |= {m: media[(i + len(media) // 2) % len(media)] for i, m in enumerate(media)}
-    swap = lambda e: dict(zip(("media", "segment"), other[e.media, e.segment]))  # noqa: E731
-    return [replace(e, **swap(e)) if e.media else e for e in examples]
+        swap |= {m: media[(i + len(media) // 2) % len(media)] for i, m in enumerate(media)}
+    for e, key in zip(examples, keys):
+        media = [new._replace(num_frames=m.num_frames) for new, m in zip(swap[key], e.media)]
+        swapped.append(replace(e, media=tuple(media)))
+    return swapped
 
 
 def evaluate(

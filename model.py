@@ -61,9 +61,17 @@ from transformers import (
 )
 
 import mrsp
-from data import Example, Frames
+from data import Example, Frames, Medium
 
 AttentionInterface.register("mrsp", mrsp.mrsp_attention)
+
+
+def only(example: Example) -> Medium:
+    """The video or image of a question that has one medium."""
+    if len(example.media) > 1 or example.media[0].kind == "audio" or example.media[0].track:
+        raise ModelError(f"question {example.id}: several media, or sound, are not supported yet")
+    return example.media[0]
+
 
 # The user turn in thinking mode; {problem} is the question with its options (section 4; our words).
 THINKING = (
@@ -237,19 +245,20 @@ class VisionLanguage(nn.Module):
         """Features of an example's media; None for text. Computed once: on a hit of the
         cache the file is not even decoded. No gradient: for a frozen tower. group: ranks that all
         call this for the same examples in the same order, and encode a video together."""
-        if example.data_type == "text":
+        if not example.media:
             return None
+        medium = only(example)
 
         def compute():  # each rank of the group decodes and encodes its share, 64 at a time
-            frames = Frames(example, num_frames)
+            frames = Frames(medium, num_frames, example.id)
 
             def encode(at: range) -> Tensor:
                 return torch.cat([self.encode(frames[i : min(i + 64, at.stop)]) for i in at[::64]])
 
             return mrsp.encode_parallel(encode, range(len(frames)), group, self.together)
 
-        taken = (example.num_frames or num_frames, example.segment, example.data_type)
-        content = mrsp.file_hash(example.media) if os.path.isfile(example.media) else example.media
+        taken = (medium.num_frames or num_frames, medium.segment, medium.kind)
+        content = mrsp.file_hash(medium.path) if os.path.isfile(medium.path) else medium.path
         key = mrsp.media_key(content, self.encoder_hash(), *taken)
         return self.cache.get(key, compute, group)
 
@@ -559,7 +568,7 @@ class VILA(VisionLanguage):
     def features_trainable(self, examples: list[Example], num_frames: int) -> list[Tensor | None]:
         """features() of several examples, with gradients into tower and projector; no cache. The
         ranks of a sequence have the same examples, and encode them as one row of frames."""
-        media = {i: Frames(e, num_frames) for i, e in enumerate(examples) if e.data_type != "text"}
+        media = {i: Frames(only(e), num_frames, e.id) for i, e in enumerate(examples) if e.media}
         if not media:
             return [None] * len(examples)
         encode = lambda parts: torch.cat(self.encode_many(parts))  # noqa: E731
@@ -758,9 +767,9 @@ class QwenVL(VisionLanguage):
         features = super().features(example, num_frames, group)
         if features is None:
             return None
-        key = (example.media, example.segment, example.num_frames or num_frames)
+        key = (example.media, num_frames)
         if key not in self.seconds:
-            self.seconds[key] = self.group_seconds(Frames(example, num_frames))
+            self.seconds[key] = self.group_seconds(Frames(only(example), num_frames, example.id))
         return Media(features, self.seconds[key])
 
     def features_trainable(self, examples: list[Example], num_frames: int) -> list[Media | None]:
@@ -768,17 +777,18 @@ class QwenVL(VisionLanguage):
         all ranks of the sequence: their sizes differ."""
 
         def one(example: Example) -> Media:
-            frames, encode = Frames(example, num_frames), lambda part: self.encode_many([part])[0]
+            frames = Frames(only(example), num_frames, example.id)
+            encode = lambda part: self.encode_many([part])[0]  # noqa: E731
             features = mrsp.encode_parallel(encode, frames, self.mesh.sp_group, self.together)
             return Media(features, self.group_seconds(frames))
 
-        return [None if e.data_type == "text" else one(e) for e in examples]
+        return [one(e) if e.media else None for e in examples]
 
     @staticmethod
     def group_seconds(frames: Frames) -> float:
         """DEVIATION 4: twice the mean distance of the frames taken (s), as float32 holds it: that
         is how vLLM gets it. A video of one frame: 1.0, which no position depends on."""
-        if frames.example.data_type == "image":
+        if frames.medium.kind == "image":
             return 0.0
         times = frames.times
         return float(np.float32(2 * (times[-1] - times[0]) / (len(times) - 1 or 1))) or 1.0
@@ -786,7 +796,7 @@ class QwenVL(VisionLanguage):
     def place(self, example: Example, media: Media) -> tuple:
         """Features (N, D), <|vision_start|> N pads <|vision_end|>, where the pads are, the Grid."""
         t, h, w, _ = media.features.shape
-        kind, n = "image" if example.data_type == "image" else "video", t * h * w
+        kind, n = only(example).kind, t * h * w
         start, end = self.ids["<|vision_start|>"], self.ids["<|vision_end|>"]
         ids = [start, *[self.ids[f"<|{kind}_pad|>"]] * n, end]
         grid = Grid(kind, t, 2 * h, 2 * w, media.seconds)

@@ -59,14 +59,13 @@ def group_rows(examples, texts: int) -> list[list]:
     """Rows that share their media, in groups of at most `texts`. Text rows share "no media".
 
     >>> from types import SimpleNamespace as S
-    >>> rows = [S(media=m, segment=s, num_frames=None) for m, s in ("a0", "a0", "b0", "a0", "a1")]
-    >>> [[r.media + r.segment for r in g] for g in group_rows(rows, 2)]
-    [['a0', 'a0'], ['a0'], ['b0'], ['a1']]
+    >>> rows = [S(media=tuple(m)) for m in ("a", "a", "b", "a", "ab", "")]
+    >>> [["".join(r.media) for r in g] for g in group_rows(rows, 2)]
+    [['a', 'a'], ['a'], ['b'], ['ab'], ['']]
     """
     by_media = {}
-    for example in examples:
-        key = (example.media, example.segment, example.num_frames)
-        by_media.setdefault(key, []).append(example)
+    for example in examples:  # as a Medium has its segment and num_frames, these are shared too
+        by_media.setdefault(example.media, []).append(example)
     return [rows[i : i + texts] for rows in by_media.values() for i in range(0, len(rows), texts)]
 
 
@@ -131,7 +130,7 @@ def train(model, rows, config: SFTConfig, seed=0, bar=iter, log=None) -> None:
     schedules = [get_cosine_schedule_with_warmup(o, warm, config.steps) for o in opts]
 
     def size(group):  # roughly its tokens (4 characters each)
-        media = (group[0].num_frames or frames) if group[0].media else 0
+        media = sum(m.num_frames or frames for m in group[0].media)
         return media + sum(len(r.problem) + len(r.response) for r in group) / 4
 
     model.train()

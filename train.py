@@ -401,7 +401,8 @@ def grpo_step(
     if examples:
         e = examples[0]
         sample = {"step": step, "problem_id": e.id, "question": e.problem, "answer": e.answer}
-        sample |= {"num_frames": e.num_frames or model.recipe.num_frames, "prompt": prompts[0].text}
+        frames = e.media and e.media[0].num_frames or model.recipe.num_frames
+        sample |= {"num_frames": frames, "prompt": prompts[0].text}
         sample["responses"] = [{"text": a.text} | g for a, g in zip(answers[0], graded[0])]
     cache = model.cache
     sums |= {"cache_hits": cache.hits, "cache_misses": cache.misses, "cache_bytes": cache.bytes}
