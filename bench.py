@@ -57,7 +57,7 @@ from data import Example
 from model import VILA, Policy, Prompt
 from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, VLLMEngine
 
-QUESTION = Example("", "user", (), "", "", "", "video", "")
+QUESTION = Example("", "user", (), "", "", (), "video", "")
 BARS = {  # encoded once by all ranks? sequence parallel? shared prefix?
     "none": (False, False, False),
     "stage 1": (True, False, False),

@@ -16,12 +16,13 @@ of `videos`: a list of paths, all of the kind data_type, num_frames (instead of 
 segment ([start, end] in seconds) and audio_track (true: a video's sound is heard as well); and
 `images` and `audios`, lists of paths that come along. Order in the prompt: videos, images, audios.
 
-                 load_rows                   load_media
-    rows.jsonl ------------> list[Example] ------------> frames (F, H, W, 3) uint8, times (F,) s
-                 checks every  with Media     decord / PIL
-                 field                       load_audio
-                                           ------------> sound (S,) float32, 16,000 samples a second
-                                              PyAV
+                 load_rows                 load_media
+    rows.jsonl ------------> list[Example] ----------> frames (F, H, W, 3) uint8, times (F,) s
+               checks every  with their    decord / PIL
+               field         Media         load_audio
+                                           ----------> sound (S,) float32, 16,000 samples a second
+                                           PyAV
+
 F frames, H x W pixels, S samples. Frame indices follow VILA: linspace(0, N - 1, F), truncated.
 
 What other systems do: a video that does not decode is replaced by another one under the same
@@ -133,7 +134,7 @@ def parse_row(row: dict, video_dir: str, where: str = "row") -> Example:
     name = f"{where} (problem_id {row.get('problem_id', '?')!r})"
     for field in FIELDS:
         if not isinstance(row.get(field), (str, list) if field == "videos" else str):
-            raise DataError(f"{name}: field {field!r} is missing or not a string")
+            raise DataError(f"{name}: field {field!r} is missing or of a wrong type")
     if row["data_type"] not in TYPES:
         raise DataError(f"{name}: data_type {row['data_type']!r} is not one of {', '.join(TYPES)}")
     media, response = parse_media(row, video_dir, name), row.get("response")
@@ -328,7 +329,7 @@ def load_audio(medium: Medium, rate: int = 16000, name: str = "") -> np.ndarray:
         try:
             for frame in container.decode(stream):
                 parts += mono(frame)
-        except av.InvalidDataError as wrong:  # behind the end of an .mp3 this is a tag
+        except av.InvalidDataError as wrong:  # at the end of an .mp3 this is a tag
             error = wrong
         parts += mono(None)  # what the resampler holds back
         check_sound(medium.path, container, stream, sum(map(len, parts)) / rate, error)
@@ -362,7 +363,7 @@ def check_sound(path: str, container, stream, seconds: float, error: Exception |
             form, size = file.read(4), int.from_bytes(file.read(4), "little")
         if form == b"RIFF" and size < 2**31 - 2**16:  # else written as a stream, without a length
             stated *= size / os.path.getsize(path)
-    if error is not None and (not stated or seconds < stated - 0.01):
+    if error is not None and (not stated or seconds < stated - 0.1):
         raise error
     if seconds < 0.98 * stated - 0.1:
         raise DataError(f"the sound is cut off or has gaps: {seconds:.1f} s of {stated:.1f} s")

@@ -207,7 +207,7 @@ def test_an_entry_evicted_while_it_is_opened_is_a_miss(tmp_path, monkeypatch, ca
 
 def test_cached_embeddings_equal_fresh_ones_and_skip_decoding(toy, model, tmp_path, monkeypatch):
     row = data.load_rows(str(toy / "rl.jsonl"))[0]
-    fresh = model.encode(data.load_media(row, 6)[0])
+    fresh = model.encode(data.load_media(row.media[0], 6)[0])
     model.cache = first = mrsp.EmbeddingCache(str(tmp_path))
     assert torch.equal(model.features(row, 6), fresh)
     calls = []
@@ -222,18 +222,21 @@ def test_the_key_changes_with_all_that_the_embedding_depends_on(toy, model, tmp_
     rows = data.load_rows(str(toy / "rl.jsonl"))
     row = rows[0]
     copy = tmp_path / "same.mp4"
-    copy.write_bytes(Path(row.media).read_bytes())
+    copy.write_bytes(Path(row.media[0].path).read_bytes())
+    changed = lambda **how: replace(row, media=(row.media[0]._replace(**how),))  # noqa: E731
     model.features(row, 6)
-    model.features(replace(row, media=str(copy)), 6)  # same content under another name: a hit
-    model.features(replace(row, num_frames=6), 9)  # a row's own number of frames counts
+    model.features(changed(path=str(copy)), 6)  # same content under another name: a hit
+    model.features(changed(num_frames=6), 9)  # a medium's own number of frames counts
     assert (model.cache.hits, model.cache.misses) == (2, 1)
 
     model.features(row, 5)
-    model.features(replace(row, segment=(0.0, 20.0)), 6)
+    model.features(changed(segment=(0.0, 20.0)), 6)
     other = next(r for r in rows if r.media != row.media)
     features = model.features(other, 6)
-    copy.write_bytes(Path(other.media).read_bytes())  # new content under a known name: a hit of it
-    assert torch.equal(model.features(replace(row, media=str(copy)), 6), features)
+    copy.write_bytes(
+        Path(other.media[0].path).read_bytes()
+    )  # new content under a known name: a hit of it
+    assert torch.equal(model.features(changed(path=str(copy)), 6), features)
     assert (model.cache.hits, model.cache.misses) == (3, 4)
 
     changes = [
@@ -247,7 +250,7 @@ def test_the_key_changes_with_all_that_the_embedding_depends_on(toy, model, tmp_
         model.forget_encoder()
         features = model.features(row, 6)
         assert (model.cache.hits, model.cache.misses) == (3, 5 + n)
-        assert torch.equal(features, model.encode(data.load_media(row, 6)[0]))
+        assert torch.equal(features, model.encode(data.load_media(row.media[0], 6)[0]))
     model.llm.model.norm.weight.data.mul_(2.0)  # not a part of the encoder
     model.forget_encoder()
     model.features(row, 6)

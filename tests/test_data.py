@@ -1,4 +1,4 @@
-"""Properties of data.py: frames, rows, every kind of bad input, and the toy.
+"""Properties of data.py: frames, sound, rows, every kind of bad input, and the toy.
 
 The test video shows the number of each frame as 8 black or white tiles, so that a frame taken in
 another one's place is seen. Broken videos are decoded in a child process with a time limit: a
@@ -10,16 +10,26 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from conftest import sine, write_video_with_audio, write_wav
 from PIL import Image
 
 import data
-from data import DataError, Example, ToyConfig, frame_indices, load_media, load_rows, write_mp4
+from data import (
+    DataError,
+    Example,
+    Medium,
+    ToyConfig,
+    frame_indices,
+    load_audio,
+    load_media,
+    load_rows,
+    write_mp4,
+)
 
 
 def numbered_frames(n):
@@ -41,9 +51,8 @@ def psnr(a, b):
     return 10 * np.log10(255**2 / np.maximum(error, 1e-9))
 
 
-def example(media, data_type="video", **changes):
-    plain = Example("q7", "Which?", (), "x", "plot", str(media), data_type, "")
-    return replace(plain, **changes)
+def medium(path, kind="video", **how):
+    return Medium(kind, str(path), **how)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +110,7 @@ def test_impossible_frame_indices_are_errors(arguments):
 
 @pytest.mark.parametrize("n", (1, 2, 7, 64, 70, 100))
 def test_a_written_video_gives_back_its_frames_and_times(clip, n):
-    frames, times = load_media(example(clip), n)
+    frames, times = load_media(medium(clip), n)
     indices = frame_indices(70, n)
     assert frames.shape == (min(n, 70), 32, 32, 3) and frames.dtype == np.uint8
     assert numbers_of(frames).tolist() == indices.tolist()
@@ -111,17 +120,17 @@ def test_a_written_video_gives_back_its_frames_and_times(clip, n):
 
 def test_only_the_frames_asked_for_are_decoded(clip):
     """Ranks that share a video each decode a slice; together they have what one would have."""
-    frames, asked = data.Frames(example(clip), 9), []
+    frames, asked = data.Frames(medium(clip), 9), []
     reader, frames.reader = frames.reader, type("Reader", (), {})()
     frames.reader.get_batch = lambda at: asked.append(at.tolist()) or reader.get_batch(at)
     parts = [frames[0:4], frames[4:8], frames[8:12]]
     assert asked == [frame_indices(70, 9)[i : i + 4].tolist() for i in (0, 4, 8)]
-    assert np.array_equal(np.concatenate(parts), load_media(example(clip), 9)[0])
+    assert np.array_equal(np.concatenate(parts), load_media(medium(clip), 9)[0])
 
 
 def test_times_follow_the_frame_rate(tmp_path):
     write_mp4(str(tmp_path / "v.mp4"), numbered_frames(30), fps=10)
-    frames, times = load_media(example(tmp_path / "v.mp4", segment=(0.5, 2.5)), 3)
+    frames, times = load_media(medium(tmp_path / "v.mp4", segment=(0.5, 2.5)), 3)
     assert numbers_of(frames).tolist() == [5, 14, 24]
     assert times == pytest.approx([0.5, 1.4, 2.4], abs=1e-9)
 
@@ -131,14 +140,14 @@ def test_colours_and_sides_are_not_swapped(tmp_path):
     frames[:, :16, :, 0] = 220  # red above; below, blue on the right
     frames[:, 16:, 32:, 2] = 220
     write_mp4(str(tmp_path / "v.mp4"), frames)
-    assert psnr(load_media(example(tmp_path / "v.mp4"), 8)[0], frames).min() > 30
+    assert psnr(load_media(medium(tmp_path / "v.mp4"), 8)[0], frames).min() > 30
 
 
 def test_a_toy_video_keeps_its_noise_and_its_flashes(tmp_path):
     rng = np.random.default_rng(0)
     frames = data.toy_frames(data.toy_scene(rng), rng)
     write_mp4(str(tmp_path / "v.mp4"), frames)
-    quality = psnr(load_media(example(tmp_path / "v.mp4"), 256)[0], frames)
+    quality = psnr(load_media(medium(tmp_path / "v.mp4"), 256)[0], frames)
     assert np.median(quality) > 36 and quality.min() > 26  # small flashes lose half their colour
 
 
@@ -159,7 +168,7 @@ def test_writing_leaves_only_the_finished_file(clip):
     ],
 )
 def test_a_segment_gives_the_frames_within_it(clip, segment, expected):
-    frames, times = load_media(example(clip, segment=segment), 4)
+    frames, times = load_media(medium(clip, segment=segment), 4)
     assert numbers_of(frames).tolist() == expected
     assert times.tolist() == [i / 4 for i in expected]
 
@@ -167,11 +176,11 @@ def test_a_segment_gives_the_frames_within_it(clip, segment, expected):
 @pytest.mark.parametrize("segment", ((17.5, 20), (99, 100), (2.05, 2.2)))
 def test_a_segment_without_frames_is_an_error(clip, segment):
     with pytest.raises(DataError, match=re.escape(str(clip))):
-        load_media(example(clip, segment=segment), 4)
+        load_media(medium(clip, segment=segment), 4)
 
 
 def test_num_frames_of_a_row_wins(clip):
-    assert numbers_of(load_media(example(clip, num_frames=3), 64)[0]).tolist() == [0, 34, 69]
+    assert numbers_of(load_media(medium(clip, num_frames=3), 64)[0]).tolist() == [0, 34, 69]
 
 
 @pytest.mark.parametrize("mode", ("RGB", "RGBA", "L", "P"))
@@ -179,33 +188,28 @@ def test_an_image_is_one_frame_at_time_zero(tmp_path, mode):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     image = Image.fromarray(pixels).convert(mode)
     image.save(tmp_path / "i.png")
-    frames, times = load_media(example(tmp_path / "i.png", "image"), 64)
+    frames, times = load_media(medium(tmp_path / "i.png", "image"), 64)
     assert frames.dtype == np.uint8 and times.tolist() == [0.0]
     assert np.array_equal(frames, np.array(image.convert("RGB"))[None])
-
-
-def test_text_has_no_frames():
-    frames, times = load_media(example("", "text"), 64)
-    assert len(frames) == 0 and frames.ndim == 4 and len(times) == 0
 
 
 # ---------------------------------------------------------------------------------- broken media
 
 
-def load_in_a_child(path, data_type="video", seconds=30):
+def load_in_a_child(path, kind="video", seconds=30):
     """(outcome, text): "DataError" and its message, or "loaded" and the number of frames. A hang,
     a crash of the process or another exception fails the test and says which."""
     code = (
         "import sys, data\n"
-        "e = data.Example('q7', 'Which?', (), 'x', 'plot', sys.argv[1], sys.argv[2], '')\n"
+        "m = data.Medium(sys.argv[2], sys.argv[1])\n"
         "try:\n"
-        "    print('loaded', len(data.load_media(e, 8)[0]), sep='\\t')\n"
+        "    print('loaded', len(data.load_media(m, 8, 'q7')[0]), sep='\\t')\n"
         "except data.DataError as error:\n"
         "    print('DataError', str(error), sep='\\t')\n"
     )
     try:
         child = subprocess.run(
-            [sys.executable, "-c", code, str(path), data_type],
+            [sys.executable, "-c", code, str(path), kind],
             cwd=Path(data.__file__).parent,
             capture_output=True,
             text=True,
@@ -219,8 +223,8 @@ def load_in_a_child(path, data_type="video", seconds=30):
     return outcome, text
 
 
-def assert_refused(path, data_type="video"):
-    outcome, text = load_in_a_child(path, data_type)
+def assert_refused(path, kind="video"):
+    outcome, text = load_in_a_child(path, kind)
     assert outcome == "DataError", f"{outcome}: {text}"
     assert text.startswith(f"{path}: ") and "q7" in text and "\n" not in text, text
 
@@ -246,7 +250,7 @@ def faststart(clip, tmp_path_factory):
                 target.mux(packet)
     content = path.read_bytes()
     assert content.find(b"moov") < content.find(b"mdat")
-    assert numbers_of(load_media(example(path), 70)[0]).tolist() == list(range(70))
+    assert numbers_of(load_media(medium(path), 70)[0]).tolist() == list(range(70))
     return path
 
 
@@ -296,10 +300,10 @@ def test_a_video_with_garbage_in_the_middle_is_refused(clip, tmp_path):
     assert_refused(tmp_path / "v.mp4")
 
 
-@pytest.mark.parametrize("data_type", ("video", "image"))
-def test_text_under_a_media_name_is_refused(tmp_path, data_type):
+@pytest.mark.parametrize("kind", ("video", "image"))
+def test_text_under_a_media_name_is_refused(tmp_path, kind):
     (tmp_path / "v.mp4").write_text("<html>404 not found</html>\n" * 50)
-    assert_refused(tmp_path / "v.mp4", data_type)
+    assert_refused(tmp_path / "v.mp4", kind)
 
 
 def test_a_truncated_image_is_refused(tmp_path):
@@ -310,8 +314,8 @@ def test_a_truncated_image_is_refused(tmp_path):
     assert_refused(tmp_path / "i.png", "image")
 
 
-@pytest.mark.parametrize("data_type", ("video", "image"))
-def test_a_missing_or_empty_file_or_a_directory_is_refused_by_name(tmp_path, data_type):
+@pytest.mark.parametrize("kind", ("video", "image", "audio"))
+def test_a_missing_or_empty_file_or_a_directory_is_refused_by_name(tmp_path, kind):
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "directory.mp4").mkdir()
     for name, words in (
@@ -319,10 +323,202 @@ def test_a_missing_or_empty_file_or_a_directory_is_refused_by_name(tmp_path, dat
         ("empty", "is empty"),
         ("directory", "no such file"),
     ):
-        with pytest.raises(DataError, match=words) as error:
-            load_media(example(tmp_path / f"{name}.mp4", data_type), 8)
-        message = str(error.value)
-        assert message.startswith(f"{tmp_path}/{name}.mp4: ") and "\n" not in message
+        m = medium(tmp_path / f"{name}.mp4", kind)
+        for question, where in (("", ""), ("q7", " (question q7)")):
+            with pytest.raises(DataError, match=words) as error:
+                load_audio(m, name=question) if kind == "audio" else load_media(m, 8, question)
+            assert str(error.value).startswith(f"{m.path}: ") and "\n" not in str(error.value)
+            assert f"{words}{where}; " in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------- sound
+
+
+def tone(sound, rate=16000):
+    """(Hz, amplitude) of the loudest tone in a sound."""
+    spectrum = np.abs(np.fft.rfft(sound * np.hanning(len(sound)), 8 * len(sound)))
+    return spectrum.argmax() * rate / 8 / len(sound), 4 * spectrum.max() / len(sound)
+
+
+def write_audio(path, codec, seconds=2.0, rate=16000, hz=440, gain=1.0, **container):
+    """A mono tone through a codec of PyAV; its container is told by the name's ending."""
+    with av.open(str(path), "w", options=container) as target:
+        stream = target.add_stream(codec, rate=rate, layout="mono")
+        sound = gain * sine(seconds, rate, hz)[None]
+        to_codec = av.AudioResampler(stream.codec_context.format, "mono", rate)
+        for i in range(0, sound.shape[1], 1024):
+            part = av.AudioFrame.from_ndarray(sound[:, i : i + 1024], "fltp", "mono")
+            part.rate, part.pts = rate, i
+            for frame in to_codec.resample(part):
+                target.mux(stream.encode(frame))
+        target.mux(stream.encode())
+    return path
+
+
+def refused(path, *words, kind="audio", **how):
+    with pytest.raises(DataError) as error:
+        load_audio(medium(path, kind, **how), name="q7")
+    message = str(error.value)
+    assert message.startswith(f"{path}: does not decode as audio (question q7): ")
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("channels", (1, 2, 3))
+@pytest.mark.parametrize("rate", (8000, 16000, 44100, 48000))
+def test_a_tone_keeps_its_pitch_length_and_loudness(tmp_path, rate, channels):
+    write_wav(tmp_path / "a.wav", 2.5, rate, channels=channels)
+    sound = load_audio(medium(tmp_path / "a.wav", "audio"))
+    assert sound.dtype == np.float32 and sound.ndim == 1 and abs(len(sound) - 40000) <= 1
+    assert tone(sound) == (pytest.approx(440, rel=0.01), pytest.approx(0.5, rel=0.05))
+    middle = slice(1000, 39000)  # in phase too: nothing is shifted
+    assert np.abs(sound[middle] - sine(2.5, 16000, 440)[middle]).max() < 0.005
+    assert len(load_audio(medium(tmp_path / "a.wav", "audio"), 24000)) == pytest.approx(60000, 1e-4)
+
+
+def test_channels_are_averaged(tmp_path):
+    write_wav(tmp_path / "a.wav", 1, channels=2)
+    content = bytearray((tmp_path / "a.wav").read_bytes())
+    samples = np.frombuffer(content, "<i2", offset=44)
+    samples[1::2] = 0  # silence on the right
+    (tmp_path / "a.wav").write_bytes(content)
+    assert tone(load_audio(medium(tmp_path / "a.wav", "audio")))[1] == pytest.approx(0.25, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "name, codec",
+    [
+        ("a.mp3", "libmp3lame"),
+        ("a.flac", "flac"),
+        ("a.m4a", "aac"),
+        ("a.opus", "libopus"),
+        ("a.mka", "flac"),
+        ("24.wav", "pcm_s24le"),
+        ("float.wav", "pcm_f32le"),
+        ("u8.wav", "pcm_u8"),
+    ],
+)
+def test_any_codec_is_heard_the_same(tmp_path, name, codec):
+    rate = 48000 if codec == "libopus" else 44100
+    sound = load_audio(medium(write_audio(tmp_path / name, codec, rate=rate), "audio"))
+    assert len(sound) == pytest.approx(32000, rel=0.015)
+    assert tone(sound) == (pytest.approx(440, rel=0.01), pytest.approx(0.5, rel=0.05))
+
+
+def test_sound_beyond_full_scale_is_clipped(tmp_path):
+    path = write_audio(tmp_path / "a.wav", "pcm_f32le", gain=4)
+    sound = load_audio(medium(path, "audio"))
+    assert sound.min() == -1 and sound.max() == 1
+
+
+@pytest.mark.parametrize("start", (0.0, 0.75))
+@pytest.mark.parametrize("ending", ("mp4", "mkv"))
+def test_the_track_of_a_video_keeps_the_video_s_time(tmp_path, start, ending):
+    path = tmp_path / f"v.{ending}"
+    write_video_with_audio(path, numbered_frames(16), 4, 3, 880, start)
+    sound = load_audio(medium(path, track=True))
+    assert abs(len(sound) / 16000 - start - 3) < 0.07  # AAC ends with a whole block
+    first = np.flatnonzero(np.abs(sound) > 0.1)[0] / 16000
+    assert first == pytest.approx(start, abs=0.02)
+    assert tone(sound[-32000:-8000]) == (pytest.approx(880, rel=0.01), pytest.approx(0.5, rel=0.05))
+    assert numbers_of(load_media(medium(path), 64)[0]).tolist() == list(range(16))
+    part = load_audio(medium(path, segment=(0.5, 1.5)))
+    assert np.array_equal(part, sound[8000:24000])
+
+
+def test_a_track_that_begins_before_its_video_is_cut(tmp_path):
+    path = tmp_path / "v.mp4"
+    write_video_with_audio(path, numbered_frames(8), 4, 2, 440)
+    with av.open(str(path)) as source, av.open(str(tmp_path / "late.mp4"), "w") as target:
+        streams = [target.add_stream_from_template(s) for s in source.streams]
+        for packet in source.demux():
+            if packet.dts is not None:
+                late = int(0.5 / packet.time_base) if packet.stream.type == "video" else 0
+                packet.pts, packet.dts = packet.pts + late, packet.dts + late
+                packet.stream = streams[packet.stream.index]
+                target.mux(packet)
+    sound, whole = (load_audio(medium(p)) for p in (tmp_path / "late.mp4", path))
+    assert len(whole) - len(sound) == pytest.approx(8000, abs=1)
+    assert np.array_equal(sound, whole[len(whole) - len(sound) :])
+
+
+@pytest.mark.parametrize(
+    "segment, samples",
+    [
+        ((0, 2), (0, 32000)),
+        ((0.5, 1.25), (8000, 20000)),
+        ((0.50001, 1.25001), (8001, 20001)),
+        ((1.5, 99), (24000, 32000)),
+    ],
+)
+def test_a_segment_gives_the_samples_within_it(tmp_path, segment, samples):
+    write_wav(tmp_path / "a.wav", 2)
+    whole = load_audio(medium(tmp_path / "a.wav", "audio"))
+    part = load_audio(medium(tmp_path / "a.wav", "audio", segment=segment))
+    assert np.array_equal(part, whole[slice(*samples)])
+
+
+def test_a_segment_or_file_without_sound_is_refused(clip, tmp_path):
+    write_wav(tmp_path / "a.wav", 2)
+    refused(tmp_path / "a.wav", "no sound", "(2.0, 9.0)", segment=(2.0, 9.0))
+    write_wav(tmp_path / "empty.wav", 0)
+    refused(tmp_path / "empty.wav")
+    refused(clip, "no audio stream", kind="video", track=True)
+    (tmp_path / "a.mp3").write_text("<html>404 not found</html>\n" * 50)
+    refused(tmp_path / "a.mp3", "Invalid data")
+
+
+@pytest.mark.parametrize("share", (0.3, 0.6, 0.9))
+@pytest.mark.parametrize(
+    "name, codec, options",
+    [
+        ("a.wav", "pcm_s16le", {}),
+        ("a.flac", "flac", {}),
+        ("a.mp3", "libmp3lame", {}),
+        ("a.m4a", "aac", {}),
+        ("fast.m4a", "aac", {"movflags": "+faststart"}),
+        ("a.mka", "flac", {}),
+    ],
+)
+def test_a_truncated_sound_is_refused(tmp_path, name, codec, options, share):
+    path = write_audio(tmp_path / name, codec, **options)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    refused(path)
+
+
+@pytest.mark.parametrize("name, codec", [("a.flac", "flac"), ("a.mp3", "libmp3lame"),
+                                         ("a.m4a", "aac"), ("a.opus", "libopus")])  # fmt: skip
+def test_a_sound_with_garbage_in_the_middle_is_refused(tmp_path, name, codec):
+    path = write_audio(tmp_path / name, codec, rate=48000)
+    content = bytearray(path.read_bytes())
+    start, end = int(0.4 * len(content)), int(0.6 * len(content))
+    content[start:end] = bytes(end - start)
+    path.write_bytes(content)
+    refused(path)
+
+
+def test_a_length_that_the_file_does_not_tell_is_not_held_against_it(tmp_path):
+    """libav guesses the length of raw .aac from the bit rate of its first, quiet seconds; a .wav
+    written as a stream has none in its header."""
+    quiet, loud = (
+        write_audio(tmp_path / f"{gain}.aac", "aac", 4, gain=gain, hz=hz).read_bytes()
+        for gain, hz in ((1e-4, 440), (1, 3001))
+    )
+    (tmp_path / "a.aac").write_bytes(quiet + loud)
+    assert len(load_audio(medium(tmp_path / "a.aac", "audio"))) / 16000 == pytest.approx(8, abs=0.3)
+    write_wav(tmp_path / "a.wav", 2)
+    content = bytearray((tmp_path / "a.wav").read_bytes())
+    content[4:8] = content[40:44] = b"\xff" * 4
+    (tmp_path / "a.wav").write_bytes(content)
+    assert len(load_audio(medium(tmp_path / "a.wav", "audio"))) == 32000
+
+
+def test_a_tag_at_the_end_of_an_mp3_does_no_harm(tmp_path):
+    path = write_audio(tmp_path / "a.mp3", "libmp3lame", rate=44100)
+    whole = load_audio(medium(path, "audio"))
+    path.write_bytes(path.read_bytes() + b"LYRICSBEGIN" + b"la la la " * 99 + b"LYRICS200")
+    sound = load_audio(medium(path, "audio"))  # its last frame may go
+    assert len(whole) - 1600 < len(sound) and np.array_equal(sound, whole[: len(sound)])
 
 
 # ----------------------------------------------------------------------------------------- rows
@@ -363,25 +559,107 @@ def test_a_row_becomes_an_example(tmp_path):
         options=("red", "dark blue", "7"),
         answer="B",
         category="plot",
-        media=str(tmp_path / "videos" / "v.mp4"),
+        media=(Medium("video", str(tmp_path / "videos" / "v.mp4")),),
         data_type="video",
         response="<think> seen blue </think> <answer> B </answer>",
-        num_frames=None,
-        segment=None,
     )
 
 
 def test_optional_fields_are_kept(tmp_path):
     more = {"num_frames": 16, "segment": [1, 2.5], "response": "red blue", "answer": ""}
     (one,) = load_rows(write_rows(tmp_path, ROW | more))
-    assert (one.num_frames, one.segment, one.response) == (16, (1, 2.5), "red blue")
+    assert one.response == "red blue"
+    assert one.media == (Medium("video", str(tmp_path / "videos" / "v.mp4"), 16, (1, 2.5)),)
+
+
+VIDEO, IMAGE, AUDIO = "/media/v.mp4", "/media/i.png", "/media/a.wav"
+
+
+@pytest.mark.parametrize(
+    "change, media",
+    [
+        ({"videos": "v.mp4"}, [Medium("video", VIDEO)]),
+        ({"videos": ["v.mp4"]}, [Medium("video", VIDEO)]),
+        ({"videos": ["v.mp4", "w.mp4"]}, [Medium("video", VIDEO), Medium("video", "/media/w.mp4")]),
+        (
+            {"videos": ["v.mp4", "v.mp4"], "num_frames": 4, "segment": [0, 9], "audio_track": True},
+            [Medium("video", VIDEO, 4, (0, 9), True)] * 2,
+        ),
+        ({"videos": "i.png", "data_type": "image"}, [Medium("image", IMAGE)]),
+        ({"videos": ["i.png"] * 3, "data_type": "image"}, [Medium("image", IMAGE)] * 3),
+        ({"videos": "a.wav", "data_type": "audio"}, [Medium("audio", AUDIO)]),
+        (
+            {"videos": ["a.wav"] * 2, "data_type": "audio", "segment": [1.5, 2]},
+            [Medium("audio", AUDIO, None, (1.5, 2))] * 2,
+        ),
+        (
+            {"audios": ["a.wav", AUDIO], "images": ["i.png"], "videos": "v.mp4", "num_frames": 4},
+            [
+                Medium("video", VIDEO, 4),
+                Medium("image", IMAGE),
+                Medium("audio", AUDIO),
+                Medium("audio", AUDIO),
+            ],
+        ),
+        (
+            {"videos": "a.wav", "data_type": "audio", "images": ["i.png"], "audios": ["a.wav"]},
+            [Medium("audio", AUDIO), Medium("image", IMAGE), Medium("audio", AUDIO)],
+        ),
+        (
+            {"videos": "i.png", "data_type": "image", "images": [IMAGE], "audio_track": False},
+            [Medium("image", IMAGE)] * 2,
+        ),
+        ({"videos": "v.mp4", "images": None, "audios": None}, [Medium("video", VIDEO)]),
+        ({"videos": "", "data_type": "text"}, []),
+    ],
+)
+def test_a_row_holds_media_of_several_kinds_in_the_order_of_the_prompt(tmp_path, change, media):
+    (one,) = load_rows(write_rows(tmp_path, ROW | change), "/media")
+    assert one.media == tuple(media) and len({one.media: 1}) == 1
+    assert one.data_type == change.get("data_type", "video")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"videos": []}, ("videos", "[]")),
+        ({"videos": [""]}, ("videos", "['']")),
+        ({"videos": ["v.mp4", 5]}, ("videos", "5")),
+        ({"videos": [["v.mp4"]]}, ("videos",)),
+        ({"videos": {"path": "v.mp4"}}, ("videos",)),
+        ({"images": "i.png"}, ("images", "'i.png'")),
+        ({"images": []}, ("images", "[]")),
+        ({"images": ["i.png", ""]}, ("images",)),
+        ({"images": [None]}, ("images",)),
+        ({"audios": {}}, ("audios",)),
+        ({"audios": "a.wav"}, ("audios",)),
+        ({"audios": [""]}, ("audios",)),
+        ({"audio_track": 1}, ("audio_track", "1", "true or false")),
+        ({"audio_track": "true"}, ("audio_track", "'true'")),
+        ({"audio_track": True, "data_type": "image"}, ("audio_track", "image")),
+        ({"audio_track": True, "data_type": "audio"}, ("audio_track", "audio")),
+        ({"num_frames": 4, "data_type": "audio"}, ("num_frames", "audio")),
+        ({"num_frames": 4, "data_type": "image"}, ("num_frames", "image")),
+        ({"segment": [0, 1], "data_type": "image"}, ("segment", "image")),
+        ({"data_type": "text", "videos": ["v.mp4"]}, ("videos", "text")),
+        ({"data_type": "text", "videos": []}, ("videos", "text")),
+        ({"data_type": "text", "videos": "", "images": ["i.png"]}, ("images", "text")),
+        ({"data_type": "text", "videos": "", "audios": ["a.wav"]}, ("audios", "text")),
+        ({"data_type": "text", "videos": "", "segment": [0, 1]}, ("segment", "text")),
+    ],
+)
+def test_wrong_media_are_refused_by_row_and_field(tmp_path, change, words):
+    message = error_of(tmp_path, ROW | {"problem_id": "8"}, ROW | change)
+    for word in (":2 ", "q7", *words):
+        assert word in message, message
 
 
 def test_media_paths_are_relative_to_the_file_or_to_a_given_folder(tmp_path, monkeypatch):
     path = write_rows(tmp_path, ROW, ROW | {"problem_id": "8", "videos": "", "data_type": "text"})
-    assert [e.media for e in load_rows(path, "/media")] == ["/media/videos/v.mp4", ""]
+    video, text = load_rows(path, "/media")
+    assert (video.media, text.media) == ((Medium("video", "/media/videos/v.mp4"),), ())
     monkeypatch.chdir(tmp_path)
-    assert load_rows("rows.jsonl")[0].media == str(tmp_path / "videos" / "v.mp4")
+    assert load_rows("rows.jsonl")[0].media[0].path == str(tmp_path / "videos" / "v.mp4")
 
 
 def test_an_open_ended_row_has_a_free_answer(tmp_path):
@@ -402,7 +680,7 @@ def test_blank_lines_are_skipped_but_counted(tmp_path):
     assert ":3: not JSON" in error_of(tmp_path, ROW, "", "{")
 
 
-@pytest.mark.parametrize("value", ("absent", 5, None, ["x"]))
+@pytest.mark.parametrize("value", ("absent", 5, None, {"x": 1}))
 @pytest.mark.parametrize("field", data.FIELDS)
 def test_a_row_without_a_field_is_refused(tmp_path, field, value):
     row = {k: v for k, v in ROW.items() if k != field}
@@ -415,7 +693,7 @@ def test_a_row_without_a_field_is_refused(tmp_path, field, value):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"data_type": "audio"}, ("data_type", "audio", "video, image, text")),
+        ({"data_type": "sound"}, ("data_type", "sound", "video, image, audio, text")),
         ({"data_type": ""}, ("data_type",)),
         ({"data_type": "text"}, ("videos", "text")),
         ({"videos": ""}, ("videos",)),
@@ -605,12 +883,11 @@ def test_another_seed_is_another_toy(many, tmp_path):
 def test_every_toy_row_loads_with_its_media(tiny):
     for path in tiny.glob("*.jsonl"):
         for e in load_rows(str(path)):
-            frames, times = load_media(e, 64)
-            assert (
-                len(frames)
-                == len(times)
-                == {"text": 0, "image": 1}.get(e.data_type, e.num_frames or 64)
-            )
+            assert len(e.media) == (e.data_type != "text")
+            for m in e.media:
+                frames, times = load_media(m, 64)
+                count = 1 if e.data_type == "image" else m.num_frames or 64
+                assert len(frames) == len(times) == count
 
 
 def test_toy_splits_share_no_video(tiny, many):
@@ -709,7 +986,7 @@ def test_a_test_video_shows_the_flashes_its_reasoning_lists(tiny):
         listing = re.fullmatch(r"<think> seen ((?:\d \w+ ?)+)so .*", e.response)
         if listing is None:
             continue
-        frames = load_media(e, 64)[0].astype(float)
+        frames = load_media(e.media[0], 64)[0].astype(float)
         first = {}
         for color, rgb in data.COLORS.items():
             close = (np.abs(frames - rgb).max(-1) < 60).sum((1, 2)) >= 8
@@ -724,6 +1001,6 @@ def test_a_clip_row_selects_the_frames_it_was_written_from(tmp_path, first, last
     rng = np.random.default_rng(0)
     (row, *_) = data.toy_clip_rows(data.toy_scene(rng), rng, (first, last, n), texts=2)
     one = data.parse_row(ROW | row | {"videos": "v.mp4"}, str(tmp_path))
-    frames, times = load_media(one, 5)
+    frames, times = load_media(one.media[0], 5)
     assert numbers_of(frames).tolist() == frame_indices(256, n, first, last).tolist()
     assert (times * 4).tolist() == numbers_of(frames).tolist()

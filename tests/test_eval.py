@@ -42,7 +42,7 @@ def test_accuracy_is_counted_by_question_and_category(toy, model):
 
 def test_a_broken_video_counts_as_wrong_and_is_listed(toy, model):
     rows = data.load_rows(str(toy / "test.jsonl"))[:4]
-    rows[2] = replace(rows[2], media=str(toy / "videos" / "gone.mp4"))
+    rows[2] = replace(rows[2], media=(data.Medium("video", str(toy / "videos" / "gone.mp4")),))
     right = iter([r.answer for i, r in enumerate(rows) if i != 2])
     engine = Oracle(model, lambda p: f"<think> x </think> <answer> {next(right)} </answer>")
     result = evaluation.evaluate(model, engine, rows, 4)
@@ -62,11 +62,33 @@ def test_the_wrong_video_is_never_the_right_one(toy):
 
 def test_the_wrong_video_control_keeps_kinds_apart_and_takes_the_other_ones_segment(toy):
     rows = data.load_rows(str(toy / "base.jsonl")) + data.load_rows(str(toy / "base_images.jsonl"))
-    where = {(r.media, r.segment) for r in rows}
+    where = {(m.path, m.segment) for r in rows for m in r.media}
     for a, b in zip(rows, evaluation.swap_media(rows)):
-        assert (b.media, b.segment) in where and a.data_type == b.data_type
-        assert a.data_type == "text" or (a.media, a.segment) != (b.media, b.segment)
-        assert b.media.endswith({"video": ".mp4", "image": ".png", "text": ""}[b.data_type])
+        assert [m.kind for m in a.media] == [m.kind for m in b.media]
+        assert [m.num_frames for m in a.media] == [m.num_frames for m in b.media]
+        for old, new in zip(a.media, b.media):
+            assert (new.path, new.segment) in where
+            assert (new.path, new.segment) != (old.path, old.segment)
+            assert new.path.endswith({"video": ".mp4", "image": ".png"}[b.data_type])
+
+
+def test_the_wrong_media_control_exchanges_all_media_of_a_question():
+    """Half the set away among the distinct ones with the same kinds: a sound stays a sound."""
+    sets = ["v1", "v2 i1", "v1", "v3 i2", "v2", "", "v1 a1", "v3", "v4 i1", "v2 a1", "v5+", "v6+"]
+    kinds = {"v": "video", "i": "image", "a": "audio"}
+
+    def row(media):
+        media = [data.Medium(kinds[m[0]], m, 8, None, m[-1] == "+") for m in media.split()]
+        return data.Example(" ".join(m.path for m in media), "?", (), "", "", tuple(media), "", "")
+
+    names = lambda e: " ".join(m.path for m in e.media)  # noqa: E731
+    swapped = list(map(names, evaluation.swap_media([row(media) for media in sets])))
+    wrong = ["v2", "v3 i2", "v2", "v4 i1", "v3", "", "v2 a1", "v1", "v2 i1", "v1 a1", "v6+", "v5+"]
+    assert swapped == wrong
+    with pytest.raises(data.DataError, match="the wrong-video.image control needs"):
+        evaluation.swap_media([row("v2 i1"), row("")])
+    with pytest.raises(data.DataError, match="the wrong-video control needs"):
+        evaluation.swap_media([row("v1"), row("")])
 
 
 def test_a_forced_beginning_is_part_of_the_graded_answer(toy, model):

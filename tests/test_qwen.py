@@ -88,7 +88,8 @@ def outer(model, folder) -> Qwen2_5_VLForConditionalGeneration:
     return theirs.eval()
 
 
-VIDEO = data.Example("v", "Which came first?", (), "A", "temporal", "v.mp4", "video", "")
+CLIP = (data.Medium("video", "v.mp4"),)
+VIDEO = data.Example("v", "Which came first?", (), "A", "temporal", CLIP, "video", "")
 MEDIA = Media(torch.linspace(-1, 1, 3 * 2 * 4 * 128).view(3, 2, 4, 128), 1.7)
 
 
@@ -239,14 +240,14 @@ def test_features_are_kept_with_the_seconds_of_the_frames_taken(qwen, rows, tmp_
     video, image, text = rows
     qwen.cache = mrsp.EmbeddingCache(str(tmp_path / "cache"))
     found = qwen.features(video, 5)
-    frames, times = data.load_media(video, 5)
+    frames, times = data.load_media(video.media[0], 5)
     assert torch.equal(found.features, qwen.encode(frames))
     assert found.seconds == np.float32(2 * (times[-1] - times[0]) / 4)
     again = qwen.features(video, 5)
     assert qwen.cache.hits == 1 and torch.equal(again.features, found.features)
     assert qwen.features(image, 5).seconds == 0.0 and qwen.features(text, 5) is None
     assert qwen.features(video, 1).seconds == 1.0
-    part = qwen.features(replace(video, segment=(0.0, 16.0)), 5)
+    part = qwen.features(replace(video, media=(video.media[0]._replace(segment=(0.0, 16.0)),)), 5)
     assert part.seconds == np.float32(2 * 15.75 / 4)
     qwen.preprocess = qwen.preprocess | {"max_pixels": 56 * 56}
     key = qwen.encoder_hash()

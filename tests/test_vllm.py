@@ -381,7 +381,7 @@ MEDIA = {}
 @on("vila", "qwen")
 def test_n_answers_share_one_prefill(stand, toy, monkeypatch):
     row = data.load_rows(str(toy / "rl.jsonl"))[0]
-    text = replace(row, data_type="text", problem=" ".join([row.problem] * 18))
+    text = replace(row, media=(), data_type="text", problem=" ".join([row.problem] * 18))
     media = [about(stand, toy, n) for n in ((9, 8) if stand.model.mrope else (220, 210))]
     for prompt in [*media, stand.model.build_prompt(text, None)]:
         length = len(prompt.ids)
@@ -708,7 +708,8 @@ def test_a_prompt_may_be_longer_than_the_checkpoint_says(stand):
     positions = torch.arange(len(ids)).expand(*long.positions.shape[:-1], -1)
     prompts = [replace(long, ids=ids, positions=positions)]
     if model.mrope:
-        row = data.Example("v", "Which came first?", (), "A", "temporal", "v.mp4", "video", "")
+        clip = (data.Medium("video", "v.mp4"),)
+        row = data.Example("v", "Which came first?", (), "A", "temporal", clip, "video", "")
         wide = torch.randn(140, 5, 6, 128, generator=torch.Generator().manual_seed(0))
         prompts.append(model.build_prompt(row, Media(wide, 0.5)))
         assert prompts[1].positions.max() < limit < len(prompts[1].ids)
