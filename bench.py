@@ -54,7 +54,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 import grpo
 import mrsp
 from data import Example
-from model import VILA, Policy, Prompt
+from model import VILA, Media, Policy, Prompt
 from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, VLLMEngine
 
 QUESTION = Example("", "user", (), "", "", (), "video", "")
@@ -101,8 +101,9 @@ def small_vila(hidden: int, layers: int) -> VILA:
     torch.manual_seed(0)
     model = VILA.create(
         config={
-            "mm_projector_type": "mlp_downsample", "mm_vision_select_layer": -1,
-            "video_encoder": {"_target_": "BasicVideoEncoder"}, "video_token": special[-1],
+            "mm_projector_cfg": {"mm_projector_type": "mlp_downsample"},
+            "mm_vision_select_layer": -1,
+            "video_encoder": {"_target_": "BasicVideoEncoder", "end_tokens": None},
         },
         llm=dict(
             vocab_size=512, hidden_size=hidden, intermediate_size=4 * hidden,
@@ -113,7 +114,7 @@ def small_vila(hidden: int, layers: int) -> VILA:
             image_size=48, patch_size=8, hidden_size=128, intermediate_size=256,
             num_hidden_layers=6, num_attention_heads=4, vision_use_head=False,
         ),
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=core),
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=core, eos_token=special[2]),
         preprocess={"image_mean": [0.5] * 3, "image_std": [0.5] * 3},
     )  # fmt: skip
     model.eos = -1  # no token has this id
@@ -147,7 +148,8 @@ def grpo_step(model, reference, engine, optimizer, videos, bar, meshes, group, t
         if isinstance(videos[i], Prompt):
             return videos[i]
         encode = lambda frames: torch.cat([model.encode(f) for f in frames.split(16)])  # noqa: E731
-        return model.build_prompt(QUESTION, mrsp.encode_parallel(encode, videos[i], ranks))
+        features = mrsp.encode_parallel(encode, videos[i], ranks)
+        return model.build_prompt(QUESTION, [Media("video", features)])
 
     # 1. Stage 1: embeddings, once for all, or again wherever they are used.
     every, mine = range(len(videos)), list(range(len(videos)))[mesh.dp_rank :: mesh.dp]
@@ -334,7 +336,7 @@ def bench_rollout(args) -> None:
         videos = torch.randint(0, 256, (args.prompts, count, 48, 48, 3), generator=random)
         with torch.no_grad():
             features = [model.encode(video.to(torch.uint8), at_once=16) for video in videos]
-        prompts = [model.build_prompt(QUESTION, f) for f in features]
+        prompts = [model.build_prompt(QUESTION, [Media("video", f)]) for f in features]
         for repeat in range(-1, args.repeats):  # the first round warms up
             for name, engine in engines.items():
                 begin = time.perf_counter()

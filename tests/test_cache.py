@@ -209,12 +209,14 @@ def test_cached_embeddings_equal_fresh_ones_and_skip_decoding(toy, model, tmp_pa
     row = data.load_rows(str(toy / "rl.jsonl"))[0]
     fresh = model.encode(data.load_media(row.media[0], 6)[0])
     model.cache = first = mrsp.EmbeddingCache(str(tmp_path))
-    assert torch.equal(model.features(row, 6), fresh)
+    assert torch.equal(model.features(row, 6)[0].features, fresh)
     calls = []
     monkeypatch.setattr(model_file, "Frames", lambda *a: calls.append(a))
-    assert torch.equal(model.features(row, 6), fresh)  # from memory
+    assert torch.equal(model.features(row, 6)[0].features, fresh)  # from memory
     model.cache = again = mrsp.EmbeddingCache(str(tmp_path))
-    assert torch.equal(model.features(row, 6), fresh)  # from disk, as another process would
+    assert torch.equal(
+        model.features(row, 6)[0].features, fresh
+    )  # from disk, as another process would
     assert not calls and (first.hits, first.misses, again.hits, again.misses) == (1, 1, 1, 0)
 
 
@@ -232,11 +234,11 @@ def test_the_key_changes_with_all_that_the_embedding_depends_on(toy, model, tmp_
     model.features(row, 5)
     model.features(changed(segment=(0.0, 20.0)), 6)
     other = next(r for r in rows if r.media != row.media)
-    features = model.features(other, 6)
+    features = model.features(other, 6)[0].features
     copy.write_bytes(
         Path(other.media[0].path).read_bytes()
     )  # new content under a known name: a hit of it
-    assert torch.equal(model.features(changed(path=str(copy)), 6), features)
+    assert torch.equal(model.features(changed(path=str(copy)), 6)[0].features, features)
     assert (model.cache.hits, model.cache.misses) == (3, 4)
 
     changes = [
@@ -248,7 +250,7 @@ def test_the_key_changes_with_all_that_the_embedding_depends_on(toy, model, tmp_
     for n, change in enumerate(changes):
         change()
         model.forget_encoder()
-        features = model.features(row, 6)
+        features = model.features(row, 6)[0].features
         assert (model.cache.hits, model.cache.misses) == (3, 5 + n)
         assert torch.equal(features, model.encode(data.load_media(row.media[0], 6)[0]))
     model.llm.model.norm.weight.data.mul_(2.0)  # not a part of the encoder

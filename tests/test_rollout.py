@@ -38,7 +38,7 @@ def test_greedy_equals_argmax_of_a_full_forward_pass(model, prompts):
             with torch.no_grad():
                 logp, _ = model(packed)
             last = packed.pad(logp)[0][0, :, len(ids)]
-            last[model.media_token] = -torch.inf
+            last[model.media_tokens[0]] = -torch.inf
             ids.append(int(last.argmax()))
         assert ids == response.ids.tolist()
 
@@ -66,7 +66,7 @@ def test_first_tokens_follow_the_policys_distribution(model, prompts):
     with torch.no_grad():
         p, _ = model(mrsp.pack(prompts[:1], [[v[None] for v in every]]))
     expected = p.double().exp()
-    expected[model.media_token] = 0
+    expected[model.media_tokens[0]] = 0
     expected = expected / expected.sum() * n
     keep = expected > 5
     chi2 = ((count - expected)[keep] ** 2 / expected[keep]).sum()
@@ -88,10 +88,10 @@ def test_an_answer_stops_at_its_end_token(model, prompts):
 
 def test_media_tokens_are_never_sampled(model, prompts):
     with torch.no_grad():
-        model.llm.get_input_embeddings().weight[model.media_token] *= 100
+        model.llm.get_input_embeddings().weight[model.media_tokens[0]] *= 100
     for temperature in (0.0, 1.0):
         out = TorchEngine(model).generate(prompts, 1, Sampling(temperature, max_tokens=10))
-        assert all((r.ids != model.media_token).all() for group in out for r in group)
+        assert all((r.ids != model.media_tokens[0]).all() for group in out for r in group)
 
 
 def test_top_p_keeps_the_log_probs_of_the_full_softmax(model, prompts):
@@ -108,7 +108,7 @@ def test_top_p_samples_only_from_the_nucleus(model, prompts):
         model.llm.model.norm.weight.mul_(3)  # a peaked distribution
         every = torch.arange(model.llm.config.vocab_size)
         p, _ = model(mrsp.pack(prompts[:1], [[v[None] for v in every]]))
-    p[model.media_token] = -torch.inf
+    p[model.media_tokens[0]] = -torch.inf
     order = p.softmax(-1).sort(descending=True)
     nucleus = set(order.indices[(order.values.cumsum(-1) - order.values) < 0.5].tolist())
     out = TorchEngine(model).generate(prompts[:1], n, Sampling(top_p=0.5, max_tokens=1), [3])
@@ -164,7 +164,7 @@ def test_top_k_samples_only_from_the_k_most_likely_tokens(model, prompts):
     with torch.no_grad():
         every = torch.arange(model.llm.config.vocab_size)
         p, _ = model(mrsp.pack(prompts[:1], [[v[None] for v in every]]))
-    p[model.media_token] = -torch.inf
+    p[model.media_tokens[0]] = -torch.inf
     engine = TorchEngine(model)
     for k in (1, 3):
         (out,) = engine.generate(prompts[:1], 300, Sampling(top_k=k, max_tokens=1), [3])
