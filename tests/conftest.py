@@ -8,7 +8,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 from datetime import timedelta  # noqa: E402
 
-import av  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -74,6 +73,8 @@ def write_wav(path, seconds, rate=16000, hz=440, channels=1):
 
 def write_video_with_audio(path, frames, fps, seconds, hz, start=0.0, codec="aac"):
     """frames (F, H, W, 3) uint8 as an mpeg4 video, and a tone from second `start` as its track."""
+    import av
+
     with av.open(str(path), "w") as container:
         video = container.add_stream("mpeg4", rate=fps)
         video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"

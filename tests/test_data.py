@@ -486,8 +486,11 @@ def test_a_truncated_sound_is_refused(tmp_path, name, codec, options, share):
     refused(path)
 
 
-@pytest.mark.parametrize("name, codec", [("a.flac", "flac"), ("a.mp3", "libmp3lame"),
-                                         ("a.m4a", "aac"), ("a.opus", "libopus")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, codec",
+    [("a.flac", "flac"), ("a.mp3", "libmp3lame"), ("a.m4a", "aac"), ("a.aac", "aac")]
+    + [("a.opus", "libopus")],
+)
 def test_a_sound_with_garbage_in_the_middle_is_refused(tmp_path, name, codec):
     path = write_audio(tmp_path / name, codec, rate=48000)
     content = bytearray(path.read_bytes())
