@@ -1226,7 +1226,9 @@ def load(name: str, dtype=torch.float32, weights: bool = True) -> MultiModal:
     by name. weights=False: without them, on the device "meta", to look at shapes and prompts."""
     root = folder_of(name, weights)
     if not (root / "config.json").exists():
-        raise ModelError(f"{name} is no checkpoint: there is no such folder with a config.json")
+        raise ModelError(
+            f"{name} is no checkpoint: config.json is missing, or there is no such folder"
+        )
     kind = read_json(root, "config.json").get("model_type")
     if (root / "llm").is_dir():
         return VILA.from_pretrained(root, dtype, weights)

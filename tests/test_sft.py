@@ -74,8 +74,8 @@ def _train(rank, world, folder, out, part="all", sp=1, fsdp=False):
     if fsdp:
         model.shard_parameters(torch.float64)
         assert all(isinstance(p, DTensor) for p in model.llm.parameters())
-    encode, encoded = model.encode, []
-    model.encode = lambda frames: encoded.append(len(frames)) or encode(frames)
+    see, encoded = model.see, []
+    model.see = lambda frames, size: encoded.append(len(frames)) or see(frames, size)
     config = SFTConfig(steps=3, groups=3, texts=3, train=part, micro_batches=2, lr=1e-3, warmup=0.0)
     losses = []
     if part != "llm":  # images and text: some parts have no media

@@ -1,5 +1,6 @@
 """A tiny model of every family, with random weights and a tokenizer of bytes: nothing is lost."""
 
+import numpy as np
 import torch
 import transformers
 from conftest import RECIPE
@@ -34,6 +35,11 @@ def tokenizer(special: list[str], template: str | None = TEMPLATE) -> PreTrained
     )
     found.chat_template = template
     return found
+
+
+def frames(f, h, w, seed=0) -> np.ndarray:
+    """(f, h, w, 3) uint8 of noise."""
+    return np.random.default_rng(seed).integers(0, 256, (f, h, w, 3), dtype=np.uint8)
 
 
 def decoder(tok, layers=2, **more) -> dict:

@@ -1,0 +1,165 @@
+"""Presets: --dry_run of each, what is missing, and real runs of them from tiny checkpoints."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import zoo
+from conftest import write_video_with_audio
+
+import data
+import train
+from model import load
+from rollout import RolloutError
+
+MODEL = {
+    "qwen2.5-vl-7b": "qwen2.5-vl", "hour": "qwen3-vl", "max-frames": "qwen2.5-vl",
+    "longvila-7b": "vila", "omni": "omni", "text": "qwen3",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A tiny checkpoint for each preset."""
+    root = tmp_path_factory.mktemp("models")
+    for family in set(MODEL.values()):
+        zoo.build(family).save_pretrained(root / family)
+    return root
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Four questions of each kind about real files: rows.jsonl, sound.jsonl, text.jsonl, in v/."""
+    root = tmp_path_factory.mktemp("rows")
+    (root / "v").mkdir()
+    frames = zoo.frames(24, 60, 100)
+    row = {"problem_type": "goal", "reasoning": "seen", "answer": "<answer>A</answer>"}
+    kinds = {"rows": ("video", {}), "sound": ("video", {"audio_track": True}), "text": ("text", {})}
+    for name, (kind, more) in kinds.items():
+        lines = []
+        for i in range(4):
+            if kind == "video":
+                write_video_with_audio(str(root / f"v/{i}.mp4"), frames, 4, 6, 300 + i)
+            row |= {"problem_id": f"{name}{i}", "problem": f"What {i}?\nA. red\nB. blue"}
+            row |= {"data_type": kind, "videos": f"{i}.mp4" if kind == "video" else ""}
+            lines.append(json.dumps(row | more) + "\n")
+        (root / f"{name}.jsonl").write_text("".join(lines))
+    return root
+
+
+def options(preset, models, rows, out) -> list[str]:
+    """A small run of a preset."""
+    file = {"omni": "sound", "text": "text"}.get(preset, "rows")
+    text = (
+        f"--preset {preset} --model {models / MODEL[preset]} --data {rows}/{file}.jsonl "
+        f"--video_dir {rows}/v --output_dir {out}/run --cache_dir {out}/cache --recipe_max_tokens 6"
+    )
+    return text.split()
+
+
+def test_the_default_is_the_7b_where_there_is_a_gpu_and_the_toy_elsewhere():
+    assert train.DEFAULT == ("qwen2.5-vl-7b" if torch.cuda.is_available() else "toy")
+    assert set(train.PRESETS) == {"toy", *MODEL}
+    for name, preset in train.PRESETS.items():
+        assert preset.run.sp in (1, 2, 4, 8) and preset.grpo.group == 8
+        if name != "toy":
+            assert preset.run.fsdp and preset.run.dtype == "bfloat16" and preset.run.checkpointing
+            assert preset.run.data is None and not preset.sft.data
+            assert preset.rollout.max_len >= preset.recipe.max_tokens
+
+
+@pytest.mark.parametrize("preset", list(train.PRESETS))
+def test_a_dry_run_shows_settings_memory_and_the_first_prompt(
+    preset, models, rows, tmp_path, capsys
+):
+    if preset == "toy":
+        assert train.main(["--preset", "toy", "--dry_run"]) is None
+    else:
+        assert train.main([*options(preset, models, rows, tmp_path), "--dry_run"]) is None
+    out = capsys.readouterr().out
+    chosen = train.PRESETS[preset]
+    assert f"num_frames={chosen.recipe.num_frames}" in out and "max_tokens=" in out
+    assert "memory of each of 8 ranks" in out and "total" in out and "tower" in out
+    assert "first prompt: " in out and "<|im_start|>user" in out
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+    if preset != "toy":  # what is shown is what a run would be trained on
+        model = load(models / MODEL[preset])
+        model.recipe = replace(chosen.recipe, max_tokens=6)
+        first = data.load_rows(options(preset, models, rows, tmp_path)[5], str(rows / "v"))[0]
+        prompt = model.prompt(first)
+        assert f"first prompt: {len(prompt.ids)} tokens, {len(prompt.media_at)} of them" in out
+        assert prompt.text in out
+
+
+def test_what_is_missing_is_said_in_a_line_each(models, rows, tmp_path):
+    argv = options("qwen2.5-vl-7b", models, rows, tmp_path)
+
+    def error(*more, without=()):
+        left = [a for i, a in enumerate(argv) if not {argv[i], argv[i - 1]} & set(without)]
+        for flag in ([], ["--dry_run"]):
+            with pytest.raises(SystemExit) as caught:
+                train.main([*left, "--sp", "1", *more, *flag])
+            assert str(caught.value).startswith("error: missing for this run:\n")
+        return str(caught.value).splitlines()[1:]
+
+    assert error(without=["--data"]) == [
+        "  no rows: give --data FILE.jsonl, and their media's --video_dir DIR"
+    ]
+    (line,) = error("--data", str(tmp_path / "none.jsonl"))
+    assert "none.jsonl: no such file" in line
+    (line,) = error("--video_dir", str(tmp_path))
+    assert f"4 of 4 media files are missing, the first is {tmp_path}/0.mp4: download them" in line
+    (line,) = error("--model", str(tmp_path))
+    assert "--model" in line and "config.json is missing" in line
+    lines = error("--model", str(tmp_path), without=["--data"])
+    assert len(lines) == 2
+    (line,) = error("--recipe_num_frames", "40000000")
+    assert "memory: a rank needs" in line and "GiB are here" in line and "8 GPUs of 80 GB" in line
+
+
+def test_the_hub_and_vllm_are_named_when_they_are_missing(models, rows, tmp_path, monkeypatch):
+    argv = options("text", models, rows, tmp_path)
+
+    def refuse(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(
+        SystemExit, match="--model some/model: no such folder, and the hub does not"
+    ):
+        train.main([*argv, "--model", "some/model"])
+
+    def no_vllm(kind):
+        raise RolloutError("--rollout vllm needs the package vllm")
+
+    monkeypatch.setattr(train, "engine_kind", no_vllm)
+    with pytest.raises(
+        SystemExit, match="missing for this run:\n  --rollout vllm needs the package"
+    ):
+        train.main([*argv, "--rollout", "vllm"])
+
+
+@pytest.mark.parametrize("preset", list(MODEL))
+def test_a_preset_trains_and_evaluates_from_a_checkpoint(preset, models, rows, tmp_path):
+    """SFT, evaluation, GRPO, checkpoints: FSDP, bfloat16 and checkpointing as the preset says."""
+    argv = options(preset, models, rows, tmp_path)
+    file = argv[argv.index("--data") + 1]
+    small = (
+        f"--sp 1 --recipe_num_frames 4 --recipe_max_pixels 8000 --sft_data {file} --sft_steps 2 "
+        f"--sft_groups 2 --grpo_steps 2 --grpo_prompts 2 --grpo_update_prompts 1 --grpo_lr 1e-3 "
+        f"--test_data {file} --rollout torch --grpo_max_mismatch 40 --grpo_mean_mismatch 4"
+    )
+    summary = train.main([*argv, *small.split()])
+    assert summary["questions"] == 4 and {"sft", "grpo", "chance"} <= set(summary)
+    lines = [json.loads(x) for x in open(tmp_path / "run/metrics.jsonl")]
+    assert [x["stage"] for x in lines] == ["sft"] * 2 + ["grpo"] * 2
+    assert all(x["grad_norm"] > 0 for x in lines[:2])
+    again = load(tmp_path / "run/model")
+    before = load(models / MODEL[preset])
+    changed = [
+        k for k, v in again.state_dict().items() if not torch.equal(v, before.state_dict()[k])
+    ]
+    assert changed and all(k.startswith("policy.") for k in changed)
+    assert again.recipe.max_tokens == 6 and again.recipe.num_frames == 4
+    torch.distributed.destroy_process_group() if torch.distributed.is_initialized() else None
