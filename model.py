@@ -80,7 +80,7 @@ BARE = "{problem}"  # non-thinking mode is the bare question
 # The turns of a checkpoint whose tokenizer has no chat template of its own.
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "<|im_start|>assistant\n"
+    "{{ '<|im_start|>assistant\n' }}"  # a bare newline at the end of a template is dropped
 )
 TEXT, MEDIA = "\ufdd0", "\ufdd1"  # no characters: they stand for what a chat template goes around
 
