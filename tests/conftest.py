@@ -1,12 +1,15 @@
 """Tiny models and data for the tests: everything is made here, nothing is downloaded."""
 
 import os
+import wave
 
 # One thread a process: at these sizes more are slower, and torchrun's ranks have one each.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from datetime import timedelta  # noqa: E402
 
+import av  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -54,6 +57,36 @@ def answers(model, lengths, seed=0):
     g = torch.Generator().manual_seed(seed)
     vocab = model.llm.config.vocab_size
     return [[torch.randint(8, vocab, (r,), generator=g) for r in group] for group in lengths]
+
+
+def sine(seconds, rate, hz):
+    """(S,) float32: a tone of amplitude 0.5."""
+    return (np.sin(np.arange(round(seconds * rate)) * (2 * np.pi * hz / rate)) / 2).astype("f4")
+
+
+def write_wav(path, seconds, rate=16000, hz=440, channels=1):
+    """A tone as a .wav of 16 bits, the same in every channel."""
+    sound = (sine(seconds, rate, hz) * 32767).round().astype("<i2")
+    with wave.open(str(path), "wb") as file:
+        file.setparams((channels, 2, rate, 0, "NONE", ""))
+        file.writeframes(sound.repeat(channels).tobytes())
+
+
+def write_video_with_audio(path, frames, fps, seconds, hz, start=0.0, codec="aac"):
+    """frames (F, H, W, 3) uint8 as an mpeg4 video, and a tone from second `start` as its track."""
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("mpeg4", rate=fps)
+        video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
+        video.codec_context.thread_count = 1
+        audio = container.add_stream(codec, rate=16000, layout="mono")
+        sound = sine(seconds, 16000, hz)[None]
+        for frame in frames:
+            container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        for i in range(0, sound.shape[1], 1024):
+            part = av.AudioFrame.from_ndarray(sound[:, i : i + 1024], "fltp", "mono")
+            part.rate, part.pts = 16000, i + round(start * 16000)
+            container.mux(audio.encode(part))
+        container.mux([*video.encode(), *audio.encode()])
 
 
 # The processes of all tests are forked from one that has the slow imports done: 0.1 s, not 5 s.
