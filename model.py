@@ -80,7 +80,7 @@ BARE = "{problem}"  # non-thinking mode is the bare question
 # The turns of a checkpoint whose tokenizer has no chat template of its own.
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "<|im_start|>assistant\n"
+    "{{ '<|im_start|>assistant\n' }}"  # a bare newline at the end of a template is dropped
 )
 TEXT, MEDIA = "\ufdd0", "\ufdd1"  # no characters: they stand for what a chat template goes around
 
@@ -303,14 +303,15 @@ class MultiModal(nn.Module):
         )
         return ((x * p.get("rescale_factor", 1 / 255) - mean) / std).to(weight.dtype)
 
-    def encode(self, frames, size=None, at: range | None = None, at_once: int = 64) -> Tensor:
+    def encode(self, frames, size=None, at=None, at_once: int = 64, kind="video") -> Tensor:
         """Features of frames (F, H, W, 3) uint8, an array or Frames, `together` of them by
-        themselves. at: of these frames alone. at_once frames (a multiple of together) are decoded
-        and seen in a pass, which holds the hidden states of all layers of the tower."""
-        size = size or self.fit("video", *frames.shape[:3])
+        themselves. at: of this range alone. at_once frames (or a group) are decoded and seen in
+        a pass, which holds the hidden states of all layers of the tower."""
+        size = size or self.fit(kind, *frames.shape[:3])
         at = range(len(frames)) if at is None else at
-        parts = [frames[i : min(i + at_once, at.stop)] for i in at[::at_once]]
-        return torch.cat([self.see(part, size) for part in parts])
+        step = max(at_once // self.together, 1) * self.together
+        parts = [frames[i : min(i + step, at.stop)] for i in at[::step]]
+        return torch.cat([self.see(part, size, kind) for part in parts])
 
     def encoder_hash(self) -> str:
         """Hash of everything that features depend on: weights of tower and projector, settings.
@@ -363,7 +364,7 @@ class MultiModal(nn.Module):
 
         def look():  # each rank of the group decodes and encodes its share
             size = self.fit(medium.kind, *frames().shape[:3])
-            encode = lambda at: self.encode(frames(), size, at)  # noqa: E731
+            encode = lambda at: self.encode(frames(), size, at, kind=medium.kind)  # noqa: E731
             return mrsp.encode_parallel(encode, range(len(frames())), group, self.together)
 
         def hear():
@@ -395,7 +396,7 @@ class MultiModal(nn.Module):
             return Media("audio", sound())
         frames = Frames(medium, num_frames, name)
         size = self.fit(medium.kind, *frames.shape[:3])
-        shape = (-(-len(frames) // self.together), *self.seen(size), self.media_width)
+        shape = (-(-len(frames) // self.together), *self.seen(size, medium.kind), self.media_width)
         return Media(medium.kind, empty(shape), frames.times, sound() if medium.track else None)
 
     # -- prompt
@@ -807,24 +808,24 @@ class VILA(MultiModal):
     def fit(self, kind: str, frames: int, height: int, width: int) -> tuple[int, int]:
         return (self.tower.config.image_size,) * 2
 
-    def seen(self, size) -> tuple[int]:
-        """Tokens of a (pooled) video frame of this size."""
-        n, (_, h, w) = self.projector.layers[0].n, self.encoders["video"][:3]
+    def seen(self, size, kind: str) -> tuple[int]:
+        """Tokens of a (pooled) frame of this size."""
+        n, (_, h, w) = self.projector.layers[0].n, self.encoders[kind][:3]
         side = -(-(size[0] // self.tower.config.patch_size) // n)
         return ((side // h) * (side // w),)
 
-    def see(self, frames, size) -> Tensor:
+    def see(self, frames, size, kind: str) -> Tensor:
         """(F, H, W, 3) uint8 -> (F, K, D); with TSP (ceil(F / t), K / (h w), D)."""
-        return self.pool(self.project(self.scaled(frames, size)))
+        return self.pool(self.project(self.scaled(frames, size)), kind)
 
     def project(self, pixels: Tensor) -> Tensor:
         """(F, 3, S, S) -> (F, K, D)"""
         hidden = self.tower(pixels, output_hidden_states=True).hidden_states
         return self.projector.layers(hidden[self.layer])
 
-    def pool(self, x: Tensor) -> Tensor:
+    def pool(self, x: Tensor, kind: str) -> Tensor:
         """TSP: means over t frames, h rows and w columns of tokens; Basic: all 1."""
-        t, h, w = self.encoders["video"][:3]
+        t, h, w = self.encoders[kind][:3]
         if h * w > 1:
             side = math.isqrt(x.shape[1])
             if side % h or side % w:
@@ -1031,7 +1032,7 @@ class QwenVL(MultiModal):
         factor = 2 * self.visual.config.patch_size
         return smart_resize(height, width, factor, min(least, most), most)
 
-    def seen(self, size) -> tuple[int, int]:
+    def seen(self, size, kind: str) -> tuple[int, int]:
         """Tokens (h, w) of a group of frames of this size."""
         return tuple(side // (2 * self.visual.config.patch_size) for side in size)
 
@@ -1046,7 +1047,7 @@ class QwenVL(MultiModal):
         x = x.view(t, 2, 3, h // 2, 2, side, w // 2, 2, side)  # t, frame, colour, y y y, x x x
         return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1), (t, h, w)
 
-    def see(self, frames, size) -> Tensor:
+    def see(self, frames, size, kind: str) -> Tensor:
         """(F, H, W, 3) uint8 -> (T, h / 2, w / 2, W)"""
         patches, (t, h, w) = self.patches(frames, size)
         out = self.visual(patches, grid_thw=torch.tensor([[t, h, w]], device=patches.device))

@@ -1,0 +1,569 @@
+"""Every family: log-probs, positions, pixels, sound and files are those of transformers and vLLM.
+
+zoo.py has a tiny model of each. One video with sound, two images and a sound are made here; CASES
+says what of it a question is about.
+"""
+
+import functools
+import json
+import math
+import re
+from dataclasses import replace
+from types import SimpleNamespace as S
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+import zoo
+from conftest import answers, run_ranks, sine, write_video_with_audio, write_wav
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import data
+import mrsp
+import sft
+from data import Example, Medium
+from model import VILA, Media, ModelError, Omni, QwenVL, Text, load, mrope_positions
+from rollout import Sampling, TorchEngine
+
+FAMILIES, QWENS = zoo.FAMILIES, ("qwen2.5-vl", "qwen3-vl", "omni")
+# v: 5 frames of 16 (4 s), w: all 16, o: one, s: those of seconds 1 to 3, t: all with the sound,
+# i, j: images, a: sound (3.37 s)
+CASES = {"text": "", "video": "v", "frame": "o", "image": "i", "several": "vijs"}
+SOUND = {"sound": "a", "track": "t", "all": "aitjv"}
+
+
+def frames_of(f, h, w, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (f, h, w, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="session")
+def media(tmp_path_factory) -> dict:
+    root = tmp_path_factory.mktemp("media")
+    film, a, i, j = (str(root / name) for name in ("film.mp4", "a.wav", "i.png", "j.png"))
+    write_video_with_audio(film, frames_of(16, 60, 100), 4, 4.1, 300)
+    write_wav(a, 3.37)
+    Image.fromarray(frames_of(1, 70, 130)[0]).save(i)
+    Image.fromarray(frames_of(1, 90, 64)[0]).save(j)
+    return {
+        "v": Medium("video", film),
+        "w": Medium("video", film, 16),
+        "o": Medium("video", film, 1),
+        "s": Medium("video", film, 16, (1.0, 3.0)),
+        "t": Medium("video", film, 16, None, True),
+        "a": Medium("audio", a),
+        "i": Medium("image", i),
+        "j": Medium("image", j),
+    }
+
+
+@pytest.fixture
+def ask(media):
+    def ask(letters, problem="Which came first?", response="<think> so </think> A") -> Example:
+        found = tuple(media[x] for x in letters)
+        return Example("q", problem, (), "A", "temporal", found, "mixed", response)
+
+    return ask
+
+
+def cases(family: str) -> dict:
+    """The cases that a family takes."""
+    some = CASES if zoo.build(family).takes else {"text": ""}
+    return some | (SOUND if family == "omni" else {})
+
+
+def mixed(family: str) -> str:
+    return [*cases(family).values()][-1]
+
+
+EACH = [(family, name) for family in FAMILIES for name in cases(family)]
+
+
+def kept(path, change=None):
+    """The tensors of a file, changed in place by change(tensors) and written again."""
+    tensors = load_file(path)
+    if change:
+        change(tensors)
+        save_file(tensors, path, {"format": "pt"})
+    return tensors
+
+
+# ---------------------------------------------------- log-probs, against transformers' own models
+
+
+def by_loops(model: VILA, root, medium, num_frames: int) -> list[torch.Tensor]:
+    """Embeddings of each (pooled) frame: SigLIP, projector and TSP, one value after the other."""
+    p, kind = load_file(root / "mm_projector/model.safetensors"), medium.kind
+    tower = transformers.SiglipVisionModel.from_pretrained(root / "vision_tower")
+    frames, _ = data.load_media(medium, num_frames)
+    hidden = tower(model.scaled(frames, (64, 64)), output_hidden_states=True).hidden_states[-2]
+    n, side, found = (3 if "layers.7.weight" in p else 2), 4, []
+    layers = [1, 2, "gelu", 4, *([5, "gelu", 7] if n == 3 else [])]
+    for patches in hidden:
+        rows = []
+        for by in range(0, side, n):
+            for bx in range(0, side, n):
+                cells = [(by + y, bx + x) for y in range(n) for x in range(n)]
+                x = torch.cat([patches[y * side + x] if max(y, x) < side else 0 * patches[0]
+                               for y, x in cells])  # fmt: skip
+                for i in layers:
+                    if i == "gelu":
+                        x = F.gelu(x)
+                    elif (w := p[f"layers.{i}.weight"]).ndim == 1:
+                        x = F.layer_norm(x, x.shape, w, p[f"layers.{i}.bias"])
+                    else:
+                        x = w @ x + p[f"layers.{i}.bias"]
+                rows.append(x)
+        found.append(torch.stack(rows).view(math.isqrt(len(rows)), math.isqrt(len(rows)), -1))
+    encoder = model.config.get(f"{kind}_encoder", {})
+    t, h, w = encoder.get("pool_sizes", [[1, 1, 1]])[0] if isinstance(encoder, dict) else (1, 1, 1)
+    pooled = []
+    for first in range(0, len(found), t):
+        group = found[first : first + t]
+        cells = [(y, x) for y in range(0, len(group[0]), h) for x in range(0, len(group[0]), w)]
+        means = [sum(g[y + b, x + c] for g in group for b in range(h) for c in range(w))
+                 / (len(group) * h * w) for y, x in cells]  # fmt: skip
+        pooled.append(torch.stack(means))
+    return pooled
+
+
+def seen_apart(model, root, example, num_frames=5) -> tuple[str, dict]:
+    """What a prompt of the family has for the media, spelled out; and what transformers' model is
+    given for them: pixels or mel. (VILA: the embeddings.)"""
+    words, given = "", {}
+    for m in example.media:
+        if isinstance(model, VILA):
+            token = "<image>" if m.kind == "image" else "<vila/video>"
+            found = by_loops(model, root, m, num_frames)
+            words += "".join(token * len(x) + "\n" for x in found)
+            given.setdefault("features", []).extend(found)
+            continue
+        start, end = model.marks["video"]
+        if m.kind == "audio" or m.track:
+            mel = model.mel(data.load_audio(m))
+            given.setdefault("input_features", []).append(mel)
+            heard = ((len(mel) - 1) // 2 + 1 - 2) // 2 + 1
+        if m.kind == "audio":
+            words += f"<|audio_bos|>{'<|AUDIO|>' * heard}<|audio_eos|>"
+            continue
+        frames, times = data.load_media(m, num_frames)
+        patches, (t, h, w) = model.patches(frames, model.fit(m.kind, *frames.shape[:3]))
+        image, pad = m.kind == "image", model.pads[m.kind] * (h * w // 4)
+        given.setdefault(f"pixel_values{'' if image else '_videos'}", []).append(patches)
+        given.setdefault("image_grid_thw" if image else "video_grid_thw", []).append((t, h, w))
+        each = 2 * (times[-1] - times[0]) / (len(times) - 1 or 1)  # seconds a group
+        if not image:
+            given.setdefault("second_per_grids", []).append(each)
+        if m.track:  # 2 s of video, 2 s of sound, ...; a group is in the chunk of its position
+            seen, chunks = [int(g * each * 25) // 50 for g in range(t)], -(-heard // 50)
+            turns = "".join(pad * seen.count(c) + "<|AUDIO|>" * min(50, max(heard - 50 * c, 0))
+                            for c in range(max(chunks, seen[-1] + 1)))  # fmt: skip
+            words += f"{start}<|audio_bos|>{turns}<|audio_eos|>{end}"
+        elif model.levels and not image:
+            times = [*times, times[-1]]
+            words += "".join(
+                f"<{(times[2 * g] + times[2 * g + 1]) / 2:.1f} seconds>{start}{pad}{end}"
+                for g in range(t)
+            )
+        else:
+            words += start + pad * t + end
+    if mels := given.pop("input_features", None):
+        longest = max(map(len, mels))
+        padded = [F.pad(mel, (0, 0, 0, longest - len(mel))).T for mel in mels]
+        given["input_features"] = torch.stack(padded)
+        lengths = torch.tensor([len(mel) for mel in mels])
+        given["feature_attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+    for name, values in given.items():
+        if "pixel" in name:
+            given[name] = torch.cat(values)
+        elif "grid" in name:
+            given[name] = torch.tensor(values)
+    return words, given
+
+
+def spelled(model, words: str, problem: str) -> str:
+    """The whole prompt of zoo.TEMPLATE (VILA: of CHATML) around the media."""
+    system = "" if isinstance(model, VILA) else "<|im_start|>system\nYou help.<|im_end|>\n"
+    asked = model.recipe.template.format(problem=problem)
+    return f"{system}<|im_start|>user\n{words}{asked}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def whole_of(model, root):
+    """transformers' own model, from the folder that was saved."""
+    if isinstance(model, VILA):
+        kind, root = transformers.Qwen2ForCausalLM, root / "llm"
+    else:
+        kind = type(model.llm) if isinstance(model, Text) else model.kind
+    return kind.from_pretrained(root, attn_implementation="sdpa").eval()
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("family, case", EACH)
+def test_log_probs_equal_transformers_on_the_same_pixels_and_sound(
+    ask, tmp_path, family, case, tie
+):
+    model = zoo.build(family, tie).eval()
+    example, answer = ask(cases(family)[case]), answers(model, [[9]])[0][0]
+    model.save_pretrained(tmp_path)
+    theirs = whole_of(model, tmp_path)
+    with torch.no_grad():
+        words, given = seen_apart(model, tmp_path, example)
+        prompt = model.prompt(example)
+        expected = model.tokenizer(spelled(model, words, example.problem)).input_ids
+        assert prompt.ids.tolist() == expected
+        ids = torch.cat([prompt.ids, answer])[None]
+        after = prompt.positions.max() + 1 + torch.arange(9)
+        positions = [prompt.positions, after.expand(*prompt.positions.shape[:-1], -1)]
+        given.pop("second_per_grids", None)
+        if features := given.pop("features", None):
+            x, ids = theirs.get_input_embeddings()(ids), None
+            places = [i for i, t in enumerate(expected) if t in model.media_tokens]
+            x[0, places] = torch.cat(features)
+            given = {"inputs_embeds": x}
+        positions = torch.cat(positions, -1)[..., None, :]
+        logits = theirs(input_ids=ids, position_ids=positions, **given).logits[0, -10:-1]
+        logps = logits.log_softmax(-1).gather(-1, answer[:, None])[:, 0]
+
+        def ours(factor=None):
+            seen = prompt if factor is None else replace(prompt, media=prompt.media * factor)
+            return model(mrsp.pack([seen], [[answer]]))[0]
+
+        assert torch.allclose(ours(), logps, atol=1e-5, rtol=1e-6)
+        if example.media:  # the check can fail: without media, without deepstack
+            width, where = model.llm.config.hidden_size, torch.arange(prompt.media.shape[1])
+            assert (ours(0) - logps).abs().max() > 1e-2
+            for level in range(model.levels):
+                factor = (where // width != level + 1).float()
+                assert (ours(factor) - logps).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("pools", [[2, 2, 1], [1, 1, 2], [4, 2, 2], [8, 1, 1]])
+@pytest.mark.parametrize("letters", ["vi", "w"])
+def test_vila_pools_frames_rows_and_columns_of_a_video_alone(ask, tmp_path, pools, letters):
+    model = zoo.build("vila 3x3 tsp")
+    model.config["video_encoder"]["pool_sizes"] = [pools]
+    model.save_pretrained(tmp_path)
+    model, example = load(tmp_path), ask(letters)
+    with torch.no_grad():
+        words, given = seen_apart(model, tmp_path, example)
+        prompt = model.prompt(example)
+    assert prompt.ids.tolist() == model.tokenizer(spelled(model, words, example.problem)).input_ids
+    assert torch.allclose(prompt.media, torch.cat(given["features"]), atol=1e-5)
+    shapes = [m.features.shape for m in map(lambda m: model.measure(m, 5), example.media)]
+    assert shapes == [m.features.shape for m in model.features(example, 5)]
+    trained = model.features_trainable([example], 5)[0]
+    assert [m.features.shape for m in trained] == shapes
+
+
+@pytest.mark.parametrize("side, kind, tokens", [(448, "mlp_downsample", 256),
+    (448, "mlp_downsample_2x2_fix", 256), (448, "mlp_downsample_3x3_fix", 121),
+    (384, "mlp_downsample", 196)])  # fmt: skip
+def test_vila_has_the_published_tokens_a_frame_and_a_newline_behind(media, side, kind, tokens):
+    llm = zoo.build("vila").llm.config.to_dict()
+    tower = dict(image_size=side, patch_size=14, hidden_size=16, intermediate_size=16,
+                 num_hidden_layers=2, num_attention_heads=2)  # fmt: skip
+    tok, config = zoo.build("vila").tokenizer, {"mm_projector_cfg": {"mm_projector_type": kind}}
+    config["video_encoder"] = {"_target_": "TSPVideoEncoder", "pool_sizes": [[8, 1, 1]]}
+    with torch.device("meta"):
+        model = VILA.create(config, llm, tower, tok, zoo.HALF)
+        frame = model.project(torch.zeros(1, 3, side, side))
+        pooled = model.pool(torch.zeros(11, tokens, 8), "video")  # a last group of 3 frames
+    measured = model.measure(media["w"], 64)
+    assert frame.shape[1] == tokens and measured.features.shape[:2] == (2, tokens)
+    assert pooled.shape == (2, tokens, 8)
+    pieces = model.place(measured)
+    assert [len(piece.ids) for piece in pieces] == [0, tokens, 1] * 2
+    assert pieces[2].ids == tok("\n").input_ids
+
+
+# ------------------------------------------------------------------------------------- positions
+
+# Time of each group (position), h, w of a video; h, w of an image; a number: so many text tokens.
+GRIDS = [
+    [9],
+    [3, ([0, 2, 4], 2, 3), 31],
+    [2, ([0, 1, 3, 5], 3, 2), 20],
+    [1, (4, 2), 21],
+    [4, ([0], 2, 5), 6, (2, 2), 9],
+    [(3, 2), 9, ([0, 31, 63, 95], 2, 3), 9],
+]
+
+
+@pytest.mark.parametrize("parts", GRIDS)
+def test_mrope_positions_equal_a_scalar_loop(parts):
+    from model import Piece, grid
+
+    rows, at, pieces = [], 0, []
+    for part in parts:
+        if isinstance(part, int):
+            rows += [(at + i,) * 3 for i in range(part)]
+            pieces.append(Piece([7] * part))
+        else:
+            times, h, w = ([0], *part) if len(part) == 2 else part
+            rows += [(at + t, at + y, at + x) for t in times for y in range(h) for x in range(w)]
+            pieces.append(Piece([9] * (len(times) * h * w), True, grid(times, h, w)))
+        at = max(map(max, rows)) + 1
+    assert mrope_positions([*pieces, Piece([])]).T.tolist() == [list(row) for row in rows]
+
+
+@pytest.mark.parametrize("family, letters", [
+    ("qwen3-vl", "v"), ("qwen3-vl", "ivoj"), ("omni", "v"), ("omni", "i"), ("omni", "a"),
+    ("omni", "ivawj"), ("omni", "t"), ("omni", "tiaj")])  # fmt: skip
+def test_positions_equal_transformers(ask, tmp_path, family, letters):
+    model, example = zoo.build(family), ask(letters)
+    words, given = seen_apart(model, tmp_path, example)
+    prompt, whole = model.prompt(example), model.kind(model.config)
+    ids = prompt.ids[None]
+    grids = {name: given.get(name) for name in ("image_grid_thw", "video_grid_thw")}
+    if family == "omni":
+        mask = given.get("feature_attention_mask")
+        theirs, _ = whole.get_rope_index(
+            ids, **grids, attention_mask=torch.ones_like(ids), use_audio_in_video="t" in letters,
+            audio_seqlens=None if mask is None else mask.sum(-1),
+            second_per_grids=given.get("second_per_grids"),
+        )  # fmt: skip
+    else:
+        kinds = sum((ids == model.ids[model.pads[k]]) * i for i, k in ((1, "image"), (2, "video")))
+        theirs, _ = whole.model.get_rope_index(ids, kinds, **grids)
+    assert torch.equal(prompt.positions, theirs[:, 0])
+
+
+@pytest.mark.parametrize("family", QWENS)
+@pytest.mark.parametrize("letters", ["", "v", "o", "ijwsv"])
+def test_positions_equal_vllm_s(ask, tmp_path, family, letters):
+    pytest.importorskip("vllm")
+    name = {"omni": "qwen2_5_omni_thinker"}.get(family, family.replace("-", "_").replace(".", "_"))
+    theirs = __import__(f"vllm.model_executor.models.{name}", fromlist=[""])
+    kind = getattr(theirs, zoo.build(family).kind.__name__)
+    model, letters = zoo.build(family), letters + "a" * (family == "omni")
+    prompt, features, at = model.prompt(ask(letters)), [], 0
+    me = S(config=model.config, get_mrope_input_positions=None)
+    for method in ("iter_mm_grid_thw", "iter_mm_features", "_get_mrope_input_positions",
+                   "_get_audio_for_video_mapping", "_compute_audio_token_count"):  # fmt: skip
+        if hasattr(kind, method):
+            found = getattr(kind, method)
+            static = isinstance(kind.__dict__.get(method), staticmethod)
+            setattr(me, method, found if static else functools.partial(found, me))
+    ids, value = prompt.ids.tolist(), lambda x: S(data=torch.tensor(x))
+    for m in model.features(ask(letters), 5):
+        at = ids.index(model.ids[model.pads[m.kind]], at)
+        item = {"audio_feature_lengths": value(337)}
+        if m.kind != "audio":
+            t, h, w, _ = m.features.shape
+            item = {f"{m.kind}_grid_thw": value([t, 2 * h, 2 * w])}
+        if m.kind == "video":
+            each = 2 * (m.times[-1] - m.times[0]) / (len(m.times) - 1 or 1)
+            item["second_per_grid_ts"] = S(data=torch.tensor(each, dtype=torch.float64))
+            if family == "qwen3-vl":  # vLLM looks for the first start itself
+                at -= 1
+        features.append(S(modality=m.kind, mm_position=S(offset=at), data=item))
+        at += m.features[..., 0].numel() + 8 * len(m.features) * (model.levels > 0)
+    assert torch.equal(kind.get_mrope_input_positions(me, ids, features)[0], prompt.positions)
+
+
+def test_a_video_beside_its_sound_keeps_groups_whole_and_times_in_order(ask):
+    """Also frames further apart than a chunk: the family's processor would split such a group."""
+    model, far = zoo.build("omni"), Media("video", torch.zeros(4, 2, 3, 128), np.arange(7) * 1.7)
+    for sound in (10, 50, 51, 400):
+        m = far._replace(track=torch.ones(sound, 128))
+        m.features[..., 0] = torch.arange(24).view(4, 2, 3)
+        m.track[:, 0] = torch.arange(sound)
+        ids = torch.tensor([i for piece in model.place(m) for i in piece.ids])
+        cells, (rows,) = mrope_positions(model.place(m)), model.rows(m)
+        assert len(ids) == 24 + sound + 4
+        seen, heard = ids == model.ids["<|VIDEO|>"], ids == model.ids["<|AUDIO|>"]
+        assert torch.equal(rows[seen[2:-2], 0], torch.arange(24.0))
+        assert torch.equal(rows[heard[2:-2], 0], torch.arange(sound * 1.0))
+        at = seen.nonzero()[:, 0].view(4, 6)
+        assert (at[:, -1] - at[:, 0] == 5).all()  # whole
+        assert cells[0, seen].tolist() == [1 + t for t in (0, 85, 170, 255) for _ in range(6)]
+        assert cells[:, heard].tolist() == [list(range(1, sound + 1))] * 3
+        turn = (cells[0, 2:-2] - 1) // 50 * 2 + heard[2:-2]
+        assert (turn.diff() >= 0).all()
+
+
+# ----------------------------------------------------------- frames and sound, before the towers
+
+
+@pytest.mark.parametrize("family", QWENS)
+@pytest.mark.parametrize("f, h, w", [(1, 64, 96), (3, 56, 84), (4, 61, 97), (2, 300, 200),
+                                     (3, 20, 70), (5, 9, 9), (4, 640, 30)])  # fmt: skip
+def test_patches_equal_the_family_s_processor(family, f, h, w):
+    pytest.importorskip("torchvision")
+    from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
+
+    model, third = zoo.build(family), family == "qwen3-vl"
+    # They resize in bytes, and cut off overshoot between the two directions: leave it room.
+    frames = frames_of(f, h, w) // 2 + 64
+    tensor = torch.as_tensor(frames).permute(0, 3, 1, 2)
+    side = model.visual.config.patch_size
+    for kind in ("image", "video"):
+        if third and kind == "video" and f == 1:
+            continue  # theirs wants two
+        seen = frames[:1] if kind == "image" else frames
+        size = model.fit(kind, *seen.shape[:3])
+        ours, grid = model.patches(seen, size)
+        least, most = model.limits(kind)
+        if kind == "image":
+            how = Qwen2VLImageProcessor
+        else:
+            how = Qwen3VLVideoProcessor if third else Qwen2VLVideoProcessor
+        keys = {name: model.preprocess[name] for name in ("image_mean", "image_std")}
+        theirs = how(size={"shortest_edge": least, "longest_edge": most}, patch_size=side, **keys)
+        out = theirs(
+            *([tensor[0]] if kind == "image" else [[tensor]]), return_tensors="pt",
+            **({} if kind == "image" else
+               {"do_sample_frames": False, "cap_pixels_per_frame": False}),
+        )  # fmt: skip
+        assert out[f"{kind}_grid_thw"].tolist() == [list(grid)]
+        pixels = out["pixel_values" if kind == "image" else "pixel_values_videos"]
+        same = size == (h, w)  # else they round twice
+        assert (ours - pixels).abs().max() < (1e-5 if same else 1.5 / 255 / 0.26)
+
+
+def test_a_video_s_prompt_equals_that_of_qwen3_vl_s_processor(ask, media):
+    theirs = pytest.importorskip("transformers.models.qwen3_vl.processing_qwen3_vl")
+    model = zoo.build("qwen3-vl")
+    for letter in "vows":
+        (found,) = model.features(ask(letter), 5)
+        t, h, w, _ = found.features.shape
+        start, end = model.marks["video"]
+        me = S(video_processor=S(merge_size=2, temporal_patch_size=2), video_token="<|video_pad|>")
+        me.vision_start_token, me.vision_end_token, kind = start, end, theirs.Qwen3VLProcessor
+        me._calculate_timestamps = functools.partial(kind._calculate_timestamps, me)
+        frames = data.Frames(media[letter], 5)
+        given = {"video_grid_thw": torch.tensor([[t, 2 * h, 2 * w]])}
+        given["video_metadata"] = [S(fps=4.0, frames_indices=frames.indices)]
+        text = kind.replace_video_token(me, given, 0)
+        ids = [i for piece in model.place(found) for i in piece.ids]
+        assert ids == model.tokenizer(text).input_ids
+
+
+@pytest.mark.parametrize("seconds", [0.02, 1, 1.99, 3.37, 7.3, 299.9])
+def test_mel_and_tokens_of_a_sound_equal_whisper_s_and_the_tower_s(seconds):
+    model, sound = zoo.build("omni"), frames_of(1, 1, int(seconds * 16000))[0, 0, :, 0] / 256 - 0.5
+    length = 300 if seconds > 8 else 8
+    ear = transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=length)
+    theirs = ear(
+        sound, sampling_rate=16000, padding="max_length", return_attention_mask=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    expected = theirs.input_features[0].T[theirs.attention_mask[0].bool()]
+    ours = model.mel(sound.astype("f4"))
+    assert ours.shape == expected.shape and (ours - expected).abs().max() < 1e-4
+    count = model.tower["audio_tower"]._get_feat_extract_output_lengths(torch.tensor(len(ours)))[1]
+    with torch.no_grad():
+        if count > 0 and seconds < 60:
+            assert len(model.hear(sound.astype("f4"))) == count == model.heard(len(sound))
+        elif count < 1:
+            with pytest.raises(ModelError, match="320 samples of audio are too few"):
+                model.hear(sound)
+
+
+def test_tokens_of_a_sound_for_every_length():
+    model = zoo.build("omni")
+    lengths = torch.arange(640, 70000, 37)
+    theirs = model.tower["audio_tower"]._get_feat_extract_output_lengths((lengths + 159) // 160)[1]
+    assert [model.heard(int(n)) for n in lengths] == theirs.tolist()
+
+
+def test_omni_s_videos_have_the_limits_of_its_processor():
+    theirs = pytest.importorskip("transformers.models.qwen2_5_omni.processing_qwen2_5_omni")
+    size = theirs.Qwen2_5OmniProcessorKwargs._defaults["videos_kwargs"]["size"]
+    model = zoo.build("omni")
+    assert model.limits("video") == (size["shortest_edge"], size["longest_edge"])
+    assert model.limits("image") == (56 * 56, 84 * 112)
+
+
+# ------------------------------------------------------------------ features, in parts and at once
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if zoo.build(f).takes])
+def test_groups_are_encoded_apart_kept_once_and_trained(ask, media, family):
+    model = zoo.build(family)
+    video, group = data.Frames(media["w"], 5)[:][:7], model.together
+    with torch.no_grad():
+        whole = model.encode(video)
+        assert len(whole) == -(-7 // group)
+        part = model.encode(video, at=range(2, 7))
+        assert torch.allclose(part, whole[2 // group :], atol=1e-5)
+        assert torch.allclose(model.encode(video, at_once=3), whole, atol=1e-5)
+    example, kinds = ask(mixed(family)), {m.kind for m in ask(mixed(family)).media}
+    assert kinds == set(model.takes)
+    found = model.features(example, 5)
+    # one miss each (and the sound of a video); then none
+    count = len(example.media) + sum(m.track for m in example.media)
+    assert (model.cache.misses, model.cache.hits) == (count, 0)
+    again = model.features(example, 5)
+    assert (model.cache.misses, model.cache.hits) == (count, count)
+    assert all(torch.equal(a.features, b.features) for a, b in zip(found, again))
+    misses = lambda *a: model.features(*a) and model.cache.misses  # noqa: E731
+    video = replace(example, media=(media["v"],))
+    assert misses(video, 5) == count  # that of the mixed question
+    assert misses(video, 6) == count + 1
+    assert misses(replace(video, media=(media["v"]._replace(segment=(0, 3.9)),)), 5) == count + 2
+    model.recipe = replace(model.recipe, max_pixels=64 * 64)
+    assert misses(video, 5) == count + 3
+    if family in ("qwen2.5-vl", "qwen3-vl"):  # the others' frames have a fixed size, or a least one
+        assert model.features(video, 5)[0].features.shape[1:3] == (1, 2) != whole.shape[1:3]
+    model.recipe = zoo.RECIPE
+    trained = model.features_trainable([example, video], 5)
+    for a, b in zip(trained[0], found):
+        assert torch.allclose(a.features, b.features, atol=1e-5)
+        assert a.kind == b.kind and list(a.times if model.timed else ()) == list(b.times)
+        assert (a.track is None) == (b.track is None)
+    sum((m.features**2).sum() + (0 if m.track is None else m.track.sum())
+        for m in trained[0]).backward()  # fmt: skip
+    dead = {n for n, p in model.tower.named_parameters() if p.grad is None or not p.grad.any()}
+    dead |= {n for n, p in model.projector.named_parameters() if p.grad is None}
+    # of SigLIP what is behind the layer that is taken; of Whisper what transformers does not use
+    assert not [n for n in dead if not re.search(r"layers\.2\.|post_layernorm|bos_eos_token", n)]
+
+
+def test_the_sound_of_a_video_is_kept_apart_from_its_frames(ask, media):
+    model = zoo.build("omni")
+    (both,) = model.features(ask("t"), 5)
+    (seen,) = model.features(ask("w"), 5)
+    sound = Medium("audio", media["t"].path, media["t"].num_frames)
+    (heard,) = model.features(replace(ask("a"), media=(sound,)), 5)
+    assert (model.cache.misses, model.cache.hits) == (2, 2)
+    assert torch.equal(both.features, seen.features) and torch.equal(both.track, heard.features)
+
+
+def _ranks_agree(rank, root, letters):
+    """Features and packed log-probs of two ranks are one's, and gradients, of towers too."""
+    import torch.distributed as dist
+
+    for family, example in letters.items():
+        found = {}
+        for method in (None, "gather", "ulysses"):
+            m = load(f"{root}/{family}").train()
+            if method:
+                m.mesh = mrsp.make_mesh(2, method, 4, 2)
+                kept = m.features(example, 5, dist.group.WORLD)
+                for a, b in zip(kept, m.features(example, 5, dist.group.WORLD)):
+                    assert torch.equal(a.features, b.features)
+            (media,) = m.features_trainable([example], 5)
+            for a, b in zip(kept if method else media, media):
+                assert torch.allclose(a.features, b.features, atol=1e-5), family
+                assert a.track is b.track is None or torch.allclose(a.track, b.track, atol=1e-5)
+            text = m.build_prompt(replace(example, media=()), [])
+            prompts = [m.build_prompt(example, media), text]
+            out, _ = m(mrsp.pack(prompts, answers(m, [[7, 2, 5], [4]])))
+            (out * torch.linspace(-1, 1, len(out))).sum().backward()
+            if method:
+                mrsp.all_reduce_gradients(m.parameters())
+            grads = {n: torch.zeros(1) if p.grad is None else p.grad for n, p in m.named_parameters()}
+            logps, expected = found.setdefault(None, (out, grads))
+            assert torch.allclose(out, logps, atol=1e-5, rtol=1e-6), (family, method)
+            for n, g in expected.items():
+                gap = (grads[n] - g).abs().max() / (g.abs().max() + 1e-3)
+                assert gap < 1e-3, (family, method, n, gap)
+
+
+def test_two_ranks_see_hear_and_train_like_one(ask, tmp_path):
+    for family in FAMILIES:
+        zoo.build(family).save_pretrained(tmp_path / family)
+    run_ranks(_ranks_agree, 2, str(tmp_path), {f: ask(mixed(f)) for f in FAMILIES})
