@@ -144,7 +144,9 @@ class VisionLanguage(nn.Module):
     """The policy. forward() gives log-probs of a Pack's targets; encode() the media's features.
     A family adds its checkpoints, encode_many(), place() and positions()."""
 
-    mrope = False  # positions of three rows: vLLM must be told the grids, not embeddings alone
+    mrope = False  # positions of three rows
+    levels = 0  # deepstack: features for the outputs of that many decoder layers stand beside media
+    decoder_kind = "Qwen2ForCausalLM", "qwen2"  # the decoder by itself: its class and model_type
     together = 1  # frames that the tower sees as one
     default_system: str | None = None  # the system prompt if the recipe has none
 
@@ -171,7 +173,19 @@ class VisionLanguage(nn.Module):
     def llm(self):
         return self.policy.llm
 
+    @property
+    def media_width(self) -> int:
+        """W of the features (N, W) of a Prompt: [main | level 1 | level 2 ...], each D wide."""
+        return self.llm.config.hidden_size * (1 + self.levels)
+
     # -- checkpoints
+
+    def save_config(self, folder: str) -> None:
+        """Config and tokenizer of the decoder as a text model, no weights: what vLLM builds."""
+        config = json.loads(self.llm.config.to_json_string(use_diff=False))
+        name, config["model_type"] = self.decoder_kind
+        self.tokenizer.save_pretrained(folder)
+        Path(folder, "config.json").write_text(json.dumps(config | {"architectures": [name]}))
 
     def decoder_weights(self):
         """The decoder's tensors by their published names, one after the other, a tied head once:
@@ -306,8 +320,8 @@ class VisionLanguage(nn.Module):
 
     # -- policy
 
-    def embed(self, ids: Tensor, media: Tensor | None, media_at: Tensor) -> Tensor:
-        return self.policy.embed(ids, media, media_at)
+    def inputs(self, ids: Tensor, media: Tensor | None, media_at: Tensor | None) -> dict:
+        return self.policy.inputs(ids, media, media_at)
 
     def forward(self, pack: mrsp.Pack, temperature: float = 1.0, chunk: int = 8192):
         """Log-probs (M,) and entropies (M,) of a Pack's targets; see Policy."""
@@ -347,14 +361,23 @@ class Policy(nn.Module):
         super().__init__()
         self.llm = llm
 
-    def embed(self, ids: Tensor, media: Tensor | None, media_at: Tensor) -> Tensor:
-        """Token embeddings (B, L, D), with media features at flat positions media_at."""
-        x = self.llm.get_input_embeddings()(ids)
+    def inputs(self, ids: Tensor, media: Tensor | None, media_at: Tensor | None) -> dict:
+        """What the decoder's body is called with: embeddings (B, L, D) of the tokens, with media
+        features (N, D) at flat positions media_at. Of wider ones, D * (1 + levels), the body adds
+        the further columns to the outputs of its first layers (deepstack)."""
+        x, extra = self.llm.get_input_embeddings()(ids), {}
         if media is not None:  # also if none of it is here: its gradient is awaited by all ranks
             flat = x.reshape(-1, x.shape[-1])
-            x = flat.index_copy(0, media_at, media.to(flat.device, flat.dtype)).view_as(x)
+            main, *deep = media.to(flat.device, flat.dtype).split(x.shape[-1], -1)
+            x = flat.index_copy(0, media_at, main).view_as(x)
+            if deep:  # by a mask, so in the order of positions; media_at of a share may be another
+                order, mask = media_at.argsort(), torch.zeros_like(ids, dtype=torch.bool)
+                mask.view(-1)[media_at] = True
+                deep = [level[order] for level in deep]
+                extra = {"visual_pos_masks": mask, "deepstack_visual_embeds": deep}
         # All ranks run the same backward (FSDP gathers in it), also where nothing here is trained.
-        return x if x.requires_grad or not torch.is_grad_enabled() else x.requires_grad_()
+        x = x if x.requires_grad or not torch.is_grad_enabled() else x.requires_grad_()
+        return {"inputs_embeds": x, **extra}
 
     def forward(
         self, share: mrsp.Pack, temperature: float = 1.0, chunk: int = 8192
@@ -362,9 +385,11 @@ class Policy(nn.Module):
         """Log-probs (M,) float32 (or wider) of the targets at a sampling temperature, and the
         entropy (M,) of each predicted distribution (no gradient). share: this rank's part of a
         Pack (mrsp.shard); the result is that of the whole Pack, on every rank."""
-        x = self.embed(share.ids, share.media, share.media_at)  # (B, Ls, D)
         hidden = self.llm.model(
-            inputs_embeds=x, position_ids=share.positions, use_cache=False, mrsp=share.layout
+            **self.inputs(share.ids, share.media, share.media_at),
+            position_ids=share.positions,
+            use_cache=False,
+            mrsp=share.layout,
         ).last_hidden_state  # (B, Ls, D)
         # DEVIATION 1: only the hidden states that predict a target reach the LM head.
         hidden = mrsp.spread(hidden.reshape(-1, hidden.shape[-1]), share)  # (width, D)
@@ -532,12 +557,6 @@ class VILA(VisionLanguage):
         (root / "vision_tower" / "preprocessor_config.json").write_text(json.dumps(self.preprocess))
         tensors = {k: v.contiguous() for k, v in self.projector.state_dict().items()}
         save_file(tensors, root / "mm_projector" / "model.safetensors")
-
-    def save_config(self, folder: str) -> None:
-        """Config and tokenizer of the decoder, no weights: what vLLM builds a Qwen2 from."""
-        self.llm.config.architectures = [type(self.llm).__name__]
-        self.llm.config.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
 
     def pixels(self, frames) -> Tensor:
         """(F, H, W, 3) uint8 -> (F, 3, S, S) normalised."""
@@ -715,17 +734,13 @@ class QwenVL(VisionLanguage):
         if not write:
             return
         weights |= {f"visual.{k}": v.cpu() for k, v in self.tower.state_dict().items()}
-        self.save_config(folder)
-        self.save_recipe(Path(folder))
-        weights = {k: v.contiguous() for k, v in weights.items()}
-        save_file(weights, Path(folder) / "model.safetensors", {"format": "pt"})
-
-    def save_config(self, folder: str) -> None:
-        """All but weights and recipe: what vLLM builds the model from."""
         self.config.architectures = [Qwen2_5_VLForConditionalGeneration.__name__]
         self.config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         Path(folder, "preprocessor_config.json").write_text(json.dumps(self.preprocess, indent=2))
+        self.save_recipe(Path(folder))
+        weights = {k: v.contiguous() for k, v in weights.items()}
+        save_file(weights, Path(folder) / "model.safetensors", {"format": "pt"})
 
     def patches(self, frames) -> tuple[Tensor, tuple[int, int, int]]:
         """(F, H, W, 3) uint8 -> patches (T h w, 3 * 2 * p * p) and (T, h, w). The four patches
