@@ -608,12 +608,12 @@ class VLLMEngine:
 
     def _requests(self, prompts) -> list[dict]:
         """Each prompt as vLLM takes it."""
-        device, out = "cuda" if self.cuda else "cpu", []
+        out = []
         for p in prompts:
             if p.media is None:
                 out.append({"prompt_token_ids": p.ids.tolist()})
-            else:  # text embeddings from the engine's own table: never those of old weights
-                rows = self._embed(p.ids.to(device)).cpu()
+            else:
+                rows = self._embed(p.ids)
                 rows.index_copy_(0, p.media_at.cpu(), p.media.cpu().to(self.dtype))
                 out.append({"prompt_embeds": rows})
             if self.policy.mrope:
@@ -621,7 +621,10 @@ class VLLMEngine:
         return out
 
     def _embed(self, ids: Tensor) -> Tensor:
-        return self.llm.apply_model(lambda model: model.embed_input_ids(ids))[0]
+        """Text embeddings (P, W) from the engine's own table: never those of old weights."""
+        return self.llm.apply_model(
+            lambda model: model.embed_input_ids(ids.to(next(model.parameters()).device))
+        )[0].cpu()
 
     def _prefilled(self) -> int:
         """Prompt tokens computed since the start: those of all answers, less those cached."""

@@ -83,11 +83,11 @@ def wide_prompt(model, before, n, after, ahead=0, seed=0):
     """A Prompt with n wide features in any order among its middle tokens, at any position; text
     goes on `ahead` of its index."""
     g, length = torch.Generator().manual_seed(seed), before + n + after
-    ids = torch.randint(8, model.llm.config.vocab_size, (length,), generator=g)
     at = before + torch.randperm(n, generator=g)
     positions = torch.arange(length).expand(3, -1).clone()
-    positions[:, at] = before + torch.randint(0, n, (3, n), generator=g)
+    positions[:, at] = before + torch.randint(0, max(n, 1), (3, n), generator=g)
     positions[:, before + n :] += ahead
+    ids = torch.randint(8, model.llm.config.vocab_size, (length,), generator=g)
     ids[at], media = model.media_token, torch.randn(n, model.media_width, generator=g)
     return Prompt(ids, positions, media if n else None, at, "", before + n)
 
