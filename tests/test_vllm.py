@@ -462,7 +462,7 @@ def test_deepstack_reaches_both_engines_and_matters(stand):
     """Text between prompts with media, too: what stood in vLLM's buffer before is not added."""
     model, prompts = stand.model, stand.prompts
     assert prompts[1].positions.max() > 2 * len(prompts[1].ids) and prompts[3].media is None
-    for engine in (stand.engine, TorchEngine(model)):
+    for engine in (TorchEngine(model), stand.engine):
         for n, order in ((4, (0, 1, 2, 3, 4)), (3, (3, 1, 4, 0)), (1, (4, 3))):
             some = [prompts[i] for i in order]
             assert gap(model, some, engine.generate(some, n, SAMPLINGS[1]), 0.7) < 1e-4
@@ -711,6 +711,9 @@ def test_what_cannot_be_sampled_is_refused_before_vllm_sees_it(stand, monkeypatc
     room = engine.max_len - len(prompts[4].ids)
     with pytest.raises(RolloutError, match=f"prompt 1: .*{engine.max_len}.*--rollout_max_len"):
         engine.generate([prompts[3], prompts[4]], 2, Sampling(max_tokens=room + 1))
+    far = replace(prompts[3], positions=prompts[3].positions + engine.max_len - 50)
+    with pytest.raises(RolloutError, match="prompt 0: .* positions .*--rollout_max_len"):
+        engine.generate([far], 2, Sampling(max_tokens=50))
     monkeypatch.undo()
     stand.out()  # nothing of this harmed the engine
 
