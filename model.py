@@ -218,6 +218,9 @@ class MultiModal(nn.Module):
     together = 1  # frames that the tower sees as one
     timed = False  # does place() use the times of frames?
     levels = 0  # features of lower tower layers that the decoder adds after its first layers
+    decoder_kind: tuple | None = (
+        None  # class and model_type of the decoder, if they are not its own
+    )
 
     def __init__(self, llm, tower, tokenizer, preprocess: dict, media=(), controls=()):
         """media: tokens that stand for features; controls: further tokens no question may hold."""
@@ -284,9 +287,11 @@ class MultiModal(nn.Module):
 
     def save_config(self, folder: str) -> None:
         """Config and tokenizer of the decoder as a text model, no weights: what vLLM builds."""
-        self.llm.config.architectures = [type(self.llm).__name__]
-        self.llm.config.save_pretrained(folder)
+        config = json.loads(self.llm.config.to_json_string(use_diff=False))
+        name, kind = self.decoder_kind or (type(self.llm).__name__, config["model_type"])
         self.tokenizer.save_pretrained(folder)
+        config |= {"architectures": [name], "model_type": kind}
+        Path(folder, "config.json").write_text(json.dumps(config))
 
     # -- media
 
@@ -539,22 +544,19 @@ class Policy(nn.Module):
         """What the decoder's body is called with: token embeddings (B, L, D), with the media
         features (n, W) at flat positions media_at (n,). Wider ones than D (deepstack) are [D | D of
         level 1 | ...]: level i is added there to what layer i puts out."""
-        x = self.llm.get_input_embeddings()(ids)
-        levels = []
+        x, extra = self.llm.get_input_embeddings()(ids), {}
         if media is not None:  # also if none of it is here: its gradient is awaited by all ranks
             flat = x.reshape(-1, x.shape[-1])
             main, *levels = media.to(flat.device, flat.dtype).split(x.shape[-1], -1)
             x = flat.index_copy(0, media_at, main).view_as(x)
+            if levels:  # by a mask, so in the order of positions; a share's may be another
+                order, mask = media_at.argsort(), torch.zeros_like(ids, dtype=torch.bool)
+                mask.view(-1)[media_at] = True
+                levels = [level[order] for level in levels]
+                extra = {"visual_pos_masks": mask, "deepstack_visual_embeds": levels}
         # All ranks run the same backward (FSDP gathers in it), also where nothing here is trained.
         x = x if x.requires_grad or not torch.is_grad_enabled() else x.requires_grad_()
-        if not levels:
-            return {"inputs_embeds": x}
-        here = torch.zeros(ids.numel(), dtype=torch.bool, device=x.device).index_fill(
-            0, media_at, 1
-        )
-        order = media_at.argsort()  # a share of a pack has its media in any order
-        deep = {"deepstack_visual_embeds": [level[order] for level in levels]}
-        return {"inputs_embeds": x, "visual_pos_masks": here.view_as(ids), **deep}
+        return {"inputs_embeds": x, **extra}
 
     def forward(
         self, share: mrsp.Pack, temperature: float = 1.0, chunk: int | None = None
@@ -931,7 +933,7 @@ class QwenVL(MultiModal):
     mrope = timed = True
     together = 2
     kind = transformers.Qwen2_5_VLForConditionalGeneration
-    text_kind = transformers.Qwen2Config  # what the decoder alone is, but for M-RoPE
+    decoder_kind = "Qwen2ForCausalLM", "qwen2"
     published = ("model.", "", "")  # prefixes of the decoder's, the towers' and the head's tensors
     skip = ""  # a pattern: tensors of the checkpoint that are not needed
     pads = {"video": "<|video_pad|>", "image": "<|image_pad|>"}
@@ -1004,15 +1006,6 @@ class QwenVL(MultiModal):
         self.config.architectures = [self.kind.__name__]
         return self.config
 
-    def save_config(self, folder: str) -> None:
-        settings = self.llm.config.to_dict()
-        for name in ("model_type", "architectures", "dtype"):
-            settings.pop(name, None)
-        config = self.text_kind(**settings)
-        config.architectures = [config.model_type.capitalize() + "ForCausalLM"]
-        config.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-
     def encoder_settings(self) -> list:
         named = ("hidden_act", "num_heads", "patch_size", "window_size", "fullatt_block_indexes")
         named += ("deepstack_visual_indexes",)
@@ -1082,7 +1075,7 @@ class Qwen3VL(QwenVL):
 
     kind = transformers.Qwen3VLForConditionalGeneration
     published = ("model.language_model.", "model.", "")
-    text_kind = transformers.Qwen3Config
+    decoder_kind = "Qwen3ForCausalLM", "qwen3"
 
     def __init__(self, whole, *rest):
         super().__init__(whole, *rest)

@@ -9,11 +9,10 @@ embeddings that were computed once, and their log-probs are compared with the tr
 
 VLLMEngine, for GPUs (and CPUs): vLLM runs the decoder alone; no pixel is encoded twice.
 
-    Prompt of VILA    text ids -> the engine's own embedding table, media put at media_at
-                      -> prompt_embeds (P, D)
-    Prompt of Qwen    ids with one token a medium, its features (N, D) and grid
-                      -> video_embeds / image_embeds; vLLM places them, and we check how
-    text              -> token ids
+    text       token ids
+    media      text ids -> the engine's own embedding table, features put at media_at
+               -> prompt_embeds (P, W): W = D, or deepstack's levels beside it, D * (1 + levels)
+    positions  of three rows (M-RoPE): those of the Prompt, never vLLM's idea of them
     one request, n = G:   prefill P tokens once --> K/V blocks <-- r_1 .. r_G  (prefix caching)
     weights:              policy --gathered tensor by tensor--> reload_weights, nothing on disk
 
@@ -39,13 +38,15 @@ Differences from common practice:
         at 1). vLLM would return it at temperature 1; we put the temperature into its logits.
     DEVIATION 2: media tokens are never sampled: a policy could write itself a video.
 
-Glossary: B prompts, G answers each, P longest prompt, N media features, D width, V vocabulary, t
-decode step. Check this file alone:  pytest tests/test_rollout.py tests/test_vllm.py
+Glossary: B prompts, G answers each, P longest prompt, N media features, D width, W width of media,
+V vocabulary, t decode step. Check this file alone:  pytest tests/test_rollout.py tests/test_vllm.py
 """
 
 import atexit
 import copy
+import functools
 import gc
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -58,6 +59,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
 
@@ -111,8 +113,8 @@ def check_request(policy, prompts, n: int, sampling: Sampling, seeds) -> list[in
         if media.shape != (len(prompt.media_at), width):
             raise ValueError(
                 f"prompt {i}: media features are {tuple(media.shape)}, but the prompt has "
-                f"{len(prompt.media_at)} media tokens and the decoder is {width} wide: they come "
-                "from another model, or from another version of this one"
+                f"{len(prompt.media_at)} media tokens and the decoder takes them {width} wide: "
+                "they come from another model, or from another version of this one"
             )
     return seeds
 
@@ -311,8 +313,8 @@ def import_vllm():
     # Weights are handed over in process, and all ranks of an engine schedule alike.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     # Its second model runner keeps a copy of a prompt's embeddings on the GPU for each answer,
-    # beside the memory that it was given; the first one has one buffer.
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    # beside the memory that it was given; the first one has one buffer, and takes our positions.
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
@@ -347,6 +349,48 @@ def make_engine(kind: str | None, policy, config=None, dtype=torch.float32, copi
     return TorchEngine(policy, dtype=dtype if copied else None)
 
 
+DEEPSTACK = "Qwen3DeepstackForCausalLM"  # what vLLM calls the class below
+
+
+@functools.cache
+def register_deepstack() -> None:
+    """Make DEEPSTACK known to vLLM: a Qwen3 whose inputs (P, W) are [embeddings | level 1 | ...];
+    layer i's output gets level i added, zeros for text. The levels are arguments of the part that
+    vLLM compiles, and views of the runner's one buffer, as CUDA graphs want them."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.qwen3_vl import Qwen3LLMForCausalLM
+    from vllm.sequence import IntermediateTensors
+
+    class Deepstack(Qwen3LLMForCausalLM):
+        def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+            x = super().embed_input_ids(input_ids)
+            return F.pad(x, (0, self.config.projection_size - x.shape[-1]))
+
+        def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None):
+            x, *deep = inputs_embeds.split(self.config.hidden_size, -1)
+            deep = {f"deepstack_input_embeds_{i}": level for i, level in enumerate(deep)}
+            return self.model(None, positions, None, x, IntermediateTensors(deep))
+
+    ModelRegistry.register_model(DEEPSTACK, Deepstack)
+
+
+def use_positions(request) -> None:
+    """In place of what vLLM's runner computes from grids of media: a request's positions (3, P),
+    which came along in its sampling parameters, and how far an answer's are ahead of its index."""
+    positions = request.sampling_params.extra_args["positions"]
+    request.mrope_positions = positions
+    request.mrope_position_delta = int(positions.max()) + 1 - positions.shape[1]
+
+
+def salt(positions: Tensor) -> str:
+    """Tells K/V of the same embeddings at other positions (3, P) apart: vLLM shares K/V by hashes
+    of tokens, embeddings and this. Text at the end, which counts on by one, is left out: questions
+    about one video share it."""
+    jumps = (positions.diff() != 1).any(0).nonzero()
+    fixed = positions[:, : int(jumps[-1]) + 2 if len(jumps) else 1]
+    return hashlib.sha256(fixed.contiguous().numpy().tobytes()).hexdigest()
+
+
 class VLLMEngine:
     """Samples with vLLM, in this process; see the opening of this file. torch.distributed, if it is
     used, must be initialised before. All ranks start, sync, sleep and wake together:
@@ -359,7 +403,7 @@ class VLLMEngine:
     def __init__(self, policy, config: RolloutConfig = RolloutConfig(), dtype=torch.float32):
         self.policy, self.config, self.dtype, self.tp = policy, config, dtype, config.tp
         self.llm, self.cuda = None, torch.cuda.is_available()
-        self.prefilled = self.calls = 0
+        self.prefilled = 0
         self.start()
 
     def start(self) -> None:
@@ -384,16 +428,11 @@ class VLLMEngine:
             gpu_memory_utilization=c.memory, enable_sleep_mode=self.cuda,
             enforce_eager=c.eager or not self.cuda,
             disable_log_stats=False,  # they count the prefilled tokens
-            mm_processor_cache_gb=0,  # EmbeddingCache keeps the features, once
+            enable_prompt_embeds=True,
         )  # fmt: skip
         if c.kv_gb or not self.cuda:
             options["kv_cache_memory_bytes"] = int((c.kv_gb or 1.0) * 2**30)
-        if not policy.mrope:
-            options["enable_prompt_embeds"] = True
-        else:  # limits of 0: the vision tower is not even built
-            options |= {"enable_mm_embeds": True, "limit_mm_per_prompt": {"image": 0, "video": 0}}
-            options["skip_mm_profiling"] = True
-        self._widen(Path(self.folder.name))
+        self._widen(Path(self.folder.name, "config.json"))
         devices = [torch.cuda.current_device()] if self.cuda else []
         states = random.getstate(), np.random.get_state()
         try:
@@ -408,6 +447,9 @@ class VLLMEngine:
             random.setstate(states[0])
             np.random.set_state(states[1])
         self.llm.llm_engine.engine_core._finalizer.detach()  # its shutdown; see close()
+        self.llm.collective_rpc(
+            lambda worker: setattr(worker.model_runner, "_init_mrope_positions", use_positions)
+        )
         # DEVIATION 1: vLLM returns the log-probs of its logits before the sampling temperature.
         self.temperature = 1.0
         (logits,) = self._find("LogitsProcessor")
@@ -420,19 +462,16 @@ class VLLMEngine:
         t = self.temperature
         return logits if logits is None or t == 1 else logits.float() / t
 
-    def _widen(self, folder: Path) -> None:
-        """Positions and media up to max_len: vLLM makes its table of positions as long as the
-        checkpoint says, and admits media no larger than the processor's largest image."""
-        path = folder / "config.json"
+    def _widen(self, path: Path) -> None:
+        """Make room in the decoder's config.json for positions up to max_len (vLLM makes its table
+        as long as the checkpoint says) and for deepstack."""
         config = json.loads(path.read_text())
-        part = config.get("text_config", config)
-        part["max_position_embeddings"] = max(self.max_len, part["max_position_embeddings"])
+        config["max_position_embeddings"] = max(self.max_len, config["max_position_embeddings"])
+        if self.policy.levels:
+            register_deepstack()
+            # vLLM's name for inputs that are wider than the decoder.
+            config |= {"architectures": [DEEPSTACK], "projection_size": self.policy.media_width}
         path.write_text(json.dumps(config))
-        if self.policy.mrope:
-            p = self.policy.preprocess
-            most = self.max_len * (p["patch_size"] * p["merge_size"]) ** 2
-            p = p | {"max_pixels": most, "size": {"shortest_edge": 1, "longest_edge": most}}
-            (folder / "preprocessor_config.json").write_text(json.dumps(p))
 
     def _find(self, kind: str) -> list:
         """The modules of this class in vLLM's model."""
@@ -477,8 +516,6 @@ class VLLMEngine:
         for head in self._find("ParallelLMHead"):
             head.quant_method.process_weights_after_loading(head)
         self.llm.reset_prefix_cache()  # K/V of the old weights
-        self.llm.llm_engine.reset_encoder_cache()
-        self.llm.llm_engine.reset_mm_cache()
         self.blocked = ""
 
     def sleep(self) -> None:
@@ -514,11 +551,13 @@ class VLLMEngine:
                 f"the engine cannot sample: {self.blocked or 'it sleeps: call wake()'}"
             )
         for i, prompt in enumerate(prompts):
-            if len(prompt.ids) + sampling.max_tokens > self.max_len:
+            # Positions may run ahead of tokens (few frames of a long video): the table ends there.
+            length = max(len(prompt.ids), int(prompt.positions.max()) + 1)
+            if length + sampling.max_tokens > self.max_len:
                 raise RolloutError(
-                    f"prompt {i}: {len(prompt.ids)} tokens and an answer of {sampling.max_tokens} "
-                    f"exceed the engine's {self.max_len}: take fewer frames, shorter answers or a "
-                    "larger --rollout_max_len"
+                    f"prompt {i}: {length} tokens or positions and an answer of "
+                    f"{sampling.max_tokens} exceed the engine's {self.max_len}: take fewer frames, "
+                    "shorter answers or a larger --rollout_max_len"
                 )
         from vllm import SamplingParams
 
@@ -532,11 +571,11 @@ class VLLMEngine:
                 stop=[sampling.stop] if sampling.stop else [], detokenize=bool(sampling.stop),
                 skip_special_tokens=False,  # a stop text may be one, as in the text of a Response
                 stop_token_ids=[self.policy.eos] if self.policy.eos >= 0 else [], ignore_eos=True,
+                extra_args={"positions": prompt.positions.cpu()},  # for use_positions()
             )
-            for seed in seeds
+            for prompt, seed in zip(prompts, seeds)
         ]  # fmt: skip
         self.temperature, before, found = sampling.temperature or 1.0, self._prefilled(), []
-        self.calls += 1
         try:
             for part in self._parts(prompts):
                 requests = self._requests(prompts[part])
@@ -550,13 +589,7 @@ class VLLMEngine:
             raise RolloutError(f"vLLM failed: {type(error).__name__}: {error}") from error
         self.prefilled += self._prefilled() - before
         out = []
-        for prompt, request in zip(prompts, found, strict=True):
-            # With media as features vLLM writes the tokens: they must be those of the trainer.
-            if prompt.grids and request.prompt_token_ids != prompt.ids.tolist():
-                raise RolloutError(
-                    "vLLM expands the media of a prompt to other tokens than the trainer: "
-                    f"{len(request.prompt_token_ids)} and {len(prompt.ids)}; prompt: {prompt.text}"
-                )
+        for request in found:
             out.append([])
             for a in request.outputs:
                 ids, logps = torch.tensor(a.token_ids), torch.tensor(a.logprobs.logprobs)
@@ -576,51 +609,23 @@ class VLLMEngine:
 
     def _requests(self, prompts) -> list[dict]:
         """Each prompt as vLLM takes it."""
-        device, out = "cuda" if self.cuda else "cpu", []
+        out = []
         for p in prompts:
             if p.media is None:
                 out.append({"prompt_token_ids": p.ids.tolist()})
-            elif p.grids:
-                out.append(self._with_grids(p))
-            else:  # text embeddings from the engine's own table: never those of old weights
-                rows = self._embed(p.ids.to(device)).cpu()
+            else:
+                rows = self._embed(p.ids)
                 rows.index_copy_(0, p.media_at.cpu(), p.media.cpu().to(self.dtype))
                 out.append({"prompt_embeds": rows})
+            if self.policy.mrope:
+                out[-1]["cache_salt"] = salt(p.positions.cpu())
         return out
 
     def _embed(self, ids: Tensor) -> Tensor:
-        return self.llm.apply_model(lambda model: model.embed_input_ids(ids))[0]
-
-    def _with_grids(self, p) -> dict:
-        """ids with ONE token a medium, which vLLM expands; features and grids by kind:
-
-        ids  7 <start> V V V V <end> 9   media (4, D), grid t 1, h 4, w 4 (patches, 4 a token)
-        ->   7 <start> V       <end> 9   video_embeds (4, D), video_grid_thw [[1, 4, 4]]
-        """
-        sizes = [g.t * g.h * g.w for g in p.grids]  # patches of each medium
-        merged = sum(sizes) // len(p.media)  # patches that share a token
-        media = p.media.cpu().to(self.dtype).split([size // merged for size in sizes])
-        places = p.media_at.cpu().split([len(m) for m in media])  # of each medium's tokens in ids
-        dropped = set(torch.cat([at[1:] for at in places]).tolist())
-        data, uuids = {}, {}
-        for kind in dict.fromkeys(g.kind for g in p.grids):
-            own = [(m, g) for m, g in zip(media, p.grids) if g.kind == kind]
-            data[kind] = {
-                f"{kind}_embeds": torch.cat([m for m, _ in own]),
-                f"{kind}_grid_thw": torch.tensor([(g.t, g.h, g.w) for _, g in own]),
-            }
-            if kind == "video":
-                data[kind]["second_per_grid_ts"] = torch.tensor([g.seconds for _, g in own])
-            # vLLM would hash the features but not the seconds, and trusts what we call them. Within
-            # this call a tensor is one medium (other questions about it share its prefill).
-            uuids[kind] = [
-                f"{self.calls} {p.media.data_ptr()} {i} {g}" for i, (_, g) in enumerate(own)
-            ]
-        return {
-            "prompt_token_ids": [x for i, x in enumerate(p.ids.tolist()) if i not in dropped],
-            "multi_modal_data": data,
-            "multi_modal_uuids": uuids,
-        }
+        """Text embeddings (P, W) from the engine's own table: never those of old weights."""
+        return self.llm.apply_model(
+            lambda model: model.embed_input_ids(ids.to(next(model.parameters()).device))
+        )[0].cpu()
 
     def _prefilled(self) -> int:
         """Prompt tokens computed since the start: those of all answers, less those cached."""

@@ -13,9 +13,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch.multiprocessing import set_forkserver_preload, start_processes  # noqa: E402
+from transformers import Qwen3VLTextConfig, Qwen3VLTextModel  # noqa: E402
 
 import data  # noqa: E402
-from model import VILA, Recipe, toy_checkpoint  # noqa: E402
+from model import VILA, Decoder, Policy, Prompt, Recipe, toy_checkpoint  # noqa: E402
 
 torch.set_num_threads(1)
 RECIPE = Recipe(num_frames=5, max_tokens=8, template="{problem} Think, then answer.")
@@ -90,10 +91,48 @@ def write_video_with_audio(path, frames, fps, seconds, hz, start=0.0, codec="aac
         container.mux([*video.encode(), *audio.encode()])
 
 
+LEVELS = 2  # of deepstack
+
+
+def deepstack(model, tie=True, seed=0):
+    """The model with the decoder of a Qwen3-VL of the same vocabulary, random weights."""
+    old = model.llm.config
+    torch.manual_seed(seed)
+    config = Qwen3VLTextConfig(
+        vocab_size=old.vocab_size, hidden_size=128, intermediate_size=96, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, initializer_range=0.1,
+        max_position_embeddings=4096, tie_word_embeddings=tie,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_interleaved": True,
+                         "mrope_section": [6, 5, 5]},
+    )  # fmt: skip
+    body, head = Qwen3VLTextModel(config), torch.nn.Linear(128, old.vocab_size, bias=False)
+    head.weight = body.embed_tokens.weight if tie else torch.nn.Parameter(head.weight * 2)
+    model.policy, model.mrope, model.levels = Policy(Decoder(body, head)), True, LEVELS
+    model.decoder_kind = "Qwen3ForCausalLM", "qwen3"
+    model.llm.set_attn_implementation("mrsp")
+    return model.eval()
+
+
+def wide_prompt(model, before, n, after, ahead=0, seed=0):
+    """A Prompt with n wide features in any order among its middle tokens, at any position; text
+    goes on `ahead` of its index."""
+    g, length = torch.Generator().manual_seed(seed), before + n + after
+    at = before + torch.randperm(n, generator=g)
+    positions = torch.arange(length).expand(3, -1).clone()
+    positions[:, at] = before + torch.randint(0, max(n, 1), (3, n), generator=g)
+    positions[:, before + n :] += ahead
+    ids = torch.randint(8, model.llm.config.vocab_size, (length,), generator=g)
+    ids[at], media = model.media_tokens[0], torch.randn(n, model.media_width, generator=g)
+    return Prompt(ids, positions, media if n else None, at, "", before + n)
+
+
 # The processes of all tests are forked from one that has the slow imports done: 0.1 s, not 5 s.
 set_forkserver_preload(
     ["torch.distributed.fsdp", "matplotlib.pyplot", "pytest"]
-    + [f"transformers.models.{name}.modeling_{name}" for name in ("qwen2", "qwen2_5_vl", "siglip")]
+    + [
+        f"transformers.models.{name}.modeling_{name}"
+        for name in ("qwen2", "qwen2_5_vl", "qwen3_vl", "siglip")
+    ]
 )
 
 

@@ -555,7 +555,9 @@ def _ranks_agree(rank, root, letters):
             (out * torch.linspace(-1, 1, len(out))).sum().backward()
             if method:
                 mrsp.all_reduce_gradients(m.parameters())
-            grads = {n: torch.zeros(1) if p.grad is None else p.grad for n, p in m.named_parameters()}
+            grads = {
+                n: torch.zeros(1) if p.grad is None else p.grad for n, p in m.named_parameters()
+            }
             logps, expected = found.setdefault(None, (out, grads))
             assert torch.allclose(out, logps, atol=1e-5, rtol=1e-6), (family, method)
             for n, g in expected.items():

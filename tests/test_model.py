@@ -75,7 +75,7 @@ def test_the_video_stands_before_the_text_and_nothing_between(toy, model):
     assert p.media_at.tolist() == list(range(7, 12)) and p.shared == 12
     assert torch.equal(p.positions, torch.arange(len(p.ids)))
     # the features stand at their tokens, and text has the policy's own embeddings
-    x = model.embed(p.ids[None], p.media, p.media_at)[0]
+    x = model.inputs(p.ids[None], p.media, p.media_at)["inputs_embeds"][0]
     assert torch.equal(x[7:12], features[:, 0])
     assert torch.equal(x[12:], model.llm.get_input_embeddings()(p.ids[12:]))
 

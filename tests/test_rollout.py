@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import answers
+from conftest import answers, deepstack, wide_prompt
 
 import data
 import eval as evaluation
@@ -13,7 +13,7 @@ import mrsp
 import train
 from grpo import GRPOConfig
 from model import ModelError
-from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, make_engine
+from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, make_engine, salt
 
 
 def test_sampler_logprobs_equal_the_trainers_for_the_same_tokens(model, prompts):
@@ -25,6 +25,58 @@ def test_sampler_logprobs_equal_the_trainers_for_the_same_tokens(model, prompts)
     assert (trainer - sampler).abs().max() < 1e-4
     wrong, _ = model(packed, temperature=1.0)  # and the check can fail
     assert (wrong - sampler).abs().max() > 1e-2
+
+
+def test_deepstack_log_probs_equal_transformers_and_the_samplers(model):
+    """Media in any order, at any position; several prompts, one without media."""
+    model, d = deepstack(model), 128
+    sizes = ((5, 40, 12, -20), (9, 30, 7, 300), (0, 11, 2), (6, 0, 8))
+    prompts = [wide_prompt(model, *size, seed=i) for i, size in enumerate(sizes)]
+    out = TorchEngine(model).generate(prompts, 3, Sampling(max_tokens=7))
+    packed = mrsp.pack(prompts, [[r.ids for r in group] for group in out])
+    trainer = model(packed)[0].detach()
+    assert (trainer - torch.cat([r.logps for group in out for r in group])).abs().max() < 1e-4
+    expected, body = [], model.llm.model
+    body.set_attn_implementation("sdpa")
+    for prompt, group in zip(prompts, out):
+        p = len(prompt.ids)
+        for r in group:
+            after = prompt.positions.max() + 1 + torch.arange(len(r.ids))
+            x, mask = body.embed_tokens(torch.cat([prompt.ids, r.ids]))[None], None
+            if prompt.media is not None:
+                mask = torch.zeros(x.shape[:2], dtype=torch.bool)
+                mask[0, prompt.media_at] = True
+                rows = prompt.media[prompt.media_at.argsort()]
+                x = x.masked_scatter(mask[..., None], rows[:, :d])
+                mask = dict(visual_pos_masks=mask, deepstack_visual_embeds=rows[:, d:].split(d, -1))
+            positions = torch.cat([prompt.positions, after.expand(3, -1)], 1)[:, None]
+            with torch.no_grad():
+                hidden = body(inputs_embeds=x, position_ids=positions, **mask or {})[0]
+                logps = model.llm.lm_head(hidden)[0, p - 1 : -1].log_softmax(-1)
+            expected.append(logps.gather(-1, r.ids[:, None])[:, 0])
+    assert (trainer - torch.cat(expected)).abs().max() < 1e-4
+    with pytest.raises(ValueError, match=r"\(40, 128\).* 40 media tokens .* 384 wide"):
+        narrow = replace(prompts[0], media=prompts[0].media[:, :d])
+        TorchEngine(model).generate([narrow], 1, Sampling())
+
+
+def test_a_salt_tells_positions_apart_and_leaves_text_at_the_end_out(model):
+    deepstack(model)
+    short, long = (wide_prompt(model, 7, 20, n, 30).positions for n in (4, 90))
+    assert salt(short) == salt(long)
+    seen = {salt(short), salt(torch.arange(40).expand(3, -1))}
+    assert salt(torch.arange(9).expand(3, -1)) in seen and len(seen) == 2
+    for row, at, by in (
+        (0, 9, 1),
+        (1, 26, -2),
+        (2, 7, 1),
+        (0, 30, 1),
+        (slice(3), slice(27, 99), 1),
+    ):
+        moved = short.clone()
+        moved[row, at] += by
+        seen.add(salt(moved))
+    assert len(seen) == 7
 
 
 def test_greedy_equals_argmax_of_a_full_forward_pass(model, prompts):

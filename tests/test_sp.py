@@ -12,8 +12,14 @@ import torch.distributed as dist
 from conftest import run_ranks
 from test_mrsp import as_torch_norm
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import Qwen2_5_VLTextConfig, Qwen2Config, Qwen2ForCausalLM
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+from transformers import (
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3VLTextConfig,
+    Qwen3VLTextModel,
+)
 
 import mrsp
 from model import Policy
@@ -24,27 +30,31 @@ SIZES = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_lay
 
 
 class TextModel(torch.nn.Module):
-    """The decoder of Qwen2.5-VL, whose positions have three rows (M-RoPE), with an LM head."""
+    """The decoder of a Qwen-VL, whose positions have three rows (M-RoPE), with an LM head."""
 
-    def __init__(self, config):
+    def __init__(self, model):
         super().__init__()
-        self.model = Qwen2_5_VLTextModel(config)
+        self.model, config = model, model.config
         self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def get_input_embeddings(self):
         return self.model.embed_tokens
 
 
-def make_policy(heads, kv_heads, mrope=False, dtype=torch.float64, checkpointing=False):
+def make_policy(heads, kv_heads, mrope=False, dtype=torch.float64, checkpointing=False, levels=0):
     """A decoder with random weights, norms in full float64, under attention "mrsp"."""
     torch.manual_seed(0)
     sizes = SIZES | dict(
         num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=8,
         initializer_range=0.2, attn_implementation="mrsp",
     )  # fmt: skip
-    if mrope:
+    if levels:
         rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
-        llm = TextModel(Qwen2_5_VLTextConfig(**sizes, rope_parameters=rope))
+        rope["mrope_interleaved"] = True
+        llm = TextModel(Qwen3VLTextModel(Qwen3VLTextConfig(**sizes, rope_parameters=rope)))
+    elif mrope:
+        rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+        llm = TextModel(Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**sizes, rope_parameters=rope)))
     else:
         llm = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=True))
     llm = llm.to(dtype).train()
@@ -52,14 +62,18 @@ def make_policy(heads, kv_heads, mrope=False, dtype=torch.float64, checkpointing
         for layer in llm.model.layers:
             layer.input_layernorm = as_torch_norm(layer.input_layernorm)
             layer.post_attention_layernorm = as_torch_norm(layer.post_attention_layernorm)
+            if levels:
+                layer.self_attn.q_norm = as_torch_norm(layer.self_attn.q_norm)
+                layer.self_attn.k_norm = as_torch_norm(layer.self_attn.k_norm)
         llm.model.norm = as_torch_norm(llm.model.norm)
     if checkpointing:
         llm.gradient_checkpointing_enable({"use_reentrant": False})
     return Policy(llm)
 
 
-def make_batch(prompts, mrope=False, dtype=torch.float64):
+def make_batch(prompts, mrope=False, dtype=torch.float64, levels=0):
     """[(P, [R ...], media tokens)] -> a Pack of random prompts, media in their middle."""
+    width = 32 * (1 + levels)
     g = torch.Generator().manual_seed(1)
     made, branches = [], []
     for p, answers, n in prompts:
@@ -71,8 +85,8 @@ def make_batch(prompts, mrope=False, dtype=torch.float64):
             SimpleNamespace(
                 ids=torch.randint(0, 61, (p,), generator=g),
                 positions=positions,
-                media=torch.randn(n, 32, generator=g, dtype=dtype) if n else None,
-                media_at=torch.arange(start, start + n),
+                media=torch.randn(n, width, generator=g, dtype=dtype) if n else None,
+                media_at=start + torch.randperm(n, generator=g),  # in any order
             )
         )
         branches.append([torch.randint(0, 61, (r,), generator=g) for r in answers])
@@ -106,6 +120,7 @@ CASES = {
     "4/4": (4, 4, RAGGED, {}),
     "4/4 tiny": (4, 4, TINY, {}),
     "4/2 M-RoPE": (4, 2, RAGGED, {"mrope": True}),
+    "4/2 deepstack": (4, 2, RAGGED, {"mrope": True, "levels": 2}),
     "4/2 float32": (4, 2, RAGGED, {"dtype": torch.float32}),
     "4/2 bfloat16": (4, 2, RAGGED, {"dtype": torch.bfloat16}),
 }
@@ -127,6 +142,7 @@ RUNS = {
         "4/2": ["ulysses", "dense", "gather", "ring"],
         "4/4 tiny": ["ulysses", "gather", "ring"],
         "4/2 M-RoPE": ["ulysses"],
+        "4/2 deepstack": ["ulysses", "ring"],
         "4/2 float32": ["gather"],
         "4/2 bfloat16": ["ring"],
         "6/2 checkpointed": ["ring"],
@@ -140,6 +156,7 @@ RUNS = {
         "14/2": ["ulysses+ring"],
         "6/2 checkpointed": ["ulysses+gather", "ring"],
         "4/2 M-RoPE": ["ulysses+ring", "gather"],
+        "4/2 deepstack": ["ulysses+ring"],
         "4/2 float32": ["ulysses+ring"],
         "4/2 bfloat16": ["ulysses+gather"],
         "7/1": ["ring"],
@@ -158,7 +175,7 @@ RUNS = {
 
 def run_case(name, mesh):
     heads, kv_heads, prompts, options = CASES[name]
-    keep = {k: v for k, v in options.items() if k in ("mrope", "dtype")}
+    keep = {k: v for k, v in options.items() if k in ("mrope", "dtype", "levels")}
     return logps_and_grads(
         make_policy(heads, kv_heads, **options), make_batch(prompts, **keep), mesh
     )

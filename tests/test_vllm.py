@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import RECIPE, run_ranks
+import zoo
+from conftest import RECIPE, deepstack, run_ranks, wide_prompt
 from test_qwen import texts_of, tiny_qwen
 from test_train import ROOT, SMALLEST
 from tokenizers import decoders
@@ -36,7 +37,7 @@ pytest.importorskip("vllm")
 
 BLOCK = 32  # tokens of a K/V block on a CPU; whole blocks are shared
 CONFIG = RolloutConfig(kv_gb=0.25)
-KINDS = ("vila", "vila untied", "qwen", "qwen untied")
+KINDS = ("vila", "vila untied", "qwen", "qwen untied", "deep", "deep untied")
 SAMPLINGS = (
     Sampling(max_tokens=10),
     Sampling(0.7, max_tokens=10),
@@ -74,7 +75,8 @@ def tokens_of(out):
 
 
 def build(toy, kind):
-    """(model, prompts): videos, an image (Qwen), short and long text."""
+    """(model, prompts): media of the family, short and long text. "deep": the decoder of a Qwen3-VL
+    (deepstack) and made-up prompts; text goes on beyond the prompt's length in one of them."""
     rows = data.load_rows(str(toy / "rl.jsonl"))
     text = next(r for r in data.load_rows(str(toy / "base.jsonl")) if r.data_type == "text")
     long = replace(text, problem=" ".join([text.problem] * 6))
@@ -90,12 +92,16 @@ def build(toy, kind):
         with torch.no_grad():  # answers that the model is neither sure of nor indifferent to
             model.llm.model.norm.weight.mul_(2)
         media = [model.prompt(rows[0], 9), model.prompt(rows[7], 40)]
+    elif kind.startswith("deep"):
+        model = deepstack(tiny_qwen(texts_of(toy)), "untied" not in kind)
+        sizes = ((5, 40, 12, -20), (9, 90, 7, 700), (0, 33, 2, 0))
+        media = [wide_prompt(model, *size, seed=i) for i, size in enumerate(sizes)]
     else:
         model = tiny_qwen(texts_of(toy), "untied" not in kind)
         image = data.load_rows(str(toy / "base_images.jsonl"))
         image = next(r for r in image if r.data_type == "image")
         g = torch.Generator().manual_seed(0)
-        wide = Media(torch.randn(7, 2, 5, 128, generator=g), float(np.float32(0.7)))
+        wide = zoo.video(torch.randn(7, 2, 5, 128, generator=g), 0.7)
         media = [model.prompt(rows[0], 9), model.build_prompt(rows[7], wide), model.prompt(image)]
     return model, [*media, model.prompt(text), model.prompt(long)]
 
@@ -180,7 +186,7 @@ def test_first_tokens_follow_the_policys_distribution(stand, temperature):
     n, model, prompt = 2000, stand.model, stand.prompts[1]
     with torch.no_grad():  # the token that is never sampled would be a likely one
         table = model.llm.get_input_embeddings().weight
-        table[model.media_token] *= 1.5
+        table[model.media_tokens[0]] *= 1.5
     stand.engine.sync(model)
     vocab, sampling = model.llm.config.vocab_size, Sampling(temperature, max_tokens=1)
     with torch.no_grad():
@@ -189,10 +195,10 @@ def test_first_tokens_follow_the_policys_distribution(stand, temperature):
     expected = {}
     for t, logp in logps.items():
         p = logp.exp()
-        p[model.media_token] = 0
+        p[model.media_tokens[0]] = 0
         expected[t] = n * p / p.sum()
     ours = counts(stand.engine.generate([prompt], n, sampling, [11])[0], vocab)
-    assert ours.sum() == n and ours[model.media_token] == 0
+    assert ours.sum() == n and ours[model.media_tokens[0]] == 0
     assert excess(ours, expected[temperature]) < 5
     assert excess(ours, expected[1.7 - temperature]) > 10  # and the check can fail
     plain = counts(TorchEngine(model).generate([prompt], n, sampling, [11])[0], vocab)
@@ -207,7 +213,7 @@ def test_top_k_and_top_p_sample_from_the_most_likely_tokens_alone(stand):
     with torch.no_grad():
         every = [torch.arange(model.llm.config.vocab_size)[:, None].unbind()]
         p = model(mrsp.pack([prompt], every))[0].exp()
-    p[model.media_token] = 0
+    p[model.media_tokens[0]] = 0
     order = (p / p.sum()).sort(descending=True)
     nucleus = order.indices[(order.values.cumsum(-1) - order.values) < 0.4].tolist()
     for sampling, allowed in (
@@ -236,7 +242,7 @@ def test_answers_depend_on_seed_and_prompt_and_all_differ(stand):
     assert len({tuple(r) for group in tokens_of(same) for r in group}) == 12
 
 
-@on("vila", "qwen")
+@on("vila", "qwen", "deep")
 def test_media_tokens_are_never_sampled(stand):
     tokens, table = list(stand.model.media_tokens), stand.model.llm.get_input_embeddings().weight
     with torch.no_grad():
@@ -322,10 +328,10 @@ def test_a_stop_text_may_be_a_special_token(stand):
             assert end not in r.ids[:-1] and (r.ids[-1] == end) <= r.finished
 
 
-@on("vila", "qwen")
+@on("vila", "qwen", "deep")
 def test_prompts_given_in_parts_get_the_same_answers(stand, monkeypatch):
     whole = stand.out()
-    bytes_of = [0 if p.media is None else len(p.ids) * 512 for p in stand.prompts]
+    bytes_of = [0 if p.media is None else len(p.ids) * p.media[0].nbytes for p in stand.prompts]
     for limit in (0, max(bytes_of), sum(bytes_of) - 1, 2**40):
         monkeypatch.setattr(rollout, "AT_ONCE", limit)
         parts = stand.engine._parts(stand.prompts)
@@ -372,18 +378,21 @@ def about(stand, toy, length, seconds=0.5, question=0):
     if length not in MEDIA:
         g = torch.Generator().manual_seed(length)
         MEDIA[length] = torch.randn(length, 5, 6, 128, generator=g)
-    return stand.model.build_prompt(rows[question], Media(MEDIA[length], seconds))
+    return stand.model.build_prompt(rows[question], zoo.video(MEDIA[length], seconds))
 
 
 MEDIA = {}
 
 
-@on("vila", "qwen")
+@on("vila", "qwen", "deep")
 def test_n_answers_share_one_prefill(stand, toy, monkeypatch):
     row = data.load_rows(str(toy / "rl.jsonl"))[0]
     text = replace(row, media=(), data_type="text", problem=" ".join([row.problem] * 18))
-    media = [about(stand, toy, n) for n in ((9, 8) if stand.model.mrope else (220, 210))]
-    for prompt in [*media, stand.model.build_prompt(text, None)]:
+    if stand.model.levels:
+        media = [wide_prompt(stand.model, 9, 180 + n, 30, 50 * n) for n in (0, 9)]
+    else:
+        media = [about(stand, toy, n) for n in ((9, 8) if stand.model.mrope else (220, 210))]
+    for prompt in [*media, stand.model.build_prompt(text, [])]:
         length = len(prompt.ids)
         assert 200 < length < 400
         for sampling in (SAMPLINGS[0], Sampling(max_tokens=10, top_k=5, stop="B")):
@@ -415,38 +424,58 @@ def test_the_same_features_at_another_rate_share_nothing(stand, toy):
     prompts = [about(stand, toy, 6, seconds) for seconds in (0.5, 1.0)]
     prompts.append(replace(prompts[1], media=prompts[1].media + 0.1))
     assert prompts[0].ids.equal(prompts[1].ids) and prompts[0].media_at[0] < BLOCK
-    for _ in range(2):  # the second time from a warm cache
+    for again in range(2):  # from a warm cache: each finds its own
         before = stand.engine.prefilled
         out = stand.engine.generate(prompts, 2, SAMPLINGS[0])
-        assert stand.engine.prefilled - before == 3 * cost(len(prompts[0].ids), 2)
+        length, cached = len(prompts[0].ids), again * BLOCK * (len(prompts[0].ids) // BLOCK)
+        assert stand.engine.prefilled - before == 3 * (cost(length, 2) - cached)
         assert gap(stand.model, prompts, out) < 1e-4
-    # In another call a tensor may lie where one of the last call lay.
-    prompts[0].media.add_(0.5)
+    prompts[0].media.add_(0.5)  # other features in the same memory
     out = stand.engine.generate(prompts, 2, SAMPLINGS[0])
     assert gap(stand.model, prompts, out) < 1e-4
 
 
 @on("qwen")
 def test_several_media_in_one_prompt(stand, toy):
-    """A video and an image behind each other, and two videos: split by grid, each in its place."""
-    model, (video, other, image) = stand.model, stand.prompts[:3]
-
-    def joined(a, b):
-        from model import Prompt, mrope_positions
-
-        cut = int(b.media_at[0]) - 1  # vision_start
-        ids, at = torch.cat([a.ids[: a.shared], b.ids[cut:]]), b.media_at - cut + a.shared
-        grids, starts = a.grids + b.grids, [int(a.media_at[0]), int(at[0])]
-        rate = model.config.vision_config.tokens_per_second
-        return Prompt(
-            ids, mrope_positions(len(ids), starts, grids, 2, rate), torch.cat([a.media, b.media]),
-            torch.cat([a.media_at, at]), "", a.shared + b.shared - cut, grids,
-        )  # fmt: skip
-
-    twin = replace(image, media=image.media.flip(0) + 0.5)  # as large, and another
+    """A video and an image behind each other, and two videos: each in its place."""
+    model, g = stand.model, torch.Generator().manual_seed(0)
+    row = data.load_rows(str(toy / "rl.jsonl"))[0]
+    some = lambda *shape: torch.randn(*shape, 128, generator=g)  # noqa: E731
+    video, other = zoo.video(some(3, 2, 4), 0.7), zoo.video(some(7, 2, 5), 2.0)
+    image, twin = ([Media("image", some(1, 2, 4))] for _ in range(2))
     pairs = [(video, image), (image, other), (video, other), (other, video), (image, twin)]
-    prompts = [joined(a, b) for a, b in pairs]
+    prompts = [model.build_prompt(row, a + b) for a, b in pairs]
     assert gap(model, prompts, stand.engine.generate(prompts, 3, SAMPLINGS[0])) < 1e-4
+
+
+@on("deep")
+def test_deepstack_reaches_both_engines_and_matters(stand):
+    """Text between prompts with media, too: what stood in vLLM's buffer before is not added."""
+    model, prompts = stand.model, stand.prompts
+    assert prompts[1].positions.max() > 2 * len(prompts[1].ids) and prompts[3].media is None
+    for engine in (TorchEngine(model), stand.engine):
+        for n, order in ((4, (0, 1, 2, 3, 4)), (3, (3, 1, 4, 0)), (1, (4, 3))):
+            some = [prompts[i] for i in order]
+            assert gap(model, some, engine.generate(some, n, SAMPLINGS[1]), 0.7) < 1e-4
+        out = engine.generate(prompts, 4, SAMPLINGS[0])
+        d = model.llm.config.hidden_size
+        for level in range(1, model.levels + 1):
+            less = [replace(p, media=p.media.clone()) for p in prompts[:3]]
+            for p in less:
+                p.media[:, level * d : (level + 1) * d] = 0
+            assert gap(model, less, out[:3]) > 1e-2
+
+
+@on("qwen", "deep")
+def test_answers_go_on_behind_the_prompts_largest_position(stand):
+    for ahead in (0, 37, 1000):
+        prompts = [wide_prompt(stand.model, 8, 30, 9, ahead, seed) for seed in range(2)]
+        out = stand.engine.generate(prompts, 3, SAMPLINGS[0])
+        assert gap(stand.model, prompts, out) < 1e-4
+        moved = [replace(p, positions=p.positions.clone()) for p in prompts]
+        for p in moved:  # all but the last positions are the same
+            p.positions[:, -1] += 25
+        assert gap(stand.model, moved, out) > 1e-3
 
 
 # ------------------------------------------------------------------------------------- weights
@@ -673,6 +702,9 @@ def test_what_cannot_be_sampled_is_refused_before_vllm_sees_it(stand, monkeypatc
     room = engine.max_len - len(prompts[4].ids)
     with pytest.raises(RolloutError, match=f"prompt 1: .*{engine.max_len}.*--rollout_max_len"):
         engine.generate([prompts[3], prompts[4]], 2, Sampling(max_tokens=room + 1))
+    far = replace(prompts[3], positions=prompts[3].positions + engine.max_len - 50)
+    with pytest.raises(RolloutError, match="prompt 0: .* positions .*--rollout_max_len"):
+        engine.generate([far], 2, Sampling(max_tokens=50))
     monkeypatch.undo()
     stand.out()  # nothing of this harmed the engine
 
@@ -699,7 +731,7 @@ def test_the_longest_prompt_that_fits_is_sampled_to_its_end(stand, toy):
 
 @on("vila", "qwen")
 def test_a_prompt_may_be_longer_than_the_checkpoint_says(stand):
-    """max_len widens the table of positions, and what vLLM admits as one medium."""
+    """max_len widens the table of positions."""
     model = stand.model
     limit = model.llm.config.max_position_embeddings
     long = stand.prompts[-1]
@@ -711,29 +743,16 @@ def test_a_prompt_may_be_longer_than_the_checkpoint_says(stand):
         clip = (data.Medium("video", "v.mp4"),)
         row = data.Example("v", "Which came first?", (), "A", "temporal", clip, "video", "")
         wide = torch.randn(140, 5, 6, 128, generator=torch.Generator().manual_seed(0))
-        prompts.append(model.build_prompt(row, Media(wide, 0.5)))
+        prompts.append(model.build_prompt(row, zoo.video(wide, 0.5)))
         assert prompts[1].positions.max() < limit < len(prompts[1].ids)
     stand.engine.close()
     engine = VLLMEngine(model, replace(CONFIG, max_len=limit + 256))
     try:
-        if model.mrope:  # matters where prompts are prefilled in chunks: on a GPU
-            size = json.loads(Path(engine.folder.name, "preprocessor_config.json").read_text())
-            assert size["max_pixels"] == size["size"]["longest_edge"] == engine.max_len * 28 * 28
         engine.sync(model)
         out = engine.generate(prompts, 2, SAMPLINGS[0])
         assert gap(model, prompts, out) < 1e-4
     finally:
         engine.close()
-
-
-@on("qwen")
-def test_another_expansion_of_the_media_than_the_trainers_is_an_error(stand):
-    prompt = stand.prompts[0]
-    moved = replace(prompt, ids=prompt.ids.clone())
-    moved.ids[prompt.media_at[-1]] = 9  # vLLM will put a media token there
-    with pytest.raises(RolloutError, match="expands the media .* to other tokens"):
-        stand.engine.generate([moved], 1, SAMPLINGS[0])
-    assert stand.gap() < 1e-4
 
 
 @on("vila")
@@ -780,12 +799,9 @@ def _one_engine_a_rank(rank, folder):
             engine.restart()
 
 
-def _one_engine_for_two_ranks(rank, folder):
+def _one_engine_for_two_ranks(rank, folder, kind="vila"):
     _environment(rank)
-    model = VILA.from_pretrained(f"{folder}/init")
-    rows = data.load_rows(f"{folder}/rl.jsonl")
-    text = next(r for r in data.load_rows(f"{folder}/base.jsonl") if r.data_type == "text")
-    prompts = [model.prompt(r) for r in [*rows[:4], text]]
+    model, prompts = build(Path(folder), kind)
     engine = VLLMEngine(model, replace(CONFIG, tp=2))
     assert engine.tp == 2
     (inside,) = engine.llm.apply_model(lambda m: m.model.layers[0].mlp.down_proj)
@@ -808,7 +824,14 @@ def _one_engine_for_two_ranks(rank, folder):
     assert one == 2
 
 
-@pytest.mark.parametrize("function", [_one_engine_a_rank, _one_engine_for_two_ranks])
+def _one_deepstack_for_two_ranks(rank, folder):
+    _one_engine_for_two_ranks(rank, folder, "deep")
+
+
+RANKS = [_one_engine_a_rank, _one_engine_for_two_ranks, _one_deepstack_for_two_ranks]
+
+
+@pytest.mark.parametrize("function", RANKS)
 def test_two_ranks(toy, function):
     """An engine each: rank 1 has no prompts, the policy is sharded. One engine for both (tensor
     parallelism): the same prompts, identical answers."""

@@ -7,7 +7,7 @@ from conftest import RECIPE
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from model import VILA, MultiModal, Omni, Qwen3VL, QwenVL, Text
+from model import VILA, Media, MultiModal, Omni, Qwen3VL, QwenVL, Text
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VISION = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
@@ -40,6 +40,11 @@ def tokenizer(special: list[str], template: str | None = TEMPLATE) -> PreTrained
 def frames(f, h, w, seed=0) -> np.ndarray:
     """(f, h, w, 3) uint8 of noise."""
     return np.random.default_rng(seed).integers(0, 256, (f, h, w, 3), dtype=np.uint8)
+
+
+def video(features, seconds: float) -> list[Media]:
+    """Features (T, h, w, W) as a video of 2 T frames; `seconds` from a group to the next."""
+    return [Media("video", features, np.arange(2 * len(features)) * seconds / 2)]
 
 
 def decoder(tok, layers=2, **more) -> dict:
