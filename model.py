@@ -106,7 +106,9 @@ class Recipe:
     def __post_init__(self):
         counts = min(self.num_frames, self.max_tokens, self.max_pixels or 1)
         if counts < 1 or "{problem}" not in self.template:
-            raise ValueError(f"need counts >= 1 and {{problem}} in template: {self}")
+            raise ValueError(
+                f"need num_frames, max_tokens, max_pixels >= 1 and {{problem}} in template: {self}"
+            )
 
 
 class Media(NamedTuple):

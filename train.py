@@ -731,7 +731,7 @@ def memory_plan(preset: Preset, model, world: int, sampler: str) -> tuple[list[s
     c, recipe, config, gib = preset.run, preset.recipe, model.llm.config, 2**30
     tokens = 2000
     if "video" in model.takes:
-        seen = model.seen(model.fit("video", recipe.num_frames, 360, 640))
+        seen = model.seen(model.fit("video", recipe.num_frames, 360, 640), "video")
         tokens = 200 + -(-recipe.num_frames // model.together) * math.prod(seen)
     shape = {
         name: getattr(config, name) for name in bench.SHAPES["qwen2.5-vl-7b"] if name != "head_dim"

@@ -75,7 +75,7 @@ def _train(rank, world, folder, out, part="all", sp=1, fsdp=False):
         model.shard_parameters(torch.float64)
         assert all(isinstance(p, DTensor) for p in model.llm.parameters())
     see, encoded = model.see, []
-    model.see = lambda frames, size: encoded.append(len(frames)) or see(frames, size)
+    model.see = lambda frames, *how: encoded.append(len(frames)) or see(frames, *how)
     config = SFTConfig(steps=3, groups=3, texts=3, train=part, micro_batches=2, lr=1e-3, warmup=0.0)
     losses = []
     if part != "llm":  # images and text: some parts have no media
