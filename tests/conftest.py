@@ -150,3 +150,33 @@ def _enter(rank, function, world, port, args):
     function(rank, *args)
     dist.barrier()  # nobody closes connections that another one still uses
     dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------- the README's table of families
+
+
+def pytest_addoption(parser):
+    parser.addoption("--table", help="write the table of tests/test_matrix.py into this file")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if call.when == "call" and item.name.startswith("test_cell["):
+        import zoo
+
+        found = dict(report.user_properties).get("cell") if report.passed else report.outcome
+        names = [item.callspec.params[n] for n in ("family", "modality", "column")]
+        item.config.stash.setdefault(zoo.CELLS, {})[tuple(names)] = found
+    return report
+
+
+def pytest_sessionfinish(session):
+    if path := session.config.getoption("--table"):
+        import zoo
+
+        text, marks = open(path).read(), ("<!-- matrix -->", "<!-- /matrix -->")
+        head, rest = text.split(marks[0])
+        tail = rest.split(marks[1])[1]
+        found = zoo.table(session.config.stash[zoo.CELLS])
+        open(path, "w").write(f"{head}{marks[0]}\n\n{found}\n\n{marks[1]}{tail}")

@@ -5,7 +5,6 @@ says what of it a question is about.
 """
 
 import functools
-import json
 import math
 import re
 from dataclasses import replace
@@ -17,16 +16,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 import zoo
-from conftest import answers, run_ranks, sine, write_video_with_audio, write_wav
+from conftest import answers, run_ranks, write_video_with_audio, write_wav
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import data
 import mrsp
-import sft
 from data import Example, Medium
-from model import VILA, Media, ModelError, Omni, QwenVL, Text, load, mrope_positions
-from rollout import Sampling, TorchEngine
+from model import VILA, Media, ModelError, Text, load, mrope_positions
 
 FAMILIES, QWENS = zoo.FAMILIES, ("qwen2.5-vl", "qwen3-vl", "omni")
 # v: 5 frames of 16 (4 s), w: all 16, o: one, s: those of seconds 1 to 3, t: all with the sound,

@@ -1,6 +1,7 @@
 """A tiny model of every family, with random weights and a tokenizer of bytes: nothing is lost."""
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from conftest import RECIPE
@@ -149,3 +150,23 @@ def build(family: str, tie=True, seed=0) -> MultiModal:
         model = Text(getattr(transformers, f"{kind}ForCausalLM")(config), tok)
     model.recipe = RECIPE
     return model
+
+
+CELLS = pytest.StashKey[dict]()  # of a test run: (family, modality, column) -> outcome
+NAMES = {
+    "vila": "VILA (2x2)", "vila 3x3 tsp": "VILA (3x3, TSP)", "qwen2.5-vl": "Qwen2.5-VL",
+    "qwen3-vl": "Qwen3-VL", "omni": "Qwen2.5-Omni", "qwen2": "text: Qwen2", "qwen3": "text: Qwen3",
+    "llama": "text: Llama",
+}  # fmt: skip
+
+
+def table(cells: dict) -> str:
+    """Outcomes of tests/test_matrix.py as the README's table. A row for each family and modality,
+    but for those that all columns say are refused: these are listed together."""
+    columns = list(dict.fromkeys(column for *_, column in cells))
+    lines = ["| family | input | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    for family, modality in dict.fromkeys(key[:2] for key in cells):
+        row = [cells[family, modality, column] for column in columns]
+        if set(row) != {"-"}:
+            lines.append(f"| {NAMES[family]} | {modality} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
