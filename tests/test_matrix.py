@@ -6,6 +6,7 @@ The outcome is the README's table:  pytest tests/test_matrix.py --table README.m
 import importlib.util
 import json
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -82,6 +83,8 @@ def _steps(rank, family, folder, world, engines):
     """Two GRPO steps on each modality that the family takes, `world` ranks a sequence: metrics of
     each in WORLD.ENGINE.FAMILY.json."""
     grpo.reward = reward
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29598"}  # as torchrun does
     model = build(family)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     reference = build(family)
