@@ -184,8 +184,9 @@ def load_part(kind, folder: Path, dtype, weights: bool = True, skip: str = ""):
             with torch.device("meta"):
                 return kind(kind.config_class.from_pretrained(folder))
         part, info = kind.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, use_safetensors=True
-        )
+            folder, dtype=dtype, output_loading_info=True, use_safetensors=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: {error}") from None
     extra = sorted(x for x in info["unexpected_keys"] if not (skip and re.match(skip, x)))

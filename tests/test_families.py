@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 import zoo
-from conftest import answers, run_ranks, sine, write_video_with_audio, write_wav
+from conftest import answers, run_ranks, write_video_with_audio, write_wav
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -25,7 +25,7 @@ import data
 import mrsp
 import sft
 from data import Example, Medium
-from model import VILA, Media, ModelError, Omni, QwenVL, Text, load, mrope_positions
+from model import VILA, Media, ModelError, Text, load, mrope_positions
 from rollout import Sampling, TorchEngine
 
 FAMILIES, QWENS = zoo.FAMILIES, ("qwen2.5-vl", "qwen3-vl", "omni")
@@ -567,3 +567,274 @@ def test_two_ranks_see_hear_and_train_like_one(ask, tmp_path):
     for family in FAMILIES:
         zoo.build(family).save_pretrained(tmp_path / family)
     run_ranks(_ranks_agree, 2, str(tmp_path), {f: ask(mixed(f)) for f in FAMILIES})
+
+
+# ----------------------------------------------------------------------------------- checkpoints
+
+# The published names: a tensor of each part, in which file.
+PUBLISHED = {
+    "vila": ["llm:model.layers.0.mlp.up_proj.weight", "mm_projector:layers.2.weight",
+             "vision_tower:vision_model.encoder.layers.0.mlp.fc1.weight"],
+    "qwen2.5-vl": ["model.layers.0.mlp.up_proj.weight", "visual.merger.mlp.0.weight"],
+    "qwen3-vl": ["model.language_model.layers.0.mlp.up_proj.weight", "model.visual.patch_embed.proj.weight",
+                 "model.visual.deepstack_merger_list.0.linear_fc1.weight"],
+    "omni": ["thinker.model.layers.0.mlp.up_proj.weight", "thinker.visual.merger.mlp.0.weight",
+             "thinker.audio_tower.conv1.weight", "thinker.lm_head.weight"],
+    "llama": ["model.layers.0.mlp.up_proj.weight", "lm_head.weight"],
+}  # fmt: skip
+PUBLISHED["vila 3x3 tsp"], PUBLISHED["qwen2"] = PUBLISHED["vila"], PUBLISHED["llama"]
+PUBLISHED["qwen3"] = PUBLISHED["llama"]
+
+
+def located(root, name):
+    """(file, name in it) of a tensor in PUBLISHED."""
+    part, _, name = name.rpartition(":")
+    return root / part / "model.safetensors", name
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_is_as_published_and_loads_again(ask, tmp_path, family, tie):
+    model, example = zoo.build(family, tie), ask(mixed(family))
+    model.save_pretrained(tmp_path)
+    for name in PUBLISHED[family]:
+        path, name = located(tmp_path, name)
+        assert (name in kept(path)) != (tie and "lm_head" in name)
+    if family == "omni":  # as published it can also speak
+        kept(path, lambda x: x.update({f"{k}.x": torch.ones(1) for k in ("talker", "token2wav")}))
+    parts = {"llm", "vision_tower", "mm_projector"} if "vila" in family else {"."}
+    assert all((tmp_path / part / "config.json").exists() for part in parts)
+    again, shapes = load(tmp_path), load(tmp_path, weights=False)
+    assert type(again) is type(shapes) is type(model) and again.recipe == model.recipe
+    a, b = model.state_dict(), again.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert (again.llm.lm_head.weight is again.llm.get_input_embeddings().weight) == tie
+    assert again.encoder_hash() == model.encoder_hash()
+    packs = [mrsp.pack([m.prompt(example)], answers(m, [[5, 3]])) for m in (model, again)]
+    with torch.no_grad():
+        assert torch.equal(model.eval()(packs[0])[0], again.eval()(packs[1])[0])
+    # without weights: the same shapes and prompts
+    assert {p.device.type for p in shapes.parameters()} == {"meta"}
+    measured = [shapes.measure(m, 5, "q") for m in example.media]
+    for x, y in zip(measured, model.features(example, 5)):
+        assert x.features.shape == y.features.shape and x.features.is_meta and x.kind == y.kind
+        assert y.track is None or x.track.shape == y.track.shape
+    p, q = shapes.build_prompt(example, measured), model.prompt(example)
+    assert torch.equal(p.ids, q.ids) and torch.equal(p.positions, q.positions)
+    assert torch.equal(p.media_at, q.media_at) and (p.text, p.shared) == (q.text, q.shared)
+    assert p.media is q.media is None or p.media.shape == q.media.shape
+    if "vila" not in family:
+        kind = whole_of(model, tmp_path).__class__
+        _, info = kind.from_pretrained(tmp_path, output_loading_info=True)
+        lost = [n for n in info["unexpected_keys"] if not n.startswith(("talker", "token2wav"))]
+        assert not info["missing_keys"] and not lost
+
+
+@pytest.mark.parametrize("family", [*PUBLISHED])
+def test_a_missing_further_or_misshapen_tensor_is_refused_by_name(tmp_path, family):
+    zoo.build(family, tie=False).save_pretrained(tmp_path)
+    for name in PUBLISHED[family]:
+        path, name = located(tmp_path, name)
+        whole = kept(path)
+        tail = name.split("model.")[-1].removeprefix("thinker.")
+        for change, said in (
+            (lambda x: x.pop(name), f"missing or misshapen tensors.*{tail}.*unexpected"),
+            (lambda x: x.update({name: x[name][1:].clone()}), tail),
+            (lambda x: x.update({name + "_scale": x[name].clone()}), f"unexpected.*{tail}_scale"),
+        ):
+            kept(path, change)
+            with pytest.raises(ModelError, match=said):
+                load(tmp_path)
+            save_file(whole, path, {"format": "pt"})
+        path.rename(path.with_suffix(".bin"))
+        with pytest.raises(ModelError, match="safetensors"):
+            load(tmp_path)
+        path.with_suffix(".bin").rename(path)
+    load(tmp_path)
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"video_encoder": '{"_target_": "x.TSPVideoEncoder", "pool_sizes": [[8, 1, 1]]}'}, None),
+    ({"video_encoder": {"_target_": "x.BasicVideoEncoder", "end_tokens": None}}, None),
+    ({"image_encoder": {"_target_": "x.BasicImageEncoder", "start_tokens": "ab"}}, None),
+    ({"video_encoder": {"_target_": "x.OtherEncoder"}}, "video_encoder.*OtherEncoder.*not supp"),
+    ({"video_encoder": {"_target_": "TSPVideoEncoder", "pool_sizes": [[1, 1, 1], [8, 2, 2]]}},
+     "one pool size"),
+    ({"video_encoder": {"_target_": "TSPVideoEncoder", "sep_tokens": "ab"}}, "no sep_tokens"),
+    ({"s2": True}, "s2 is True"), ({"dynamic_s2": True}, "dynamic_s2 is True"),
+    ({"mm_vision_select_feature": "patch"}, "mm_vision_select_feature is 'patch'"),
+    ({"projector": "linear"}, "'linear' is unknown.*mlp_downsample_3x3_fix")])  # fmt: skip
+def test_vila_s_config_as_published_or_refused(ask, tmp_path, change, said):
+    zoo.build("vila").save_pretrained(tmp_path)
+    path = tmp_path / ("mm_projector" if "projector" in change else "") / "config.json"
+    config = {"mm_projector_type" if k == "projector" else k: v for k, v in change.items()}
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    if said:
+        with pytest.raises(ModelError, match=said):
+            load(tmp_path)
+        return
+    model = load(tmp_path)
+    tok = model.tokenizer
+    counts = (1, 8) if "8" in str(change) else (5, 1)
+    frame = "<vila/video>" * 4 + ("" if "None" in str(change) else "\n")
+    image = ("ab" if "ab" in str(change) else "") + "<image>" * 4 + "\n"
+    words = frame * counts[0] + image
+    expected = tok(spelled(model, words, "Why?")).input_ids
+    assert model.prompt(ask("vi", "Why?")).ids.tolist() == expected
+    assert model.together == counts[1]
+
+
+def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, monkeypatch):
+    with pytest.raises(ModelError, match=f"{tmp_path} is no checkpoint.*config.json"):
+        load(tmp_path)
+    with pytest.raises(ModelError, match="/no/where is no checkpoint"):
+        load("/no/where")
+    (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
+    with pytest.raises(ModelError, match="'unheard_of' is not supported.*qwen3_vl"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
+    with pytest.raises(ModelError, match="preprocessor_config.json is missing"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type')
+    with pytest.raises(ModelError, match="config.json: "):
+        load(tmp_path)
+    asked = []
+
+    def unreachable(repo, **how):
+        asked.append((repo, how))
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    with pytest.raises(ModelError, match="Qwen/Qwen9@main: no such folder, and the hub does not"):
+        load("Qwen/Qwen9@main", weights=False)
+    ((repo, how),) = asked
+    assert (repo, how["revision"]) == ("Qwen/Qwen9", "main")
+    assert "*.safetensors" not in how["allow_patterns"]
+
+
+TEXTS = {
+    "Qwen3Next": ("linear-attention", {"head_dim": 32, "num_experts": 2, "moe_intermediate_size": 8,
+                                       "shared_expert_intermediate_size": 8}),
+    "Mamba": ("does not have model.layers|linear-attention", {"state_size": 4}),
+    "Cohere": ("differ by", {"logit_scale": 0.5}),
+    "Granite": ("differ by", {"logits_scaling": 3.0}),
+    "Gemma2": ("differ by", {"final_logit_softcapping": 1.0}),
+    "GPT2": ("does not have model.layers", {"n_embd": 128, "n_head": 4, "n_layer": 2}),
+    "Mistral": ("", {"sliding_window": None}), "Qwen2": ("", {}), "Llama": ("", {}),
+    "Qwen3": ("", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_a_text_model_is_taken_if_a_shared_prompt_gives_its_log_probs(tmp_path, kind):
+    said, more = TEXTS[kind]
+    tok = zoo.tokenizer(zoo.SPECIAL)
+    config = getattr(transformers, f"{kind}Config")(**zoo.decoder(tok, **more))
+    getattr(transformers, f"{kind}{'LMHeadModel' if kind == 'GPT2' else 'ForCausalLM'}")(
+        config
+    ).save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    if said:
+        with pytest.raises(ModelError, match=f"{kind}.*({said})"):
+            load(tmp_path)
+    else:
+        assert load(tmp_path).prompt(Example("q", "?", (), "", "", (), "text", "")).media is None
+
+
+# --------------------------------------------------------------------------------------- prompts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_question_is_asked_by_the_chat_template(ask, media, tmp_path, family):
+    model, text = zoo.build(family), ask("", "Why?")
+    decoded = lambda **how: model.tokenizer.decode(model.build_prompt(text, [], **how).ids)  # noqa: E731
+    system = "" if "vila" in family else "<|im_start|>system\nYou help.<|im_end|>\n"
+    user, then = "<|im_start|>user\nWhy?", "<|im_end|>\n<|im_start|>assistant\n"
+    assert decoded() == f"{system}{user} Think, then answer.{then}"
+    assert decoded(prefill="<th") == f"{system}{user} Think, then answer.{then}<th"
+    empty = "" if "vila" in family else "<think>\n\n</think>\n\n"
+    assert decoded(thinking=False) == f"{system}{user}{then}{empty}"
+    model.recipe = replace(model.recipe, system="Be.", thinking=False)
+    other = f"<|im_start|>system\nBe.<|im_end|>\n{user}{then}{empty}"
+    assert model.tokenizer.decode(model.prompt(text).ids) == other
+    model.recipe = replace(model.recipe, system="")
+    assert decoded().startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user")
+    for token in sorted(model.controls):
+        with pytest.raises(ModelError, match=f"question q contains the control token .{token[1:-1]}"):
+            model.build_prompt(replace(text, problem=f"Which {token}?"), [])
+    assert {*model.media_tokens} <= {*model.tokenizer.convert_tokens_to_ids([*model.controls])}
+    model.recipe = zoo.RECIPE
+    for letter, what in (("v", "video"), ("i", "image"), ("a", "audio"), ("t", "audio track")):
+        kind = media[letter].kind
+        if kind not in model.takes:
+            what = kind
+        elif what == "audio track" and family != "omni" or kind not in model.takes:
+            what = "audio track"
+        else:
+            continue
+        for ask_it in (model.prompt, lambda e: model.features_trainable([e], 5)):
+            with pytest.raises(ModelError, match=f"question q: .*no {what}, .*{media[letter].path}"):
+                ask_it(ask(letter))
+    model.save_pretrained(tmp_path)
+    root = tmp_path / "llm" if "vila" in family else tmp_path
+    (root / "chat_template.jinja").unlink(missing_ok=True)
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    (root / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    again = load(tmp_path, weights=False)
+    assert again.tokenizer.decode(again.build_prompt(text, []).ids) == (
+        "[Why? Think, then answer.]"
+    )
+    for change in ("| replace('\ufdd0', '')", "~ m.content", "| upper ~ '\ufdd0'"):
+        model.tokenizer.chat_template, model._turns = template.replace(" }}", change + " }}"), {}
+        with pytest.raises(ModelError, match="changes the user's text"):
+            model.build_prompt(text, [])
+
+
+def test_a_template_may_stand_between_media_and_text(ask):
+    model = zoo.build("qwen2.5-vl")
+    model.tokenizer.chat_template = "{{ messages[0].content | replace('\ufdd1', '\ufdd1 see: ') }}"
+    prompt = model.prompt(ask("i", "Why?"))
+    end = model.tokenizer.decode(prompt.ids[prompt.shared :])
+    assert end == " see: Why? Think, then answer."
+
+
+# --------------------------------------------------------------------------- sampling and training
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_sampler_agrees_with_the_trainer_and_samples_no_media(ask, family):
+    model = zoo.build(family, tie=False).eval()
+    with torch.no_grad():  # the model would like to
+        model.llm.lm_head.weight[list(model.media_tokens)] *= 8
+    prompts = [model.prompt(ask(letters)) for letters in cases(family).values()]
+    out = TorchEngine(model).generate(prompts, 3, Sampling(max_tokens=6))
+    with torch.no_grad():
+        ours, _ = model(mrsp.pack(prompts, [[r.ids for r in group] for group in out]))
+    sampled = torch.cat([r.logps for group in out for r in group])
+    assert torch.allclose(ours, sampled, atol=1e-4, rtol=0)
+    ids = torch.cat([r.ids for group in out for r in group])
+    assert not set(ids.tolist()) & set(model.media_tokens)
+
+
+@pytest.mark.parametrize("train", ["all", "llm", "projector"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_sft_step_changes_what_it_trains(ask, family, train):
+    model = zoo.build(family)
+    config = sft.SFTConfig(steps=4, groups=3, train=train, lr=1e-3, warmup=0)
+    rows = [ask(letters, f"Why {letters}?") for letters in cases(family).values()]
+    if not model.takes and train == "projector":
+        with pytest.raises(ValueError, match="projector"):
+            sft.train(model, rows, config)
+        return
+    before, key, losses = {k: v.clone() for k, v in model.state_dict().items()}, None, []
+    key = model.encoder_hash()
+    sft.train(model, rows, config, log=lambda step, m: losses.append(m["loss"]))
+    assert losses[-1] < losses[0]
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert any(k.startswith("policy.") for k in changed) == (train != "projector")
+    inner = {f"tower.{n}" for n, _ in model.tower.named_parameters()}
+    outer = {id(p) for p in model.projector.parameters()}
+    outer = {n for n, p in model.named_parameters() if id(p) in outer}
+    assert bool(changed & (inner - outer)) == (train == "all" and bool(model.takes))
+    assert bool(changed & outer) == (train != "llm" and bool(model.takes))
+    assert (model.encoder_hash() == key) == (train == "llm" or not model.takes)
