@@ -787,7 +787,8 @@ class VILA(MultiModal):
         (root / "config.json").write_text(json.dumps(self.config, indent=2))
         self.llm.save_pretrained(root / "llm", state_dict=weights)
         self.tokenizer.save_pretrained(root / "llm")
-        self.tower.save_pretrained(root / "vision_tower")
+        tower = {f"vision_model.{name}": value for name, value in self.tower.state_dict().items()}
+        self.tower.save_pretrained(root / "vision_tower", state_dict=tower)  # as published
         (root / "vision_tower/preprocessor_config.json").write_text(json.dumps(self.preprocess))
         projector = json.dumps(self.config["mm_projector_cfg"])
         (root / "mm_projector/config.json").write_text(projector)
