@@ -645,6 +645,9 @@ class Text(MultiModal):
         self.llm.save_pretrained(root, state_dict=weights)
         self.tokenizer.save_pretrained(root)
 
+    def encoder_settings(self) -> list:
+        return []
+
 
 # ----------------------------------------------------------------------------------------- VILA
 
