@@ -345,14 +345,18 @@ class MultiModal(nn.Module):
         see = functools.partial(self.perceive, group=self.mesh.sp_group)
         return [[see(m, num_frames, e.id) for m in e.media] for e in examples]
 
-    def perceive(self, medium: Medium, num_frames: int, name="", group=None, cached=False) -> Media:
-        """One medium of question `name`, seen or heard; cached: kept, and found again."""
+    def check_taken(self, medium: Medium, name: str) -> None:
+        """ModelError, naming question and file, if the family does not take such media."""
         if medium.kind not in self.takes or (medium.track and "audio" not in self.takes):
             what = medium.kind if medium.kind not in self.takes else "audio track"
             raise ModelError(
                 f"question {name}: {type(self).__name__} takes no {what}, only "
                 f"{' and '.join(self.takes) or 'text'}: {medium.path}"
             )
+
+    def perceive(self, medium: Medium, num_frames: int, name="", group=None, cached=False) -> Media:
+        """One medium of question `name`, seen or heard; cached: kept, and found again."""
+        self.check_taken(medium, name)
         frames = functools.cache(lambda: Frames(medium, num_frames, name))
         taken = medium.num_frames or num_frames, medium.segment, self.recipe.max_pixels
 
@@ -384,6 +388,7 @@ class MultiModal(nn.Module):
 
     def measure(self, medium: Medium, num_frames: int, name="") -> Media:
         """What perceive() would give, on the device "meta": its shape, from the file's alone."""
+        self.check_taken(medium, name)
         empty = functools.partial(torch.empty, device="meta")
         sound = lambda: empty(self.heard(len(load_audio(medium, name=name))), self.media_width)  # noqa: E731
         if medium.kind == "audio":
@@ -837,6 +842,9 @@ class VILA(MultiModal):
         if max(self.encoders["video"][:3]) > 1 or not any(e.media for e in examples):
             return super().features_trainable(examples, num_frames)
         size = self.fit("video", 0, 0, 0)
+        for e in examples:
+            for m in e.media:
+                self.check_taken(m, e.id)
         media = [Frames(m, num_frames, e.id) for e in examples for m in e.media]
         encode = lambda parts: self.project(torch.cat([self.scaled(f, size) for f in parts]))  # noqa: E731
         joined = mrsp.encode_parallel(encode, InRow(media), self.mesh.sp_group)
