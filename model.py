@@ -764,7 +764,8 @@ class VILA(MultiModal):
         llm = load_part(Qwen2ForCausalLM, root / "llm", dtype, weights)
         tower = load_part(transformers.SiglipVisionModel, root / "vision_tower", dtype, weights)
         kind = config["mm_projector_cfg"].get("mm_projector_type")
-        projector = build_projector(kind, tower.config.hidden_size, llm.config.hidden_size)
+        with torch.device("cpu" if weights else "meta"):
+            projector = build_projector(kind, tower.config.hidden_size, llm.config.hidden_size)
         if weights:
             path = root / "mm_projector" / "model.safetensors"
             if not path.exists():
