@@ -260,7 +260,9 @@ class MultiModal(nn.Module):
     def save_pretrained(self, folder: str, write: bool = True) -> None:
         """Write the published layout, loadable again. With sharded parameters every rank calls this
         (they are gathered one by one), and one of them writes."""
-        weights = {name: value.cpu() for name, value in self.decoder_weights() if write}
+        # A gathered tensor may be a view of a larger, padded one, which is not to be saved: copied.
+        each, copied = self.decoder_weights(), self.sharded
+        weights = {name: value.to("cpu", copy=copied) for name, value in each if write}
         if write:
             root = Path(folder)
             root.mkdir(parents=True, exist_ok=True)
