@@ -619,6 +619,22 @@ def test_a_checkpoint_is_as_published_and_loads_again(ask, tmp_path, family, tie
         assert not info["missing_keys"] and not lost
 
 
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_decoder_s_config_alone_fits_its_weights(tmp_path, family, tie):
+    """What vLLM builds, and what it is given."""
+    model = zoo.build(family, tie)
+    model.save_config(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors")) and (tmp_path / "tokenizer.json").exists()
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        decoder = getattr(transformers, config.architectures[0])(config)
+    expected = {name: value.shape for name, value in decoder.state_dict().items()}
+    assert config.tie_word_embeddings == tie and expected.pop("lm_head.weight").numel()
+    found = {name: value.shape for name, value in model.decoder_weights()}
+    assert (found.pop("lm_head.weight", None) is None) == tie and found == expected
+
+
 @pytest.mark.parametrize("family", [*PUBLISHED])
 def test_a_missing_further_or_misshapen_tensor_is_refused_by_name(tmp_path, family):
     zoo.build(family, tie=False).save_pretrained(tmp_path)
@@ -826,3 +842,5 @@ def test_an_sft_step_changes_what_it_trains(ask, family, train):
     assert bool(changed & (inner - outer)) == (train == "all" and bool(model.takes))
     assert bool(changed & outer) == (train != "llm" and bool(model.takes))
     assert (model.encoder_hash() == key) == (train == "llm" or not model.takes)
+    model.enable_gradient_checkpointing()
+    sft.train(model, rows, replace(config, steps=1))
