@@ -382,6 +382,7 @@ def test_patches_equal_the_family_s_processor(family, f, h, w):
     from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
 
     model, third = zoo.build(family), family == "qwen3-vl"
+    model.recipe = zoo.RECIPE
     # They resize in bytes, and cut off overshoot between the two directions: leave it room.
     frames = frames_of(f, h, w) // 2 + 64
     tensor = torch.as_tensor(frames).permute(0, 3, 1, 2)
@@ -470,6 +471,7 @@ def test_omni_s_videos_have_the_limits_of_its_processor():
 @pytest.mark.parametrize("family", [f for f in FAMILIES if zoo.build(f).takes])
 def test_groups_are_encoded_apart_kept_once_and_trained(ask, media, family):
     model = zoo.build(family)
+    recipe = model.recipe
     video, group = data.Frames(media["w"], 5)[:][:7], model.together
     with torch.no_grad():
         whole = model.encode(video)
@@ -491,11 +493,11 @@ def test_groups_are_encoded_apart_kept_once_and_trained(ask, media, family):
     assert misses(video, 5) == count  # that of the mixed question
     assert misses(video, 6) == count + 1
     assert misses(replace(video, media=(media["v"]._replace(segment=(0, 3.9)),)), 5) == count + 2
-    model.recipe = replace(model.recipe, max_pixels=64 * 64)
+    model.recipe = replace(recipe, max_pixels=64 * 64)
     assert misses(video, 5) == count + 3
-    if family in ("qwen2.5-vl", "qwen3-vl"):  # the others' frames have a fixed size, or a least one
+    if family in QWENS:  # VILA's frames have a fixed size
         assert model.features(video, 5)[0].features.shape[1:3] == (1, 2) != whole.shape[1:3]
-    model.recipe = zoo.RECIPE
+    model.recipe = recipe
     trained = model.features_trainable([example, video], 5)
     for a, b in zip(trained[0], found):
         assert torch.allclose(a.features, b.features, atol=1e-5)

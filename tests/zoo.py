@@ -1,5 +1,7 @@
 """A tiny model of every family, with random weights and a tokenizer of bytes: nothing is lost."""
 
+from dataclasses import replace
+
 import torch
 import transformers
 from conftest import RECIPE
@@ -136,5 +138,6 @@ def build(family: str, tie=True, seed=0) -> MultiModal:
         kind = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[family]
         config = getattr(transformers, f"{kind}Config")(**decoder(tok, tie_word_embeddings=tie))
         model = Text(getattr(transformers, f"{kind}ForCausalLM")(config), tok)
-    model.recipe = RECIPE
+    # Omni's own least size of a video frame is 128 tokens.
+    model.recipe = replace(RECIPE, max_pixels=84 * 112) if family == "omni" else RECIPE
     return model
