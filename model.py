@@ -593,7 +593,7 @@ class Policy(nn.Module):
 def text_class(root: Path):
     """transformers' class of the decoder in a folder; None if it has none."""
     try:
-        config = transformers.AutoConfig.from_pretrained(root)
+        config = transformers.AutoConfig.from_pretrained(root, trust_remote_code=False)
     except (ValueError, OSError):  # unknown, or it wants remote code
         return None
     return transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
@@ -611,6 +611,13 @@ class Text(MultiModal):
                 f"{type(llm).__name__} has linear-attention or state-space layers: an answer would "
                 "go on from another answer's state; take a family with full attention"
             )
+        for name in ("sliding_window", "attention_chunk_size"):
+            window, longest = getattr(llm.config, name, None), llm.config.max_position_embeddings
+            if window and window < longest:
+                raise ModelError(
+                    f"{type(llm).__name__} has a {name} of {window} tokens: attention behind a "
+                    "shared prompt has none; take a family with full attention"
+                )
         super().__init__(llm, nn.Module(), tokenizer, {})
         self.projector = nn.Module()
 
