@@ -186,8 +186,9 @@ def load_part(kind, folder: Path, dtype, weights: bool = True, skip: str = ""):
             with torch.device("meta"):
                 return kind(kind.config_class.from_pretrained(folder))
         part, info = kind.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, use_safetensors=True
-        )
+            folder, dtype=dtype, output_loading_info=True, use_safetensors=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: {error}") from None
     extra = sorted(x for x in info["unexpected_keys"] if not (skip and re.match(skip, x)))
@@ -271,7 +272,9 @@ class MultiModal(nn.Module):
     def save_pretrained(self, folder: str, write: bool = True) -> None:
         """Write the published layout, loadable again. With sharded parameters every rank calls this
         (they are gathered one by one), and one of them writes."""
-        weights = {name: value.cpu() for name, value in self.decoder_weights() if write}
+        # A gathered tensor may be a view of a larger, padded one, which is not to be saved: copied.
+        each, copied = self.decoder_weights(), self.sharded
+        weights = {name: value.to("cpu", copy=copied) for name, value in each if write}
         if write:
             root = Path(folder)
             root.mkdir(parents=True, exist_ok=True)
@@ -358,14 +361,18 @@ class MultiModal(nn.Module):
         see = functools.partial(self.perceive, group=self.mesh.sp_group)
         return [[see(m, num_frames, e.id) for m in e.media] for e in examples]
 
-    def perceive(self, medium: Medium, num_frames: int, name="", group=None, cached=False) -> Media:
-        """One medium of question `name`, seen or heard; cached: kept, and found again."""
+    def check_taken(self, medium: Medium, name: str) -> None:
+        """ModelError, naming question and file, if the family does not take such media."""
         if medium.kind not in self.takes or (medium.track and "audio" not in self.takes):
             what = medium.kind if medium.kind not in self.takes else "audio track"
             raise ModelError(
                 f"question {name}: {type(self).__name__} takes no {what}, only "
                 f"{' and '.join(self.takes) or 'text'}: {medium.path}"
             )
+
+    def perceive(self, medium: Medium, num_frames: int, name="", group=None, cached=False) -> Media:
+        """One medium of question `name`, seen or heard; cached: kept, and found again."""
+        self.check_taken(medium, name)
         frames = functools.cache(lambda: Frames(medium, num_frames, name))
         taken = medium.num_frames or num_frames, medium.segment, self.recipe.max_pixels
 
@@ -397,6 +404,7 @@ class MultiModal(nn.Module):
 
     def measure(self, medium: Medium, num_frames: int, name="") -> Media:
         """What perceive() would give, on the device "meta": its shape, from the file's alone."""
+        self.check_taken(medium, name)
         empty = functools.partial(torch.empty, device="meta")
         sound = lambda: empty(self.heard(len(load_audio(medium, name=name))), self.media_width)  # noqa: E731
         if medium.kind == "audio":
@@ -596,7 +604,7 @@ class Policy(nn.Module):
 def text_class(root: Path):
     """transformers' class of the decoder in a folder; None if it has none."""
     try:
-        config = transformers.AutoConfig.from_pretrained(root)
+        config = transformers.AutoConfig.from_pretrained(root, trust_remote_code=False)
     except (ValueError, OSError):  # unknown, or it wants remote code
         return None
     return transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
@@ -614,6 +622,13 @@ class Text(MultiModal):
                 f"{type(llm).__name__} has linear-attention or state-space layers: an answer would "
                 "go on from another answer's state; take a family with full attention"
             )
+        for name in ("sliding_window", "attention_chunk_size"):
+            window, longest = getattr(llm.config, name, None), llm.config.max_position_embeddings
+            if window and window < longest:
+                raise ModelError(
+                    f"{type(llm).__name__} has a {name} of {window} tokens: attention behind a "
+                    "shared prompt has none; take a family with full attention"
+                )
         super().__init__(llm, nn.Module(), tokenizer, {})
         self.projector = nn.Module()
 
@@ -654,6 +669,9 @@ class Text(MultiModal):
     def write(self, root: Path, weights: dict) -> None:
         self.llm.save_pretrained(root, state_dict=weights)
         self.tokenizer.save_pretrained(root)
+
+    def encoder_settings(self) -> list:
+        return []
 
 
 # ----------------------------------------------------------------------------------------- VILA
@@ -766,7 +784,8 @@ class VILA(MultiModal):
         llm = load_part(Qwen2ForCausalLM, root / "llm", dtype, weights)
         tower = load_part(transformers.SiglipVisionModel, root / "vision_tower", dtype, weights)
         kind = config["mm_projector_cfg"].get("mm_projector_type")
-        projector = build_projector(kind, tower.config.hidden_size, llm.config.hidden_size)
+        with torch.device("cpu" if weights else "meta"):
+            projector = build_projector(kind, tower.config.hidden_size, llm.config.hidden_size)
         if weights:
             path = root / "mm_projector" / "model.safetensors"
             if not path.exists():
@@ -797,7 +816,8 @@ class VILA(MultiModal):
         (root / "config.json").write_text(json.dumps(self.config, indent=2))
         self.llm.save_pretrained(root / "llm", state_dict=weights)
         self.tokenizer.save_pretrained(root / "llm")
-        self.tower.save_pretrained(root / "vision_tower")
+        tower = {f"vision_model.{name}": value for name, value in self.tower.state_dict().items()}
+        self.tower.save_pretrained(root / "vision_tower", state_dict=tower)  # as published
         (root / "vision_tower/preprocessor_config.json").write_text(json.dumps(self.preprocess))
         projector = json.dumps(self.config["mm_projector_cfg"])
         (root / "mm_projector/config.json").write_text(projector)
@@ -843,6 +863,9 @@ class VILA(MultiModal):
         if max(self.encoders["video"][:3]) > 1 or not any(e.media for e in examples):
             return super().features_trainable(examples, num_frames)
         size = self.fit("video", 0, 0, 0)
+        for e in examples:
+            for m in e.media:
+                self.check_taken(m, e.id)
         media = [Frames(m, num_frames, e.id) for e in examples for m in e.media]
         encode = lambda parts: self.project(torch.cat([self.scaled(f, size) for f in parts]))  # noqa: E731
         joined = mrsp.encode_parallel(encode, InRow(media), self.mesh.sp_group)

@@ -162,6 +162,8 @@ def optimizers(model, config: SFTConfig, seed: int) -> list[torch.optim.Optimize
         if p.requires_grad:
             muon = config.optimizer == "muon" and p.ndim == 2 and id(p) not in embedding
             (matrices if muon else rest).append(p)
+    if not matrices + rest:
+        raise ValueError(f"train {config.train}: a {type(model).__name__} model has no such part")
     groups = [{"params": kind} for kind in mrsp.split_sharded(rest)]
     out = [
         torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))

@@ -5,6 +5,7 @@ says what of it a question is about.
 """
 
 import functools
+import json
 import math
 import re
 from dataclasses import replace
@@ -22,8 +23,10 @@ from safetensors.torch import load_file, save_file
 
 import data
 import mrsp
+import sft
 from data import Example, Medium
-from model import VILA, Media, ModelError, Text, load, mrope_positions
+from model import VILA, Media, ModelError, Piece, Text, grid, load, mrope_positions
+from rollout import Sampling, TorchEngine
 
 FAMILIES, QWENS = zoo.FAMILIES, ("qwen2.5-vl", "qwen3-vl", "omni")
 # v: 5 frames of 16 (4 s), w: all 16, o: one, s: those of seconds 1 to 3, t: all with the sound,
@@ -76,15 +79,6 @@ def mixed(family: str) -> str:
 
 
 EACH = [(family, name) for family in FAMILIES for name in cases(family)]
-
-
-def kept(path, change=None):
-    """The tensors of a file, changed in place by change(tensors) and written again."""
-    tensors = load_file(path)
-    if change:
-        change(tensors)
-        save_file(tensors, path, {"format": "pt"})
-    return tensors
 
 
 # ---------------------------------------------------- log-probs, against transformers' own models
@@ -248,7 +242,7 @@ def test_vila_pools_frames_rows_and_columns_of_a_video_alone(ask, tmp_path, pool
         prompt = model.prompt(example)
     assert prompt.ids.tolist() == model.tokenizer(spelled(model, words, example.problem)).input_ids
     assert torch.allclose(prompt.media, torch.cat(given["features"]), atol=1e-5)
-    shapes = [m.features.shape for m in map(lambda m: model.measure(m, 5), example.media)]
+    shapes = [m.features.shape for m in [model.measure(m, 5) for m in example.media]]
     assert shapes == [m.features.shape for m in model.features(example, 5)]
     trained = model.features_trainable([example], 5)[0]
     assert [m.features.shape for m in trained] == shapes
@@ -290,8 +284,6 @@ GRIDS = [
 
 @pytest.mark.parametrize("parts", GRIDS)
 def test_mrope_positions_equal_a_scalar_loop(parts):
-    from model import Piece, grid
-
     rows, at, pieces = [], 0, []
     for part in parts:
         if isinstance(part, int):
@@ -345,7 +337,7 @@ def test_positions_equal_vllm_s(ask, tmp_path, family, letters):
             setattr(me, method, found if static else functools.partial(found, me))
     ids, value = prompt.ids.tolist(), lambda x: S(data=torch.tensor(x))
     for m in model.features(ask(letters), 5):
-        at = ids.index(model.ids[model.pads[m.kind]], at)
+        offset = int(prompt.media_at[at]) - (model.levels > 0 and m.kind == "video")  # of the start
         item = {"audio_feature_lengths": value(337)}
         if m.kind != "audio":
             t, h, w, _ = m.features.shape
@@ -353,10 +345,8 @@ def test_positions_equal_vllm_s(ask, tmp_path, family, letters):
         if m.kind == "video":
             each = 2 * (m.times[-1] - m.times[0]) / (len(m.times) - 1 or 1)
             item["second_per_grid_ts"] = S(data=torch.tensor(each, dtype=torch.float64))
-            if family == "qwen3-vl":  # vLLM looks for the first start itself
-                at -= 1
-        features.append(S(modality=m.kind, mm_position=S(offset=at), data=item))
-        at += m.features[..., 0].numel() + 8 * len(m.features) * (model.levels > 0)
+        features.append(S(modality=m.kind, mm_position=S(offset=offset), data=item))
+        at += m.features[..., 0].numel()
     assert torch.equal(kind.get_mrope_input_positions(me, ids, features)[0], prompt.positions)
 
 
@@ -392,6 +382,7 @@ def test_patches_equal_the_family_s_processor(family, f, h, w):
     from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
 
     model, third = zoo.build(family), family == "qwen3-vl"
+    model.recipe = zoo.RECIPE
     # They resize in bytes, and cut off overshoot between the two directions: leave it room.
     frames = frames_of(f, h, w) // 2 + 64
     tensor = torch.as_tensor(frames).permute(0, 3, 1, 2)
@@ -438,7 +429,7 @@ def test_a_video_s_prompt_equals_that_of_qwen3_vl_s_processor(ask, media):
         assert ids == model.tokenizer(text).input_ids
 
 
-@pytest.mark.parametrize("seconds", [0.02, 1, 1.99, 3.37, 7.3, 299.9])
+@pytest.mark.parametrize("seconds", [0.02, 1, 1.99, 3.37, 131.3, 299.9])
 def test_mel_and_tokens_of_a_sound_equal_whisper_s_and_the_tower_s(seconds):
     model, sound = zoo.build("omni"), frames_of(1, 1, int(seconds * 16000))[0, 0, :, 0] / 256 - 0.5
     length = 300 if seconds > 8 else 8
@@ -450,13 +441,14 @@ def test_mel_and_tokens_of_a_sound_equal_whisper_s_and_the_tower_s(seconds):
     expected = theirs.input_features[0].T[theirs.attention_mask[0].bool()]
     ours = model.mel(sound.astype("f4"))
     assert ours.shape == expected.shape and (ours - expected).abs().max() < 1e-4
-    count = model.tower["audio_tower"]._get_feat_extract_output_lengths(torch.tensor(len(ours)))[1]
-    with torch.no_grad():
-        if count > 0 and seconds < 60:
-            assert len(model.hear(sound.astype("f4"))) == count == model.heard(len(sound))
-        elif count < 1:
-            with pytest.raises(ModelError, match="320 samples of audio are too few"):
-                model.hear(sound)
+    if seconds == 0.02:
+        with pytest.raises(ModelError, match="320 samples of audio are too few"):
+            model.hear(sound)
+    elif seconds < 200:  # in parts of 128 s
+        with torch.no_grad():
+            lengths, heard = torch.tensor([len(ours)]), model.hear(sound.astype("f4"))
+            whole = model.tower["audio_tower"](ours.T, feature_lens=lengths).last_hidden_state
+        assert heard.shape == whole.shape and torch.allclose(heard, whole, atol=1e-5)
 
 
 def test_tokens_of_a_sound_for_every_length():
@@ -480,6 +472,7 @@ def test_omni_s_videos_have_the_limits_of_its_processor():
 @pytest.mark.parametrize("family", [f for f in FAMILIES if zoo.build(f).takes])
 def test_groups_are_encoded_apart_kept_once_and_trained(ask, media, family):
     model = zoo.build(family)
+    recipe = model.recipe
     video, group = data.Frames(media["w"], 5)[:][:7], model.together
     with torch.no_grad():
         whole = model.encode(video)
@@ -501,11 +494,11 @@ def test_groups_are_encoded_apart_kept_once_and_trained(ask, media, family):
     assert misses(video, 5) == count  # that of the mixed question
     assert misses(video, 6) == count + 1
     assert misses(replace(video, media=(media["v"]._replace(segment=(0, 3.9)),)), 5) == count + 2
-    model.recipe = replace(model.recipe, max_pixels=64 * 64)
+    model.recipe = replace(recipe, max_pixels=64 * 64)
     assert misses(video, 5) == count + 3
-    if family in ("qwen2.5-vl", "qwen3-vl"):  # the others' frames have a fixed size, or a least one
+    if family in QWENS:  # VILA's frames have a fixed size
         assert model.features(video, 5)[0].features.shape[1:3] == (1, 2) != whole.shape[1:3]
-    model.recipe = zoo.RECIPE
+    model.recipe = recipe
     trained = model.features_trainable([example, video], 5)
     for a, b in zip(trained[0], found):
         assert torch.allclose(a.features, b.features, atol=1e-5)
@@ -552,9 +545,7 @@ def _ranks_agree(rank, root, letters):
             (out * torch.linspace(-1, 1, len(out))).sum().backward()
             if method:
                 mrsp.all_reduce_gradients(m.parameters())
-            grads = {
-                n: torch.zeros(1) if p.grad is None else p.grad for n, p in m.named_parameters()
-            }
+            grads = {n: p.grad for n, p in m.named_parameters() if p.grad is not None}
             logps, expected = found.setdefault(None, (out, grads))
             assert torch.allclose(out, logps, atol=1e-5, rtol=1e-6), (family, method)
             for n, g in expected.items():
@@ -566,3 +557,292 @@ def test_two_ranks_see_hear_and_train_like_one(ask, tmp_path):
     for family in FAMILIES:
         zoo.build(family).save_pretrained(tmp_path / family)
     run_ranks(_ranks_agree, 2, str(tmp_path), {f: ask(mixed(f)) for f in FAMILIES})
+
+
+# ----------------------------------------------------------------------------------- checkpoints
+
+# The published names: a tensor of each part, in which file.
+PUBLISHED = {
+    "vila": ["llm:model.layers.0.mlp.up_proj.weight", "mm_projector:layers.2.weight",
+             "vision_tower:vision_model.encoder.layers.0.mlp.fc1.weight"],
+    "qwen2.5-vl": ["model.layers.0.mlp.up_proj.weight", "visual.merger.mlp.0.weight"],
+    "qwen3-vl": ["model.language_model.layers.0.mlp.up_proj.weight",
+                 "model.visual.patch_embed.proj.weight",
+                 "model.visual.deepstack_merger_list.0.linear_fc1.weight"],
+    "omni": ["thinker.model.layers.0.mlp.up_proj.weight", "thinker.visual.merger.mlp.0.weight",
+             "thinker.audio_tower.conv1.weight", "thinker.lm_head.weight"],
+    "llama": ["model.layers.0.mlp.up_proj.weight", "lm_head.weight"],
+}  # fmt: skip
+PUBLISHED["vila 3x3 tsp"], PUBLISHED["qwen2"] = PUBLISHED["vila"], PUBLISHED["llama"]
+PUBLISHED["qwen3"] = PUBLISHED["llama"]
+
+
+def located(root, name):
+    """(file, name in it) of a tensor in PUBLISHED."""
+    part, _, name = name.rpartition(":")
+    return root / part / "model.safetensors", name
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_is_as_published_and_loads_again(ask, tmp_path, family, tie):
+    model, example = zoo.build(family, tie), ask(mixed(family))
+    model.save_pretrained(tmp_path)
+    for name in PUBLISHED[family]:
+        path, name = located(tmp_path, name)
+        assert (name in load_file(path)) != (tie and "lm_head" in name)
+    if family == "omni":  # as published it can also speak
+        more = {f"{part}.x": torch.ones(1) for part in ("talker", "token2wav")}
+        save_file(load_file(path) | more, path, {"format": "pt"})
+    parts = {"llm", "vision_tower", "mm_projector"} if "vila" in family else {"."}
+    assert all((tmp_path / part / "config.json").exists() for part in parts)
+    again, shapes = load(tmp_path), load(tmp_path, weights=False)
+    assert type(again) is type(shapes) is type(model) and again.recipe == model.recipe
+    a, b = model.state_dict(), again.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert (again.llm.lm_head.weight is again.llm.get_input_embeddings().weight) == tie
+    assert again.encoder_hash() == model.encoder_hash()
+    packs = [mrsp.pack([m.prompt(example)], answers(m, [[5, 3]])) for m in (model, again)]
+    with torch.no_grad():
+        assert torch.equal(model.eval()(packs[0])[0], again.eval()(packs[1])[0])
+    # without weights: the same shapes and prompts
+    assert {p.device.type for p in shapes.parameters()} == {"meta"}
+    measured = [shapes.measure(m, 5, "q") for m in example.media]
+    for x, y in zip(measured, model.features(example, 5)):
+        assert x.features.shape == y.features.shape and x.features.is_meta and x.kind == y.kind
+        assert y.track is None or x.track.shape == y.track.shape
+    p, q = shapes.build_prompt(example, measured), model.prompt(example)
+    assert torch.equal(p.ids, q.ids) and torch.equal(p.positions, q.positions)
+    assert torch.equal(p.media_at, q.media_at) and (p.text, p.shared) == (q.text, q.shared)
+    assert p.media is q.media is None or p.media.shape == q.media.shape
+    if "vila" not in family:
+        kind = whole_of(model, tmp_path).__class__
+        _, info = kind.from_pretrained(tmp_path, output_loading_info=True)
+        lost = [n for n in info["unexpected_keys"] if not n.startswith(("talker", "token2wav"))]
+        assert not info["missing_keys"] and not lost
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_decoder_s_config_alone_fits_its_weights(tmp_path, family, tie):
+    """What vLLM builds, and what it is given."""
+    model = zoo.build(family, tie)
+    model.save_config(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors")) and (tmp_path / "tokenizer.json").exists()
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        decoder = getattr(transformers, config.architectures[0])(config)
+    expected = {name: value.shape for name, value in decoder.state_dict().items()}
+    assert config.tie_word_embeddings == tie and expected.pop("lm_head.weight").numel()
+    found = {name: value.shape for name, value in model.decoder_weights()}
+    assert (found.pop("lm_head.weight", None) is None) == tie and found == expected
+
+
+@pytest.mark.parametrize("family", [*PUBLISHED])
+def test_a_missing_further_or_misshapen_tensor_is_refused_by_name(tmp_path, family):
+    zoo.build(family, tie=False).save_pretrained(tmp_path)
+    for name in PUBLISHED[family]:
+        path, name = located(tmp_path, name)
+        whole, tail = load_file(path), name.split("model.")[-1].removeprefix("thinker.")
+        for change, said in (
+            ({}, f"missing or misshapen tensors.*{tail}.*unexpected"),
+            ({name: whole[name][1:].clone()}, f"missing or misshapen tensors.*{tail}.*unexpected"),
+            (whole | {f"{name}_scale": whole[name].clone()}, f"unexpected.*{tail}_scale"),
+        ):
+            others = {k: v for k, v in whole.items() if k != name}
+            save_file(others | change, path, {"format": "pt"})
+            with pytest.raises(ModelError, match=said):
+                load(tmp_path)
+            save_file(whole, path, {"format": "pt"})
+        path.rename(path.with_suffix(".bin"))
+        with pytest.raises(ModelError, match="safetensors"):
+            load(tmp_path)
+        path.with_suffix(".bin").rename(path)
+    load(tmp_path)
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"video_encoder": '{"_target_": "x.TSPVideoEncoder", "pool_sizes": [[8, 1, 1]]}'}, None),
+    ({"video_encoder": {"_target_": "x.BasicVideoEncoder", "end_tokens": None}}, None),
+    ({"num_video_frames": 4}, None),
+    ({"image_encoder": {"_target_": "x.BasicImageEncoder", "start_tokens": "ab"}}, None),
+    ({"video_encoder": {"_target_": "x.OtherEncoder"}}, "video_encoder.*OtherEncoder.*not supp"),
+    ({"video_encoder": {"_target_": "TSPVideoEncoder", "pool_sizes": [[1, 1, 1], [8, 2, 2]]}},
+     "one pool size"),
+    ({"video_encoder": {"_target_": "TSPVideoEncoder", "sep_tokens": "ab"}}, "no sep_tokens"),
+    ({"s2": True}, "s2 is True"), ({"dynamic_s2": True}, "dynamic_s2 is True"),
+    ({"mm_vision_select_feature": "patch"}, "mm_vision_select_feature is 'patch'"),
+    ({"projector": "linear"}, "'linear' is unknown.*mlp_downsample_3x3_fix")])  # fmt: skip
+def test_vila_s_config_as_published_or_refused(ask, tmp_path, change, said):
+    zoo.build("vila").save_pretrained(tmp_path)
+    path = tmp_path / ("mm_projector" if "projector" in change else "") / "config.json"
+    config = {"mm_projector_type" if k == "projector" else k: v for k, v in change.items()}
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    (tmp_path / "recipe.json").unlink()
+    if said:
+        with pytest.raises(ModelError, match=said):
+            load(tmp_path)
+        return
+    model = load(tmp_path)
+    tok = model.tokenizer
+    counts = (1, 8) if "8" in str(change) else (change.get("num_video_frames", 5), 1)
+    frame = "<vila/video>" * 4 + ("" if "None" in str(change) else "\n")
+    image = ("ab" if "ab" in str(change) else "") + "<image>" * 4 + "\n"
+    words = frame * counts[0] + image
+    expected = tok(spelled(model, words, "Why?")).input_ids
+    assert model.prompt(ask("vi", "Why?")).ids.tolist() == expected
+    assert model.together == counts[1]
+
+
+def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, monkeypatch):
+    with pytest.raises(ModelError, match=f"{tmp_path} is no checkpoint.*config.json"):
+        load(tmp_path)
+    with pytest.raises(ModelError, match="/no/where is no checkpoint"):
+        load("/no/where")
+    (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
+    with pytest.raises(ModelError, match="'unheard_of' is not supported.*qwen3_vl"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
+    with pytest.raises(ModelError, match="preprocessor_config.json is missing"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type')
+    with pytest.raises(ModelError, match="config.json: "):
+        load(tmp_path)
+    asked = []
+
+    def unreachable(repo, **how):
+        asked.append((repo, how))
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    with pytest.raises(ModelError, match="Qwen/Qwen9@main: no such folder, and the hub does not"):
+        load("Qwen/Qwen9@main", weights=False)
+    ((repo, how),) = asked
+    assert (repo, how["revision"]) == ("Qwen/Qwen9", "main")
+    assert "*.safetensors" not in how["allow_patterns"]
+
+
+TEXTS = [
+    ("Qwen2", "", {}), ("Qwen3", "", {}), ("Llama", "", {}),
+    ("Mistral", "", {"sliding_window": None}),
+    ("Mistral", "sliding_window of 1024", {"sliding_window": 1024}),
+    ("Cohere", "differ by", {"logit_scale": 0.5}),
+    ("Granite", "differ by", {"logits_scaling": 3.0}),
+    ("Gemma2", "differ by", {"final_logit_softcapping": 1.0}),
+    ("Qwen3Next", "linear-attention", {"num_experts": 2, "moe_intermediate_size": 8,
+                                       "shared_expert_intermediate_size": 8}),
+    ("Mamba", "model.layers", {"state_size": 4}), ("GPTNeoX", "model.layers", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, said, more", TEXTS)
+def test_a_text_model_is_taken_if_a_shared_prompt_gives_its_log_probs(tmp_path, kind, said, more):
+    tok = zoo.tokenizer(zoo.SPECIAL)
+    config = getattr(transformers, f"{kind}Config")(**zoo.decoder(tok, **more))
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    if said:
+        with pytest.raises(ModelError, match=f"{kind}.*{said}"):
+            load(tmp_path)
+    else:
+        assert load(tmp_path).prompt(Example("q", "?", (), "", "", (), "text", "")).media is None
+
+
+# --------------------------------------------------------------------------------------- prompts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_question_is_asked_by_the_chat_template(ask, media, tmp_path, family):
+    model, text = zoo.build(family), ask("", "Why?")
+    decoded = lambda **how: model.tokenizer.decode(model.build_prompt(text, [], **how).ids)  # noqa: E731
+    system = "" if "vila" in family else "<|im_start|>system\nYou help.<|im_end|>\n"
+    user, then = "<|im_start|>user\nWhy?", "<|im_end|>\n<|im_start|>assistant\n"
+    assert decoded() == f"{system}{user} Think, then answer.{then}"
+    assert decoded(prefill="<th") == f"{system}{user} Think, then answer.{then}<th"
+    empty = "" if "vila" in family else "<think>\n\n</think>\n\n"
+    assert decoded(thinking=False) == f"{system}{user}{then}{empty}"
+    model.recipe = replace(model.recipe, system="Be.", thinking=False)
+    other = f"<|im_start|>system\nBe.<|im_end|>\n{user}{then}{empty}"
+    assert model.tokenizer.decode(model.prompt(text).ids) == other
+    model.recipe = replace(model.recipe, system="")
+    assert decoded().startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user")
+    for token in sorted(model.controls):
+        with pytest.raises(ModelError, match=f"question q contains .*{re.escape(token)}"):
+            model.build_prompt(replace(text, problem=f"Which {token}?"), [])
+    assert {*model.media_tokens} <= {*model.tokenizer.convert_tokens_to_ids([*model.controls])}
+    model.recipe = zoo.RECIPE
+    for letter, what in (("v", "video"), ("i", "image"), ("a", "audio"), ("t", "audio track")):
+        kind = media[letter].kind
+        what = what if kind in model.takes else kind
+        for see in (model.prompt, lambda e: model.features_trainable([e], 5),
+                    lambda e: model.measure(e.media[0], 5, e.id)):  # fmt: skip
+            if what.split()[0] not in model.takes:
+                with pytest.raises(ModelError, match=f"q: .* no {what}, .*{media[letter].path}"):
+                    see(ask(letter))
+            else:
+                see(ask(letter))
+    model.save_pretrained(tmp_path)
+    root = tmp_path / "llm" if "vila" in family else tmp_path
+    (root / "chat_template.jinja").unlink(missing_ok=True)
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    (root / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    again = load(tmp_path, weights=False)
+    assert again.tokenizer.decode(again.build_prompt(text, []).ids) == (
+        "[Why? Think, then answer.]"
+    )
+    for change in ("| replace('\ufdd0', '')", "~ m.content", "| upper ~ '\ufdd0'"):
+        model.tokenizer.chat_template, model._turns = template.replace(" }}", change + " }}"), {}
+        with pytest.raises(ModelError, match="changes the user's text"):
+            model.build_prompt(text, [])
+
+
+def test_a_template_may_stand_between_media_and_text(ask):
+    model = zoo.build("qwen2.5-vl")
+    model.tokenizer.chat_template = "{{ messages[0].content | replace('\ufdd1', '\ufdd1 see: ') }}"
+    prompt = model.prompt(ask("i", "Why?"))
+    end = model.tokenizer.decode(prompt.ids[prompt.shared :])
+    assert end == " see: Why? Think, then answer."
+
+
+# --------------------------------------------------------------------------- sampling and training
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_sampler_agrees_with_the_trainer_and_samples_no_media(ask, family):
+    model = zoo.build(family, tie=False).eval()
+    with torch.no_grad():  # the model would like to
+        model.llm.lm_head.weight[list(model.media_tokens)] *= 8
+    prompts = [model.prompt(ask(letters)) for letters in cases(family).values()]
+    out = TorchEngine(model).generate(prompts, 3, Sampling(max_tokens=6))
+    with torch.no_grad():
+        ours, _ = model(mrsp.pack(prompts, [[r.ids for r in group] for group in out]))
+    sampled = torch.cat([r.logps for group in out for r in group])
+    assert torch.allclose(ours, sampled, atol=1e-4, rtol=0)
+    ids = torch.cat([r.ids for group in out for r in group])
+    assert not set(ids.tolist()) & set(model.media_tokens)
+
+
+@pytest.mark.parametrize("train", ["all", "llm", "projector"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_sft_step_changes_what_it_trains(ask, family, train):
+    model = zoo.build(family)
+    config = sft.SFTConfig(steps=4, groups=3, train=train, lr=1e-3, warmup=0)
+    rows = [ask(letters, f"Why {letters}?") for letters in cases(family).values()]
+    if not model.takes and train == "projector":
+        with pytest.raises(ValueError, match="projector"):
+            sft.train(model, rows, config)
+        return
+    before, losses = {k: v.clone() for k, v in model.state_dict().items()}, []
+    key = model.encoder_hash()
+    sft.train(model, rows, config, log=lambda step, m: losses.append(m["loss"]))
+    assert losses[-1] < losses[0]
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert any(k.startswith("policy.") for k in changed) == (train != "projector")
+    inner = {f"tower.{n}" for n, _ in model.tower.named_parameters()}
+    outer = {id(p) for p in model.projector.parameters()}
+    outer = {n for n, p in model.named_parameters() if id(p) in outer}
+    assert bool(changed & (inner - outer)) == (train == "all" and bool(model.takes))
+    assert bool(changed & outer) == (train != "llm" and bool(model.takes))
+    assert (model.encoder_hash() == key) == (train == "llm" or not model.takes)
+    model.enable_gradient_checkpointing()
+    sft.train(model, rows, replace(config, steps=1))

@@ -1,15 +1,13 @@
-"""VILA: the projector by loops, the prompt, the checkpoint folder."""
+"""VILA: the projector by loops, the prompt, the toy's folder. (test_families.py has the rest.)"""
 
-import json
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import data
-from model import THINKING, VILA, BlockDownsample, ModelError, build_projector
+from model import THINKING, VILA, BlockDownsample, Media, ModelError, build_projector
 
 
 @pytest.mark.parametrize("side, n", [(4, 2), (5, 2), (7, 3), (6, 3), (2, 2)])
@@ -51,22 +49,17 @@ def test_projectors_have_the_published_tensors_and_tokens_a_frame(kind, tokens, 
 
 def test_pixels_follow_the_preprocessor_config(model):
     frames = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
-    assert torch.allclose(model.pixels(frames), frames.permute(0, 3, 1, 2) / 255 * 2 - 1, atol=1e-6)
-    large = model.pixels(torch.full((1, 50, 70, 3), 255, dtype=torch.uint8))
+    pixels = model.scaled(frames, (32, 32))
+    assert torch.allclose(pixels, frames.permute(0, 3, 1, 2) / 255 * 2 - 1, atol=1e-6)
+    large = torch.full((1, 50, 70, 3), 255, dtype=torch.uint8)
+    large = model.scaled(large, model.fit("video", *large.shape[:3]))
     assert large.shape == (1, 3, 32, 32) and torch.allclose(large, torch.ones(1), atol=1e-5)
-
-
-def test_frames_are_encoded_independently_of_each_other(model):
-    frames = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8)
-    whole = model.encode(frames)
-    parts = model.encode_many([frames[:2], frames[2:]])
-    assert whole.shape == (5, 1, 128) and torch.allclose(whole, torch.cat(parts), atol=1e-6)
 
 
 def test_the_video_stands_before_the_text_and_nothing_between(toy, model):
     row = data.load_rows(str(toy / "rl.jsonl"))[0]
     model.recipe = replace(model.recipe, system="the user")
-    p, features = model.prompt(row), model.features(row, 5)
+    p, (video,) = model.prompt(row), model.features(row, 5)
     tokens = model.tokenizer.convert_ids_to_tokens(p.ids.tolist())
     head = ["<|im_start|>", "system", "the", "user", "<|im_end|>", "<|im_start|>", "user"]
     assert tokens[: len(head)] == head
@@ -75,34 +68,27 @@ def test_the_video_stands_before_the_text_and_nothing_between(toy, model):
     assert p.media_at.tolist() == list(range(7, 12)) and p.shared == 12
     assert torch.equal(p.positions, torch.arange(len(p.ids)))
     # the features stand at their tokens, and text has the policy's own embeddings
-    x = model.inputs(p.ids[None], p.media, p.media_at)["inputs_embeds"][0]
-    assert torch.equal(x[7:12], features[:, 0])
+    x = model.policy.inputs(p.ids[None], p.media, p.media_at)["inputs_embeds"][0]
+    assert torch.equal(x[7:12], video.features[:, 0])
     assert torch.equal(x[12:], model.llm.get_input_embeddings()(p.ids[12:]))
 
 
 def test_end_tokens_follow_every_frame(toy, model):
-    model.end_ids = [9]
+    model.encoders["video"] = (1, 1, 1, [], [9])
     row = data.load_rows(str(toy / "rl.jsonl"))[0]
-    p = model.build_prompt(row, torch.ones(3, 2, 128))
-    v = model.media_token
+    p = model.build_prompt(row, [Media("video", torch.ones(3, 2, 128))])
+    (v,) = model.media_tokens
     assert p.ids[2:11].tolist() == [v, v, 9] * 3 and p.media_at.tolist() == [2, 3, 5, 6, 8, 9]
 
 
 def test_the_forced_beginning_of_an_answer_ends_the_prompt(toy, model):
     row = data.load_rows(str(toy / "rl.jsonl"))[0]
-    p = model.build_prompt(row, None, prefill="<think> seen")
+    p = model.build_prompt(row, [], prefill="<think> seen")
     assert model.tokenizer.convert_ids_to_tokens(p.ids.tolist())[-3:] == [
         "assistant",
         "<think>",
         "seen",
     ]
-
-
-@pytest.mark.parametrize("token", ["<vila/video>", "<|im_start|>", "<|im_end|>"])
-def test_a_control_token_in_a_question_is_refused(toy, model, token):
-    row = data.load_rows(str(toy / "rl.jsonl"))[0]
-    with pytest.raises(ModelError, match="rl_0 contains the control token"):
-        model.build_prompt(replace(row, problem=f"Which {token}?"), None)
 
 
 def test_the_default_template_asks_for_both_spans():
@@ -126,27 +112,9 @@ def test_broken_checkpoints_are_refused_by_name(toy, tmp_path):
         VILA.from_pretrained(tmp_path)
     folder = tmp_path / "c"
     shutil.copytree(toy / "init", folder)
-    path = folder / "mm_projector" / "model.safetensors"
-    tensors = load_file(path)
-    tensors["layers.9.weight"] = tensors.pop("layers.4.weight")
-    save_file(tensors, path)
-    with pytest.raises(ModelError, match=r"missing tensors \['layers.4.weight'\].*layers.9.weight"):
-        VILA.from_pretrained(folder)
-    for part in ("llm", "vision_tower"):
-        path = folder / part / "model.safetensors"
-        tensors = load_file(path)
-        name = next(k for k in sorted(tensors) if "layers.0" in k and "q_proj.weight" in k)
-        save_file({k: v for k, v in tensors.items() if k != name}, path, {"format": "pt"})
-        with pytest.raises(ModelError, match=f"{part}: missing.*q_proj.weight"):
-            VILA.from_pretrained(folder)
-        save_file(tensors, path, {"format": "pt"})
     (folder / "recipe.json").write_text('{"frames": 8}')
     with pytest.raises(ModelError, match="recipe.json.*frames"):
-        shutil.copyfile(
-            toy / "init/mm_projector/model.safetensors", folder / "mm_projector/model.safetensors"
-        )
         VILA.from_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"mm_projector_type": "linear"}))
-    with pytest.raises(ModelError, match="'linear' is unknown"):
+    (folder / "llm/tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="tokenizer.json is missing"):
         VILA.from_pretrained(folder)
