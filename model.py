@@ -581,7 +581,7 @@ class Policy(nn.Module):
         ).last_hidden_state  # (B, Ls, D)
         # DEVIATION 1: only the hidden states that predict a target reach the LM head.
         hidden = mrsp.spread(hidden.reshape(-1, hidden.shape[-1]), share)  # (width, D)
-        chunk = chunk or max(1, min(8192, 2**28 // self.llm.config.vocab_size))
+        chunk = chunk or max(1, min(8192, 2**28 // self.llm.lm_head.weight.shape[0]))
         parts = []
         for h, t in zip(hidden.split(chunk), share.targets.split(chunk)):
             # Checkpointed: backward computes a chunk's logits again instead of keeping (width, V).
