@@ -56,11 +56,12 @@ import eval as evaluation
 import grpo
 import mrsp
 import sft
-from data import DataError, ToyConfig
+from data import DataError
 from grpo import GRPOConfig
-from model import ModelError, Recipe, load, toy_checkpoint
+from model import ModelError, Recipe, load
 from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, engine_kind, make_engine
 from sft import SFTConfig
+from toy import SIZE, ToyConfig, toy_build, toy_checkpoint
 
 METRICS = {
     "loss": "supervised: mean negative log-likelihood; GRPO: the policy loss (near 0 on-policy)",
@@ -608,14 +609,13 @@ PLAN_7B = """\
 
 def make_toy(run: Run, preset: Preset) -> Path:
     """The toy's videos and rows, and its untrained checkpoint."""
-    toy_build = lambda *rest: data.toy_build(str(run.base), preset.toy, preset.run.seed, *rest)  # noqa: E731
     with run.stage("data"):
-        toy_build(run.rank, run.world, run.bar("videos"))
+        seed = preset.run.seed
+        toy_build(str(run.base), preset.toy, seed, run.rank, run.world, run.bar("videos"))
         if run.rank == 0:
             files = sorted(run.base.glob("*.jsonl"))
             texts = [f"{e.problem} {e.response}" for f in files for e in run.rows(f.name)]
-            recipe, init = preset.recipe, str(run.out / "init")
-            toy_checkpoint(init, texts, data.SIZE, recipe, preset.run.seed)
+            toy_checkpoint(str(run.out / "init"), texts, SIZE, preset.recipe, seed)
     return run.out / "init"
 
 

@@ -16,7 +16,8 @@ from torch.multiprocessing import set_forkserver_preload, start_processes  # noq
 from transformers import Qwen3VLTextConfig, Qwen3VLTextModel  # noqa: E402
 
 import data  # noqa: E402
-from model import VILA, Decoder, Policy, Prompt, Recipe, toy_checkpoint  # noqa: E402
+from model import VILA, Decoder, Policy, Prompt, Recipe  # noqa: E402
+from toy import SIZE, ToyConfig, toy_build, toy_checkpoint  # noqa: E402
 
 torch.set_num_threads(1)
 RECIPE = Recipe(num_frames=5, max_tokens=8, template="{problem} Think, then answer.")
@@ -26,11 +27,11 @@ RECIPE = Recipe(num_frames=5, max_tokens=8, template="{problem} Think, then answ
 def toy(tmp_path_factory):
     """A folder with a very small toy data set and an untrained checkpoint in init/."""
     root = tmp_path_factory.mktemp("toy")
-    sizes = data.ToyConfig(base=3, sft=3, rl=6, test=4, other=2, images=2)
-    data.toy_build(str(root), sizes, seed=7)
+    sizes = ToyConfig(base=3, sft=3, rl=6, test=4, other=2, images=2)
+    toy_build(str(root), sizes, seed=7)
     rows = [e for name in root.glob("*.jsonl") for e in data.load_rows(str(name))]
     texts = [text for e in rows for text in (e.problem, e.response)]
-    toy_checkpoint(str(root / "init"), texts, data.SIZE, RECIPE, seed=7)
+    toy_checkpoint(str(root / "init"), texts, SIZE, RECIPE, seed=7)
     return root
 
 

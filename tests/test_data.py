@@ -1,11 +1,10 @@
-"""Properties of data.py: frames, sound, rows, every kind of bad input, and the toy.
+"""Properties of data.py: frames, sound, rows, every kind of bad input.
 
 The test video shows the number of each frame as 8 black or white tiles, so that a frame taken in
 another one's place is seen. Broken videos are decoded in a child process with a time limit: a
 decoder that hangs or crashes fails its test and not the run.
 """
 
-import hashlib
 import json
 import re
 import subprocess
@@ -23,13 +22,12 @@ from data import (
     DataError,
     Example,
     Medium,
-    ToyConfig,
     frame_indices,
     load_audio,
     load_media,
     load_rows,
-    write_mp4,
 )
+from toy import write_mp4
 
 
 def numbered_frames(n):
@@ -141,14 +139,6 @@ def test_colours_and_sides_are_not_swapped(tmp_path):
     frames[:, 16:, 32:, 2] = 220
     write_mp4(str(tmp_path / "v.mp4"), frames)
     assert psnr(load_media(medium(tmp_path / "v.mp4"), 8)[0], frames).min() > 30
-
-
-def test_a_toy_video_keeps_its_noise_and_its_flashes(tmp_path):
-    rng = np.random.default_rng(0)
-    frames = data.toy_frames(data.toy_scene(rng), rng)
-    write_mp4(str(tmp_path / "v.mp4"), frames)
-    quality = psnr(load_media(medium(tmp_path / "v.mp4"), 256)[0], frames)
-    assert np.median(quality) > 36 and quality.min() > 26  # small flashes lose half their colour
 
 
 def test_writing_leaves_only_the_finished_file(clip):
@@ -789,221 +779,3 @@ def test_a_question_may_begin_with_a_letter(tmp_path):
 def test_an_open_ended_row_has_one_answer_span(tmp_path):
     row = ROW | {"problem": "Why?", "answer": "<answer>x</answer> <answer>y</answer>"}
     assert "answer" in error_of(tmp_path, row)
-
-
-# ------------------------------------------------------------------------------------------ toy
-
-TINY = ToyConfig(base=2, sft=2, rl=2, test=2, other=2, images=2, clips=2, texts=3)
-SPLITS = ("base", "sft", "rl", "test", "other")  # in the order of their seeds
-
-
-def contents(folder, pattern):
-    """Path -> hash of every file under the folder that matches the pattern."""
-    files = [p for p in sorted(folder.rglob(pattern)) if p.is_file()]
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("toy")
-    data.toy_build(str(folder), TINY, seed=5)
-    return folder
-
-
-def unpainted(folder, config, seed):
-    """Only the rows of a larger toy, by file name: nothing is painted."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "toy_frames", lambda *a, **k: None)
-        patch.setattr(data, "write_mp4", lambda *a, **k: None)
-        data.toy_build(str(folder), config, seed)
-    return {
-        p.stem: [json.loads(line) for line in p.read_text().splitlines()]
-        for p in folder.glob("*.jsonl")
-    }
-
-
-@pytest.fixture(scope="module")
-def many(tmp_path_factory):
-    config = ToyConfig(base=30, sft=60, rl=300, test=60, other=60, images=2, clips=2)
-    return unpainted(tmp_path_factory.mktemp("many"), config, seed=3)
-
-
-def true_word(row, seed):
-    """The right answer of a row, from its video's scene and its question alone."""
-    split, number = re.fullmatch(r"videos/([a-z]+)_(\d+)\.mp4", row["videos"]).groups()
-    scene = data.toy_scene(np.random.default_rng([seed, SPLITS.index(split), int(number)]))
-    flashes = sorted(scene["flashes"], key=lambda flash: flash[2])
-    colors = [color for color, *_ in flashes]
-    question = row["problem"].split("\n")[0]
-    if question == "Which color came first?":
-        return colors[0]
-    if question == "Which color came last?":
-        return colors[-1]
-    if question == "How many flashes?":
-        return str(len(flashes))
-    if question == "Which corner did the dot reach?":
-        return scene["corner"]
-    if after := re.fullmatch(r"Which color came right after (\w+)\?", question):
-        return colors[colors.index(after.group(1)) + 1]
-    side = re.fullmatch(r"Which side was (\w+) on\?", question)
-    return dict(flash[:2] for flash in flashes)[side.group(1)]
-
-
-def gold(row):
-    """Letter and text of the option that a row calls right."""
-    options = data.parse_options(row["problem"])
-    letter = re.fullmatch(r"<answer>([A-D])</answer>", row["answer"]).group(1)
-    assert len(set(options)) == 4
-    return letter, options["ABCD".index(letter)]
-
-
-def test_the_toy_does_not_depend_on_the_number_of_ranks(tiny, tmp_path):
-    for rank in (0, 1):
-        data.toy_build(str(tmp_path), TINY, seed=5, rank=rank, world=2)
-    assert len(contents(tmp_path, "*.jsonl")) == 6
-    assert contents(tmp_path, "*.jsonl") == contents(tiny, "*.jsonl")
-    assert len(contents(tmp_path, "videos/*")) == 10
-    assert len(contents(tmp_path, "images/*")) == 4
-    assert contents(tmp_path, "*") == contents(tiny, "*")  # media too, and no other file
-
-
-def test_ranks_share_the_videos(tmp_path):
-    for rank in (0, 1):
-        data.toy_build(str(tmp_path / str(rank)), TINY, seed=5, rank=rank, world=2)
-    mine, yours = (set(contents(tmp_path / str(rank), "videos/*")) for rank in (0, 1))
-    assert len(mine) == len(yours) == 5 and not mine & yours
-    assert not contents(tmp_path / "1", "*.jsonl")
-
-
-def test_another_seed_is_another_toy(many, tmp_path):
-    config = ToyConfig(base=2, sft=2, rl=2, test=2, other=2)
-    one, two = (unpainted(tmp_path / str(seed), config, seed) for seed in (3, 4))
-    for name in one:
-        assert one[name] != two[name], name
-    assert one["rl"] == many["rl"][: len(one["rl"])]  # and a larger toy begins with the smaller
-
-
-def test_every_toy_row_loads_with_its_media(tiny):
-    for path in tiny.glob("*.jsonl"):
-        for e in load_rows(str(path)):
-            assert len(e.media) == (e.data_type != "text")
-            for m in e.media:
-                frames, times = load_media(m, 64)
-                count = 1 if e.data_type == "image" else m.num_frames or 64
-                assert len(frames) == len(times) == count
-
-
-def test_toy_splits_share_no_video(tiny, many):
-    hashes = contents(tiny, "videos/*").values()
-    assert len(set(hashes)) == len(hashes)
-    seen = {}
-    for name, rows in many.items():
-        for media in {row["videos"] for row in rows if row["videos"]}:
-            assert seen.setdefault(media, name) == name
-    assert set(seen.values()) == {"base_images", "base", "sft", "rl", "test", "test_other"}
-    counts = {n: sum(m.startswith(f"videos/{n}_") for m in seen) for n in SPLITS}
-    assert counts == {"base": 30, "sft": 60, "rl": 300, "test": 60, "other": 60}
-
-
-@pytest.mark.parametrize("name", ("rl", "test", "test_other"))
-def test_every_gold_letter_is_right(many, name):
-    for row in many[name]:
-        letter, word = gold(row)
-        assert word == true_word(row, seed=3), row
-        assert row["reasoning"].split()[-3:] == ["so", word, letter]
-
-
-def test_the_reasoning_alone_leads_to_the_gold_letter(many):
-    for row in many["rl"]:
-        letter, word = gold(row)
-        question = row["problem"].split("\n")[0]
-        evidence = re.fullmatch(r"seen (.*) so (\w+) ([A-D])", row["reasoning"])
-        words = evidence.group(1).split()
-        colors = words[1::2]  # "1 red 2 blue"
-        if "side" in question or "corner" in question:
-            expected = words[1]  # "red left", "dot northwest"
-            assert words[0] in question.split()
-        else:
-            assert words[::2] == [str(i + 1) for i in range(len(colors))]
-            if "How many" in question:
-                expected = str(len(colors))
-            elif "after" in question:
-                expected = colors[colors.index(question.split()[-1].strip("?")) + 1]
-            else:
-                expected = colors[0 if "first" in question else -1]
-        assert evidence.groups()[1:] == (expected, letter) == (word, letter)
-
-
-def test_hasty_reasoning_is_right_40_percent_of_the_time(many):
-    hasty = [row for row in many["sft"] if row["reasoning"].startswith("guess")]
-    careful = [row for row in many["sft"] if not row["reasoning"].startswith("guess")]
-    assert len(careful) / len(many["sft"]) == pytest.approx(ToyConfig.careful, abs=0.07)
-    assert all(gold(row)[1] == true_word(row, seed=3) for row in careful)
-    right = sum(gold(row)[1] == true_word(row, seed=3) for row in hasty) / len(hasty)
-    assert right == pytest.approx(0.4, abs=0.09)
-    assert all(row["reasoning"] == f"guess {gold(row)[0]}" for row in hasty)
-
-
-def test_gold_letters_are_uniform(many):
-    for kinds in (".", "count", "corner", "side"):
-        rows = [row for row in many["rl"] if re.search(kinds, row["problem"].split("\n")[0])]
-        counts = np.array([sum(gold(row)[0] == letter for row in rows) for letter in "ABCD"])
-        if kinds != "count":
-            assert len(rows) >= 300
-            chi_square = ((counts - len(rows) / 4) ** 2 / (len(rows) / 4)).sum()
-            assert chi_square < 16.3, (kinds, counts)  # 3 degrees of freedom: p = 0.001
-
-
-def test_the_six_kinds_occur_in_their_four_categories(many):
-    category = {
-        "Which color came first": "temporal",
-        "Which color came last": "temporal",
-        "Which color came right after": "temporal",
-        "Which side was": "spatial",
-        "How many flashes": "plot",
-        "Which corner did": "goal",
-    }
-    for name in ("sft", "rl", "test", "test_other"):
-        found = set()
-        for row in many[name]:
-            (start,) = [s for s in category if row["problem"].startswith(s)]
-            assert row["problem_type"] == category[start]
-            found.add(start)
-        assert found == set(category), name
-
-
-def test_64_frames_see_every_flash_and_8_do_not(many):
-    missed = 0
-    for number in range(300):
-        scene = data.toy_scene(np.random.default_rng([3, SPLITS.index("rl"), number]))
-        for _, _, start, end in scene["flashes"]:
-            assert 0 <= start < end <= data.T
-            sees = [((i := frame_indices(data.T, n)) >= start) & (i < end) for n in (64, 8)]
-            assert sees[0].any()
-            missed += not sees[1].any()
-    assert missed > 300
-
-
-def test_a_test_video_shows_the_flashes_its_reasoning_lists(tiny):
-    for e in load_rows(str(tiny / "test.jsonl")):
-        listing = re.fullmatch(r"<think> seen ((?:\d \w+ ?)+)so .*", e.response)
-        if listing is None:
-            continue
-        frames = load_media(e.media[0], 64)[0].astype(float)
-        first = {}
-        for color, rgb in data.COLORS.items():
-            close = (np.abs(frames - rgb).max(-1) < 60).sum((1, 2)) >= 8
-            if close.any():
-                first[color] = int(close.argmax())
-        assert sorted(first, key=first.get) == listing.group(1).split()[1::2]
-
-
-@pytest.mark.parametrize("first, last, n", ((0, 255, 64), (0, 255, 8), (37, 68, 8), (96, 223, 32)))
-def test_a_clip_row_selects_the_frames_it_was_written_from(tmp_path, first, last, n):
-    write_mp4(str(tmp_path / "v.mp4"), numbered_frames(256))
-    rng = np.random.default_rng(0)
-    (row, *_) = data.toy_clip_rows(data.toy_scene(rng), rng, (first, last, n), texts=2)
-    one = data.parse_row(ROW | row | {"videos": "v.mp4"}, str(tmp_path))
-    frames, times = load_media(one.media[0], 5)
-    assert numbers_of(frames).tolist() == frame_indices(256, n, first, last).tolist()
-    assert (times * 4).tolist() == numbers_of(frames).tolist()

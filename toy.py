@@ -1,0 +1,344 @@
+"""The toy: a data set of real mp4 files and an untrained VILA, for a run of minutes on a CPU.
+
+It stands for what a run on 8 GPUs starts from: LongVideo-Reason's videos and questions, and a
+pretrained checkpoint. Everything behind it is the real thing: decord reads the files, train.py runs
+all its stages. Nothing of the method is in this file.
+
+A video: T = 256 frames of 32 x 32 pixels at 4 frames a second. On a noisy grey ground
+  - 2 to 5 flashes of different colours, one after the other, each at one side, 5 to 12 frames
+    long: 64 sampled frames (stride 4) see every one, 32 miss some, 8 miss most;
+  - a white dot drifts from the middle to a corner;  - a grey square wanders about (distractor).
+A question is of one of four categories: temporal (first, last, right after), spatial (side of a
+flash), plot (how many flashes), goal (the dot's corner). Right letter: uniform over A-D; wrong
+options: drawn without looking at the video, so that guessing without it stays at 25 %.
+
+The splits never share a video. "base" rows pretrain the model, "sft" rows carry chains of thought
+(careful and hasty ones), "rl", "test" and "test_other" are the questions themselves.
+
+Check this file alone:  python toy.py /tmp/toy   (writes a small toy, prints some of its rows)
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from data import frame_indices, load_media, load_rows
+from model import VILA, Recipe
+
+T, SIZE, FPS = 256, 32, 4
+COLORS = {
+    "red": (220, 30, 30),
+    "green": (30, 200, 30),
+    "blue": (40, 60, 230),
+    "yellow": (225, 215, 30),
+    "cyan": (30, 210, 215),
+    "magenta": (220, 40, 210),
+}
+SIDES = {"left": (16, 5), "right": (16, 26), "top": (5, 16), "bottom": (26, 16)}  # centre y, x
+CORNERS = {"northwest": (3, 3), "northeast": (3, 28), "southwest": (28, 3), "southeast": (28, 28)}
+COUNTS = ("2", "3", "4", "5")
+QUESTIONS = {
+    "first": ("temporal", "Which color came first?"),
+    "last": ("temporal", "Which color came last?"),
+    "after": ("temporal", "Which color came right after {}?"),
+    "side": ("spatial", "Which side was {} on?"),
+    "count": ("plot", "How many flashes?"),
+    "corner": ("goal", "Which corner did the dot reach?"),
+}
+
+
+def toy_scene(rng: np.random.Generator) -> dict:
+    """What happens in one video: flashes [(color, side, start, end)] and the dot's corner."""
+    n = int(rng.integers(2, 6))
+    length = rng.integers(5, 13, n)
+    # Free frames are dealt at random to the n + 1 gaps; inner gaps are at least 5 frames.
+    free = T - length.sum() - 5 * (n - 1)
+    cuts = np.sort(rng.integers(0, free + 1, n))
+    gaps = np.diff(cuts, prepend=0) + np.where(np.arange(n) > 0, 5, 0)
+    starts = np.cumsum(gaps) + np.concatenate([[0], np.cumsum(length)[:-1]])
+    colors, sides = rng.permutation(list(COLORS))[:n], rng.choice(list(SIDES), n)
+    flashes = [
+        (str(c), str(s), int(a), int(a + k)) for c, s, a, k in zip(colors, sides, starts, length)
+    ]
+    return {"flashes": flashes, "corner": str(rng.choice(list(CORNERS)))}
+
+
+def toy_frames(scene: dict, rng: np.random.Generator, other: bool = False) -> np.ndarray:
+    """Paint a scene: (T, SIZE, SIZE, 3) uint8. `other` is the other environment of the last test:
+    a tinted and striped ground, other sizes."""
+    ground = rng.uniform(30, 70) + rng.normal(0, 4, (SIZE, SIZE, 1)) + np.zeros(3)
+    if other:
+        ground = ground + rng.uniform(-15, 35, 3)
+        ground[:: int(rng.integers(3, 6))] += rng.uniform(10, 25)
+    video = np.repeat(ground[None], T, axis=0)
+
+    def square(t, center, half, color):
+        y, x = (int(round(c)) for c in center)
+        y0, x0 = max(y - half[0], 0), max(x - half[1], 0)
+        video[t, y0 : y + half[0] + 1, x0 : x + half[1] + 1] = color
+
+    flash, dot = ((5, 3), (1, 1)) if not other else ((int(rng.integers(3, 6)), 4), (2, 1))
+    phase, speed = rng.uniform(0, 6.3, 2), rng.uniform(0.01, 0.04, 2)
+    target = np.array(CORNERS[scene["corner"]])
+    gray = rng.uniform(100, 150)
+    for t in range(T):
+        square(t, 16 + 9 * np.sin(phase + speed * t), (2, 2), gray)
+        square(t, 16 + (target - 16) * t / (T - 1), dot, 250)
+        for color, side, start, end in scene["flashes"]:
+            if start <= t < end:
+                half = flash if side in ("left", "right") else flash[::-1]
+                square(t, SIDES[side], half, COLORS[color])
+    return np.clip(video, 0, 255).astype(np.uint8)
+
+
+def write_mp4(path: str, frames: np.ndarray, fps: int = FPS) -> None:
+    """(F, H, W, 3) uint8 to an mpeg4 file, a key frame every 32 frames; written, then renamed."""
+    import av
+
+    part = f"{path}.{os.getpid()}.mp4"
+    with av.open(part, "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps, options={"g": "32"})
+        stream.codec_context.thread_count = 1  # frames this small: threads cost 6 times the work
+        stream.codec_context.flags |= 1 << 1  # AV_CODEC_FLAG_QSCALE: constant quality
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    os.replace(part, path)
+
+
+def toy_question(
+    kind: str, scene: dict, seen: list | None, rng, careful: bool = True
+) -> dict | None:
+    """A question about the flashes in `seen`, with options, gold letter and chain of thought.
+
+    Careful reasoning cites its evidence (the flashes in order, numbered), then the answer's word,
+    then its letter. Hasty reasoning has no evidence and is wrong 60 % of the time: a model that
+    imitates a mixture of both (as SFT on real, noisy chains of thought does) leaves RL something
+    to find. seen=None: every flash of the scene. Returns None where the question makes no sense.
+    """
+    seen = scene["flashes"] if seen is None else seen
+    n, key, pool = len(seen), "", COLORS
+    if n < {"corner": 0, "after": 2, "count": 2}.get(kind, 1):
+        return None
+    evidence = " ".join(f"{i} {color}" for i, (color, *_) in enumerate(seen, 1))
+    if kind in ("first", "last"):
+        word = seen[0 if kind == "first" else -1][0]
+    elif kind == "after":
+        i = int(rng.integers(1, n))
+        key, word = seen[i - 1][0], seen[i][0]
+        pool = [c for c in COLORS if c != key]
+    elif kind == "side":
+        key, word = seen[int(rng.integers(n))][:2]
+        pool, evidence = SIDES, f"{key} {word}"
+    elif kind == "count":
+        pool, word = COUNTS, str(n)
+    else:
+        pool, word, evidence = CORNERS, scene["corner"], f"dot {scene['corner']}"
+    wrong = [w for w in rng.permutation(list(pool)) if w != word][:3]
+    options = [str(w) for w in rng.permutation([*wrong, word])]
+    letter = "ABCD"[options.index(word)]
+    category, text = QUESTIONS[kind]
+    reasoning = f"seen {evidence} so {word} {letter}"
+    if not careful:
+        if rng.random() > 0.4:
+            letter = str(rng.choice([c for c in "ABCD" if c != letter]))
+        reasoning = f"guess {letter}"
+    lines = [text.format(key), *(f"{a}. {w}" for a, w in zip("ABCD", options))]
+    return {
+        "problem": "\n".join(lines),
+        "problem_type": category,
+        "reasoning": reasoning,
+        "answer": f"<answer>{letter}</answer>",
+    }
+
+
+def toy_clip_rows(scene: dict, rng: np.random.Generator, clip: tuple, texts: int) -> list[dict]:
+    """Pretraining rows of one clip (first, last, n): two captions, and questions about what the n
+    sampled frames show, each with the evidence before the answer."""
+    indices = frame_indices(T, clip[2], clip[0], clip[1])
+    seen = [f for f in scene["flashes"] if ((indices >= f[2]) & (indices < f[3])).any()]
+    full = " ".join(f"{i} {c} {s}" for i, (c, s, *_) in enumerate(seen, 1))
+    short = " ".join(f"{i} {c}" for i, (c, *_) in enumerate(seen, 1))
+    rows = [{"problem": "Describe.", "response": f"{full} dot {scene['corner']}".strip()}]
+    rows.append({"problem": "List the flashes.", "response": short or "nothing"})
+    while len(rows) < texts:
+        kinds = ("first", "last", "after", "side", "count", "corner")
+        kind = str(rng.choice(kinds, p=(0.12, 0.14, 0.22, 0.3, 0.12, 0.1)))
+        row = toy_question(kind, scene, seen, rng)
+        if row is not None:
+            rows.append({"problem": row["problem"], "response": row["reasoning"]})
+    where = {"num_frames": clip[2], "segment": [clip[0] / FPS, (clip[1] + 1) / FPS]}
+    return [row | where for row in rows]
+
+
+def toy_text_row(rng: np.random.Generator, shares=(0.6, 0.2, 0.2)) -> dict:
+    """Text only, one of three kinds: the letters of words; the letter of one word, in the answer
+    format; a question about flashes that the text lists."""
+    form = rng.choice(3, p=shares)
+    if form == 2:
+        kinds = ["first", "last", "after", "after", "count"]
+        row = toy_question(str(rng.choice(kinds)), toy_scene(rng), None, rng)
+        given, answer = row["reasoning"].split(" so ")
+        problem, response = f"{row['problem']}\n{given}", f"so {answer}"
+        if rng.random() < 0.5:
+            response = f"<think> {response} </think> <answer> {answer[-1]} </answer>"
+    else:
+        pool = (COLORS, COLORS, SIDES, CORNERS, COUNTS)[int(rng.integers(5))]
+        words = [str(w) for w in rng.permutation(list(pool))[:4]]
+        asked = [(words[i], "ABCD"[i]) for i in rng.permutation(4)]
+        word, letter = asked[0]
+        problem, response = "Find the letters.", " ".join(f"{w} {x}" for w, x in asked)
+        if form == 1:
+            problem = f"Choose {word}."
+            response = f"<think> so {word} {letter} </think> <answer> {letter} </answer>"
+        problem = "\n".join([problem, *(f"{x}. {w}" for x, w in zip("ABCD", words))])
+    return {"problem": problem, "response": response}
+
+
+def toy_image_rows(scene: dict, t: int) -> list[dict]:
+    """Captions of the single frame t."""
+    now = [f for f in scene["flashes"] if f[2] <= t < f[3]]
+    rows = [("Describe.", f"{now[0][0]} {now[0][1]}" if now else "nothing")]
+    if t > 40:  # by then the dot has left the middle
+        rows.append(("Where is the dot?", f"dot {scene['corner']}"))
+    return [{"problem": p, "response": r} for p, r in rows]
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    """How much toy data to make: videos per split, and texts per video."""
+
+    base: int = 1200  # videos of base pretraining
+    sft: int = 300  # videos of chain-of-thought SFT
+    rl: int = 800  # videos of GRPO
+    test: int = 200  # videos never trained on, 5 questions each
+    other: int = 100  # videos never trained on, in another environment
+    images: int = 4  # single frames per base video
+    clips: int = 3  # clips per base video
+    texts: int = 4  # texts per clip
+    careful: float = 0.45  # share of SFT rows whose reasoning cites its evidence
+
+
+def toy_build(folder: str, config: ToyConfig, seed: int, rank: int = 0, world: int = 1, bar=iter):
+    """Write the toy's videos and rows under folder. Each rank paints every world-th video; rank 0
+    writes the .jsonl files. Everything is a function of (seed, split, video), never of the rank.
+
+    Files: base_images, base, sft, rl, test, test_other (.jsonl); videos/ (.mp4); images/ (.png).
+    `bar` wraps the loop over videos, e.g. tqdm. The caller puts a barrier behind it.
+    """
+    from PIL import Image
+
+    root = Path(folder)
+    for sub in ("videos", "images"):
+        (root / sub).mkdir(parents=True, exist_ok=True)
+    sizes = {s: getattr(config, s) for s in ("base", "sft", "rl", "test", "other")}
+    rows = {name: [] for name in ("base_images", "base", "sft", "rl", "test", "test_other")}
+    jobs = [(s, split, i) for s, split in enumerate(sizes) for i in range(sizes[split])]
+
+    def add(name, row, data_type="video", videos=""):
+        base = {"problem_id": f"{name}_{len(rows[name])}", "problem_type": "base", "reasoning": ""}
+        base |= {"answer": "", "data_type": data_type, "videos": videos}
+        rows[name].append(base | row)
+
+    for number, (s, split, i) in enumerate(bar(jobs)):
+        rng = np.random.default_rng([seed, s, i])
+        scene, video = toy_scene(rng), f"videos/{split}_{i}.mp4"
+        frames = None
+        if number % world == rank:
+            paint = np.random.default_rng([seed, s, i, 1])
+            frames = toy_frames(scene, paint, other=split == "other")
+            write_mp4(str(root / video), frames)
+        if split == "base":
+            for k in range(config.images):  # every other image shows a flash
+                flash = scene["flashes"][int(rng.integers(len(scene["flashes"])))]
+                t = int(rng.integers(flash[2], flash[3]) if k % 2 == 0 else rng.integers(T))
+                image = f"images/{i}_{k}.png"
+                if frames is not None:
+                    Image.fromarray(frames[t]).save(root / image)
+                for row in toy_image_rows(scene, t):
+                    add("base_images", row, "image", image)
+                add("base_images", toy_text_row(rng, (0.7, 0.3, 0.0)), "text")
+            for _ in range(config.clips):
+                n = int(rng.choice((64, 32, 16, 8), p=(0.6, 0.2, 0.1, 0.1)))
+                # Half the shorter clips are a part of the video, at the full frame rate.
+                whole = n == 64 or rng.random() < 0.5
+                first = 0 if whole else int(rng.integers(0, T - 4 * n + 1))
+                last = T - 1 if whole else first + 4 * n - 1
+                for row in toy_clip_rows(scene, rng, (first, last, n), config.texts):
+                    add("base", row, "video", video)
+                for _ in range(2):
+                    add("base", toy_text_row(rng), "text")
+            continue
+        kinds = ["first", "last", "after", "side", "count", "corner"]
+        if split in ("rl", "test", "other"):  # 2 of the 3 temporal ones, 5 questions a video
+            kinds.remove(str(rng.choice(kinds[:3])))
+        else:  # SFT: 8 rows a video, some of them twice with another annotation
+            kinds += ["side", "count"]
+        name = split if split != "other" else "test_other"
+        for kind in kinds:
+            careful = split != "sft" or bool(rng.random() < config.careful)
+            add(name, toy_question(kind, scene, None, rng, careful), "video", video)
+    if rank == 0:
+        for name, content in rows.items():
+            part = root / f"{name}.jsonl.part"
+            part.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+            os.replace(part, root / f"{name}.jsonl")
+
+
+def toy_checkpoint(folder: str, texts: list[str], image_size: int, recipe: Recipe, seed: int):
+    """A VILA of 0.9 M parameters with random weights, in a checkpoint folder like any other. Its
+    tokenizer has one token for each word of `texts`; white space and . , : ? are dropped."""
+    from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<vila/video>"]
+    special += ["<think>", "</think>", "<answer>", "</answer>"]
+    texts = [*texts, "system user assistant", recipe.template.replace("{problem}", "")]
+    words = sorted(set(re.findall(r"[^\s.,:?]+", " ".join(texts))) - set(special))
+    vocab = {word: i for i, word in enumerate(special + words)}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<|endoftext|>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s.,:?]+"), "removed")
+    core.add_special_tokens([AddedToken(word, normalized=False) for word in special])
+    torch.manual_seed(seed)
+    model = VILA.create(
+        config={
+            "mm_projector_cfg": {"mm_projector_type": "mlp_downsample"},
+            "mm_vision_select_layer": -1,
+            "image_encoder": {"_target_": "BasicImageEncoder", "end_tokens": None},
+            "video_encoder": {"_target_": "BasicVideoEncoder", "end_tokens": None},
+        },
+        llm=dict(
+            vocab_size=len(vocab), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
+            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.05,
+            tie_word_embeddings=True, max_position_embeddings=4096, eos_token_id=2,
+            pad_token_id=0, bos_token_id=None,
+        ),
+        tower=dict(
+            image_size=image_size, patch_size=16, hidden_size=64, intermediate_size=128,
+            num_hidden_layers=2, num_attention_heads=4, vision_use_head=False,
+        ),
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+        ),
+        preprocess={"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255},
+    )  # fmt: skip
+    model.recipe = recipe
+    model.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    import sys
+
+    target = sys.argv[1] if len(sys.argv) > 1 else "runs/toy/data"
+    toy_build(target, ToyConfig(base=4, sft=4, rl=4, test=4, other=4), seed=0)
+    for split in ("base", "sft", "test"):
+        for example in load_rows(f"{target}/{split}.jsonl")[:3]:
+            frames, times = load_media(example.media[0], 64)
+            shown = split, frames.shape, f"{times[-1:]} s", repr(example.problem)
+            print(*shown, "->", example.response)
