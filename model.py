@@ -405,14 +405,20 @@ class MultiModal(nn.Module):
     def measure(self, medium: Medium, num_frames: int, name="") -> Media:
         """What perceive() would give, on the device "meta": its shape, from the file's alone."""
         self.check_taken(medium, name)
-        empty = functools.partial(torch.empty, device="meta")
-        sound = lambda: empty(self.heard(len(load_audio(medium, name=name))), self.media_width)  # noqa: E731
+        track = None
+        if "audio" == medium.kind or medium.track:
+            samples = len(load_audio(medium, name=name))
+            track = torch.empty(self.heard(samples), self.media_width, device="meta")
         if medium.kind == "audio":
-            return Media("audio", sound())
+            return Media("audio", track)
         frames = Frames(medium, num_frames, name)
-        size = self.fit(medium.kind, *frames.shape[:3])
-        shape = (-(-len(frames) // self.together), *self.seen(size, medium.kind), self.media_width)
-        return Media(medium.kind, empty(shape), frames.times, sound() if medium.track else None)
+        return self.blank(medium.kind, *frames.shape[:3], frames.times)._replace(track=track)
+
+    def blank(self, kind: str, frames: int, height: int, width: int, times) -> Media:
+        """Features without values, on the device "meta", of frames of this size."""
+        tokens = self.seen(self.fit(kind, frames, height, width), kind)
+        shape = (-(-frames // self.together), *tokens, self.media_width)
+        return Media(kind, torch.empty(shape, device="meta"), times)
 
     # -- prompt
 

@@ -92,6 +92,27 @@ def test_a_dry_run_shows_settings_memory_and_the_first_prompt(
         assert prompt.text in out
 
 
+PUBLISHED = {
+    "qwen2.5-vl-7b": "qwen2.5-vl", "hour": "qwen2.5-vl", "max-frames": "qwen2.5-vl",
+    "longvila-7b": "vila", "omni": "omni", "text": "qwen2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", list(PUBLISHED))
+def test_a_preset_fits_8_gpus_of_80_gb_with_the_published_settings(preset, tmp_path):
+    zoo.published(PUBLISHED[preset], tmp_path)
+    chosen, model = train.PRESETS[preset], load(tmp_path, weights=False)
+    assert sum(p.numel() for p in model.llm.parameters()) > 7e9
+    model.recipe = chosen.recipe
+    lines, _ = train.memory_plan(chosen, model, 8, "vllm")
+    part = {line.split()[0]: float(line.split()[1]) for line in lines[1:]}
+    assert 30 < part["total"] < 0.92 * 80
+    tokens = int(lines[0].split("prompts of ")[1].split()[0].replace(",", ""))
+    assert tokens + chosen.recipe.max_tokens <= chosen.rollout.max_len
+    video = {"hour": 1800 * 144, "max-frames": 4096 * 60, "longvila-7b": 256 * 257}.get(preset, 0)
+    assert not video or video < tokens < video + 1500  # letters are tokens here
+
+
 def test_what_is_missing_is_said_in_a_line_each(models, rows, tmp_path):
     argv = options("qwen2.5-vl-7b", models, rows, tmp_path)
 
@@ -114,7 +135,7 @@ def test_what_is_missing_is_said_in_a_line_each(models, rows, tmp_path):
     assert "--model" in line and "config.json is missing" in line
     lines = error("--model", str(tmp_path), without=["--data"])
     assert len(lines) == 2
-    (line,) = error("--recipe_num_frames", "40000000")
+    (line,) = error("--recipe_max_tokens", "2000000000")
     assert "memory: a rank needs" in line and "GiB are here" in line and "8 GPUs of 80 GB" in line
 
 

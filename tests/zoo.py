@@ -1,5 +1,6 @@
 """A tiny model of every family, with random weights and a tokenizer of bytes: nothing is lost."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -172,3 +173,78 @@ def table(cells: dict) -> str:
         if set(row) != {"-"}:
             lines.append(f"| {NAMES[family]} | {modality} | " + " | ".join(row) + " |")
     return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------- as published, no weights
+
+
+def published(family: str, root) -> None:
+    """A folder with the settings of a published 7B checkpoint, without weights; its tokenizer has
+    the published ids of the special tokens, and letters."""
+    special = {151643: "<|endoftext|>", 151644: "<|im_start|>", 151645: "<|im_end|>"}
+    text = {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "rope_theta": 1e6,
+        "max_position_embeddings": 128000, "vocab_size": 152064, "sliding_window": 32768,
+        "use_sliding_window": False, "max_window_layers": 28, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "bos_token_id": 151643, "eos_token_id": 151645,
+    }  # fmt: skip
+    mrope = {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+    vision = {
+        "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+        "out_hidden_size": 3584, "patch_size": 14, "spatial_merge_size": 2, "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "temporal_patch_size": 2,
+    }  # fmt: skip
+    pixels = CLIP | {"min_pixels": 3136, "max_pixels": 12845056}
+    files, tokens = {}, root
+    if family == "qwen2.5-vl":
+        special |= dict(zip((151652, 151653, 151655, 151656), VISION))
+        ids = {"image_token_id": 151655, "video_token_id": 151656}
+        ids |= {"vision_start_token_id": 151652, "vision_end_token_id": 151653}
+        config = text | mrope | ids | {"vision_config": vision, "model_type": "qwen2_5_vl"}
+        files = {"config.json": config, "preprocessor_config.json": pixels}
+    elif family == "omni":
+        names = [*OMNI[:3], *OMNI[3:]]
+        numbers = (151646, 151647, 151648, 151655, 151656, 151652, 151653)
+        special |= dict(zip(numbers, names))
+        keys = ("audio", "audio_start", "audio_end", "image", "video", "vision_start", "vision_end")
+        config = {f"{key}_token_id": i for key, i in zip(keys, numbers)}
+        audio = {"d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20}
+        audio |= {"encoder_ffn_dim": 5120, "num_mel_bins": 128, "output_dim": 3584}
+        config |= {"text_config": text | mrope, "vision_config": vision, "audio_config": audio}
+        config = {
+            "thinker_config": config | {"seconds_per_chunk": 2, "position_id_per_seconds": 25}
+        }
+        ears = transformers.WhisperFeatureExtractor(feature_size=128, chunk_length=300).to_dict()
+        files["config.json"] = config | {"model_type": "qwen2_5_omni"}
+        files["preprocessor_config.json"] = pixels | ears
+    elif family == "vila":
+        special |= {151649: "<image>", 151650: "<vila/video>"}
+        kind = {"mm_projector_type": "mlp_downsample", "model_type": "v2l_projector"}
+        tower = {"hidden_size": 1152, "image_size": 448, "intermediate_size": 4304}
+        tower |= {"num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14}
+        files = {
+            "config.json": {
+                "model_type": "llava_llama", "mm_vision_select_layer": -2, "num_video_frames": 512,
+                "mm_vision_select_feature": "cls_patch", "mm_projector_cfg": kind, "s2": False,
+                "video_encoder": {"_target_": "llava.model.encoders.BasicVideoEncoder"},
+                "image_encoder": {"_target_": "llava.model.encoders.BasicImageEncoder"},
+            },
+            "llm/config.json": text | {"vocab_size": 151672, "model_type": "qwen2"},
+            "vision_tower/config.json": tower | {"model_type": "siglip_vision_model"},
+            "vision_tower/preprocessor_config.json": HALF,
+            "mm_projector/config.json": kind,
+        }  # fmt: skip
+        tokens = root / "llm"
+    else:
+        files["config.json"] = text | {"model_type": "qwen2"}
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(json.dumps(content))
+    words = [special.get(i, f"w{i}") for i in range(151665)]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<|endoftext|>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    core.add_special_tokens([AddedToken(word, normalized=False) for word in special.values()])
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    ).save_pretrained(tokens)
