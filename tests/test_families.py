@@ -694,6 +694,21 @@ def test_vila_s_config_as_published_or_refused(ask, tmp_path, change, said):
     assert model.together == counts[1]
 
 
+def test_tokens_that_a_tokenizer_lacks_are_added_for_vila_or_named(tmp_path):
+    zoo.build("vila").save_pretrained(tmp_path)
+    zoo.tokenizer(zoo.SPECIAL, None).save_pretrained(tmp_path / "llm")
+    model = load(tmp_path)
+    last = model.llm.config.vocab_size - 1
+    assert model.ids == {"<image>": last - 1, "<vila/video>": last}
+    zoo.tokenizer([*zoo.SPECIAL, "<more>"], None).save_pretrained(tmp_path / "llm")
+    with pytest.raises(ModelError, match="no room for VILA's media tokens"):
+        load(tmp_path)
+    zoo.build("omni").save_pretrained(tmp_path / "o")
+    zoo.tokenizer([*zoo.SPECIAL, *zoo.OMNI[:-1]]).save_pretrained(tmp_path / "o")
+    with pytest.raises(ModelError, match="tokenizer lacks '<.vision_eos.>'$"):
+        load(tmp_path / "o")
+
+
 def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match=f"{tmp_path} is no checkpoint.*config.json"):
         load(tmp_path)
@@ -807,13 +822,16 @@ def test_a_template_may_stand_between_media_and_text(ask):
 # --------------------------------------------------------------------------- sampling and training
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float32])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_sampler_agrees_with_the_trainer_and_samples_no_media(ask, family):
+def test_the_sampler_agrees_with_the_trainer_and_samples_no_media(ask, family, dtype):
     model = zoo.build(family, tie=False).eval()
+    engine = TorchEngine(model, dtype=dtype)  # the model's own weights, or a copy
     with torch.no_grad():  # the model would like to
         model.llm.lm_head.weight[list(model.media_tokens)] *= 8
+    engine.sync(model)
     prompts = [model.prompt(ask(letters)) for letters in cases(family).values()]
-    out = TorchEngine(model).generate(prompts, 3, Sampling(max_tokens=6))
+    out = engine.generate(prompts, 3, Sampling(max_tokens=6))
     with torch.no_grad():
         ours, _ = model(mrsp.pack(prompts, [[r.ids for r in group] for group in out]))
     sampled = torch.cat([r.logps for group in out for r in group])
@@ -846,3 +864,4 @@ def test_an_sft_step_changes_what_it_trains(ask, family, train):
     assert (model.encoder_hash() == key) == (train == "llm" or not model.takes)
     model.enable_gradient_checkpointing()
     sft.train(model, rows, replace(config, steps=1))
+    assert model(model.idle())[0].isfinite().all()
