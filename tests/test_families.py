@@ -429,6 +429,24 @@ def test_a_video_s_prompt_equals_that_of_qwen3_vl_s_processor(ask, media):
         assert ids == model.tokenizer(text).input_ids
 
 
+def test_a_video_and_its_sound_take_turns_as_in_omni_s_processor(ask):
+    theirs = pytest.importorskip("transformers.models.qwen2_5_omni.processing_qwen2_5_omni")
+    model, kind = zoo.build("omni"), theirs.Qwen2_5OmniProcessor
+    me = S(image_processor=S(merge_size=2), video_processor=S(merge_size=2))
+    me.get_chunked_index = functools.partial(kind.get_chunked_index, me)
+    for name, pad in model.pads.items():
+        setattr(me, f"{name}_token", pad)
+    for name, (bos, eos) in (("vision", model.marks["video"]), ("audio", model.marks["audio"])):
+        vars(me).update({f"{name}_bos_token": bos, f"{name}_eos_token": eos})
+    (found,) = model.features(ask("t"), 5)
+    (t, h, w, _), each = found.features.shape, 2 * (found.times[-1] - found.times[0]) / 15
+    text = me.vision_bos_token + me.video_token + me.vision_eos_token
+    sizes = [len(found.track)], [], [np.array([t, 2 * h, 2 * w])], [each]
+    (text,) = kind.replace_multimodal_special_tokens(me, [text], *map(iter, sizes), True, 25, 2)
+    ids = [i for piece in model.place(found) for i in piece.ids]
+    assert ids == model.tokenizer(text).input_ids and text.count(me.audio_token) == len(found.track)
+
+
 @pytest.mark.parametrize("seconds", [0.02, 1, 1.99, 3.37, 131.3, 299.9])
 def test_mel_and_tokens_of_a_sound_equal_whisper_s_and_the_tower_s(seconds):
     model, sound = zoo.build("omni"), frames_of(1, 1, int(seconds * 16000))[0, 0, :, 0] / 256 - 0.5
