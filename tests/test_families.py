@@ -29,10 +29,10 @@ from model import VILA, Media, ModelError, Piece, Text, grid, load, mrope_positi
 from rollout import Sampling, TorchEngine
 
 FAMILIES, QWENS = zoo.FAMILIES, ("qwen2.5-vl", "qwen3-vl", "omni")
-# v: 5 frames of 16 (4 s), w: all 16, o: one, s: those of seconds 1 to 3, t: all with the sound,
-# i, j: images, a: sound (3.37 s)
+# v: 5 frames of 16 (4 s), w: all 16, o: one, s: those of seconds 1 to 3, t, u: all of w and s with
+# the sound, i, j: images, a: sound (3.37 s)
 CASES = {"text": "", "video": "v", "frame": "o", "image": "i", "several": "vijs"}
-SOUND = {"sound": "a", "track": "t", "all": "aitjv"}
+SOUND = {"sound": "a", "track": "tu", "all": "aitjv"}
 
 
 def frames_of(f, h, w, seed=0):
@@ -53,6 +53,7 @@ def media(tmp_path_factory) -> dict:
         "o": Medium("video", film, 1),
         "s": Medium("video", film, 16, (1.0, 3.0)),
         "t": Medium("video", film, 16, None, True),
+        "u": Medium("video", film, 16, (1.0, 3.0), True),
         "a": Medium("audio", a),
         "i": Medium("image", i),
         "j": Medium("image", j),
@@ -89,8 +90,9 @@ def by_loops(model: VILA, root, medium, num_frames: int) -> list[torch.Tensor]:
     p, kind = load_file(root / "mm_projector/model.safetensors"), medium.kind
     tower = transformers.SiglipVisionModel.from_pretrained(root / "vision_tower")
     frames, _ = data.load_media(medium, num_frames)
-    hidden = tower(model.scaled(frames, (64, 64)), output_hidden_states=True).hidden_states[-2]
-    n, side, found = (3 if "layers.7.weight" in p else 2), 4, []
+    size, n, found = tower.config.image_size, 3 if "layers.7.weight" in p else 2, []
+    hidden = tower(model.scaled(frames, (size, size)), output_hidden_states=True).hidden_states[-2]
+    side = size // 16
     layers = [1, 2, "gelu", 4, *([5, "gelu", 7] if n == 3 else [])]
     for patches in hidden:
         rows = []
@@ -233,7 +235,7 @@ def test_log_probs_equal_transformers_on_the_same_pixels_and_sound(
 @pytest.mark.parametrize("pools", [[2, 2, 1], [1, 1, 2], [4, 2, 2], [8, 1, 1]])
 @pytest.mark.parametrize("letters", ["vi", "w"])
 def test_vila_pools_frames_rows_and_columns_of_a_video_alone(ask, tmp_path, pools, letters):
-    model = zoo.build("vila 3x3 tsp")
+    model = zoo.build("vila 3x3 tsp", image_size=192)  # 4 x 4 tokens
     model.config["video_encoder"]["pool_sizes"] = [pools]
     model.save_pretrained(tmp_path)
     model, example = load(tmp_path), ask(letters)

@@ -142,6 +142,15 @@ def test_smart_resize_equals_transformers():
             )
 
 
+def test_sizes_of_qwen3_vl_s_videos_equal_transformers():
+    theirs = pytest.importorskip("transformers.models.qwen3_vl.video_processing_qwen3_vl")
+    model, rng = zoo.build("qwen3-vl"), np.random.default_rng(0)
+    least, most = model.limits("video")
+    for f, h, w in rng.integers((2, 5, 5), (30, 300, 300), (300, 3)).tolist():
+        expected = theirs.smart_resize(f, h, w, 2, 32, least, most)
+        assert model.fit("video", f, h, w) == expected
+
+
 def test_features_are_kept_on_disk_with_the_times_of_the_frames_taken(qwen, rows, tmp_path):
     video, image, text = rows
     qwen.cache = mrsp.EmbeddingCache(str(tmp_path / "cache"))
