@@ -855,7 +855,7 @@ def test_the_sampler_agrees_with_the_trainer_and_samples_no_media(ask, family, d
     with torch.no_grad():
         ours, _ = model(mrsp.pack(prompts, [[r.ids for r in group] for group in out]))
     sampled = torch.cat([r.logps for group in out for r in group])
-    assert torch.allclose(ours, sampled, atol=1e-4, rtol=0)
+    assert torch.allclose(ours, sampled, atol=1e-4, rtol=1e-5)
     ids = torch.cat([r.ids for group in out for r in group])
     assert not set(ids.tolist()) & set(model.media_tokens)
 
