@@ -75,8 +75,8 @@ def ids(tok, **tokens) -> dict:
     return {f"{name}_token_id": tok.convert_tokens_to_ids(t) for name, t in tokens.items()}
 
 
-def build(family: str, tie=True, seed=0) -> MultiModal:
-    """One of FAMILIES."""
+def build(family: str, tie=True, seed=0, image_size=64) -> MultiModal:
+    """One of FAMILIES. image_size: of VILA."""
     torch.manual_seed(seed)
     if family.startswith("vila"):
         tok = tokenizer([*SPECIAL, "<image>", "<vila/video>"], None)
@@ -92,7 +92,7 @@ def build(family: str, tie=True, seed=0) -> MultiModal:
         llm = decoder(tok, tie_word_embeddings=tie)
         del llm["head_dim"]
         tower = dict(
-            image_size=64, patch_size=16, hidden_size=32, intermediate_size=48,
+            image_size=image_size, patch_size=16, hidden_size=32, intermediate_size=48,
             num_hidden_layers=3, num_attention_heads=2, vision_use_head=False,
         )  # fmt: skip
         model = VILA.create(config, llm, tower, tok, HALF)
