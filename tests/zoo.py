@@ -165,13 +165,15 @@ NAMES = {
 
 
 def table(cells: dict) -> str:
-    """Outcomes of tests/test_matrix.py as the README's table, without what a family refuses."""
-    columns = list(dict.fromkeys(column for *_, column in cells))
-    lines = ["| family | input | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
-    for family, modality in dict.fromkeys(key[:2] for key in cells):
-        row = [cells[family, modality, column] for column in columns]
-        if set(row) != {"-"}:
-            lines.append(f"| {NAMES[family]} | {modality} | " + " | ".join(row) + " |")
+    """Outcomes of tests/test_matrix.py as the README's table, a mark for each column's test."""
+    families, inputs, columns = (list(dict.fromkeys(names)) for names in zip(*cells))
+    marks = {"yes": "✓", "-": "–", "failed": "✗"}
+    lines = [f"| each ✓ a test: {', '.join(columns)} | " + " | ".join(inputs) + " |"]
+    lines.append("|---" * (len(inputs) + 1) + "|")
+    for family in families:
+        row = ["".join(marks.get(cells[family, x, c], "?") for c in columns) for x in inputs]
+        row = ["" if set(cell) == {"–"} else cell for cell in row]
+        lines.append(f"| {NAMES[family]} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
