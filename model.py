@@ -733,12 +733,9 @@ class VILA(MultiModal):
         names = ["<vila/video>", *(["<image>"] if "<image>" in tokenizer.get_vocab() else [])]
         super().__init__(llm, tower, tokenizer, preprocess, names)
         self.config, self.projector = config, projector
-        for name, only in (
-            ("mm_vision_select_feature", "cls_patch"),
-            ("s2", False),
-            ("dynamic_s2", False),
-        ):
-            if config.get(name, only) != only:
+        known = {"mm_vision_select_feature": "cls_patch", "s2": False, "dynamic_s2": False}
+        for name, only in known.items():
+            if (config.get(name) or only) != only:
                 raise ModelError(f"config.json: {name} is {config[name]!r}; only {only!r} is known")
         self.layer = config.get("mm_vision_select_layer", -2)
         tok = lambda text: tokenizer(text or "", add_special_tokens=False).input_ids  # noqa: E731
@@ -748,13 +745,8 @@ class VILA(MultiModal):
             encoder = config.get(f"{kind}_encoder", {"_target_": "Basic"})
             encoder = json.loads(encoder) if isinstance(encoder, str) else encoder
             pools = encoder.get("pool_sizes", [[1, 1, 1]])
-            known = re.search(r"\b(Basic|TSP)", encoder["_target_"])
-            if (
-                not known
-                or len(pools) != 1
-                or encoder.get("sep_tokens")
-                or encoder.get("pos_embed")
-            ):
+            plain = re.search(r"\b(Basic|TSP)", encoder["_target_"]) and len(pools) == 1
+            if not plain or encoder.get("sep_tokens") or encoder.get("pos_embed"):
                 raise ModelError(
                     f"config.json: {kind}_encoder {encoder} is not supported; supported are Basic "
                     "encoders, and TSP ones with one pool size and no sep_tokens"
