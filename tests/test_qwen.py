@@ -173,7 +173,7 @@ def test_features_are_kept_on_disk_with_the_times_of_the_frames_taken(qwen, rows
 
 @pytest.mark.parametrize(
     "seconds, steps",
-    [(0.0, [0, 0, 0]), (1.0, [0, 4, 8]), (0.3, [0, 1, 2]), (0.999, [0, 3, 7])],
+    [(0, [0, 0, 0]), (1, [0, 4, 8]), (0.3, [0, 1, 2]), (0.999, [0, 3, 7]), (0.124999999, [0] * 3)],
 )
 def test_a_group_s_position_is_its_seconds_times_two_cut_off(qwen, seconds, steps):
     m = MEDIA[0]._replace(times=np.arange(5) * seconds)
