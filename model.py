@@ -981,6 +981,9 @@ class QwenVL(MultiModal):
             said, known = getattr(self.config, f"{kind}_token_id"), self.ids[token]
             if said != known:
                 raise ModelError(f"config.json: {kind}_token_id is {said}, the tokenizer's {known}")
+        for name in ("image_mean", "image_std"):
+            if self.video.get(name) != self.preprocess.get(name):
+                raise ModelError(f"{name} of images and videos differ: that is not supported")
         vision = self.config.vision_config
         if (vision.temporal_patch_size, vision.spatial_merge_size) != (2, 2):
             raise ModelError("config.json: only 2 frames and 2 x 2 patches are joined to a token")
@@ -1031,9 +1034,9 @@ class QwenVL(MultiModal):
 
     def encoder_settings(self) -> list:
         named = ("hidden_act", "num_heads", "patch_size", "window_size", "fullatt_block_indexes")
-        named += ("deepstack_visual_indexes",)
-        config = self.visual.config
-        return [self.preprocess, self.video, {n: getattr(config, n, None) for n in named}]
+        named += ("deepstack_visual_indexes", "n_window", "encoder_attention_heads")
+        towers = [{n: getattr(t.config, n, None) for n in named} for t in self.tower.values()]
+        return [self.preprocess, self.video, towers]
 
     def limits(self, kind: str) -> tuple[int, int]:
         """The least and the most pixels of an image, or of a frame, that the checkpoint says."""
