@@ -1,12 +1,16 @@
 """Presets: --dry_run of each, what is missing, and real runs of them from tiny checkpoints."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import zoo
 from conftest import write_video_with_audio
+from test_train import ROOT
 
 import data
 import train
@@ -186,3 +190,26 @@ def test_a_preset_trains_and_evaluates_from_a_checkpoint(preset, models, rows, t
     assert len(changed) > 10
     assert again.recipe.max_tokens == 6 and again.recipe.num_frames == 4
     torch.distributed.destroy_process_group() if torch.distributed.is_initialized() else None
+
+
+@pytest.mark.parametrize("preset", ["hour", "omni"])
+def test_the_command_of_the_readme_on_two_ranks_with_lora(preset, models, rows, tmp_path):
+    """torchrun, a sequence on both ranks, sharded in bfloat16, adapters in GRPO; then eval.py."""
+    argv = options(preset, models, rows, tmp_path)
+    file = argv[argv.index("--data") + 1]
+    small = (
+        f"--sp 2 --recipe_num_frames 6 --recipe_max_pixels 8000 --grpo_steps 2 --grpo_prompts 2 "
+        f"--grpo_update_prompts 2 --grpo_lora_rank 4 --grpo_lr 1e-2 --test_data {file} "
+        "--rollout torch --grpo_max_mismatch 40 --grpo_mean_mismatch 4 --grpo_kl_coef 0.1"
+    )
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = dict(cwd=ROOT, env=env, capture_output=True, text=True, timeout=170)
+    done = subprocess.run([*start, "train.py", *argv, *small.split()], **run)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "ulysses 2 x 1" in done.stdout and "after GRPO" in done.stdout
+    lines = [json.loads(x) for x in open(tmp_path / "run/metrics.jsonl")]
+    assert [x["stage"] for x in lines] == ["grpo"] * 2 and lines[1]["cache_hits"] > 0
+    ask = f"eval.py --model {tmp_path}/run/model --data {file} --video_dir {rows}/v"
+    again = subprocess.run([sys.executable, *ask.split()], **run)
+    assert again.returncode == 0 and "4 questions" in again.stdout, again.stderr[-2000:]
