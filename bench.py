@@ -101,7 +101,7 @@ def small_vila(hidden: int, layers: int) -> VILA:
     torch.manual_seed(0)
     model = VILA.create(
         config={
-            "mm_projector_cfg": {"mm_projector_type": "mlp_downsample"},
+            "mm_projector_cfg": {"mm_projector_type": "mlp_downsample_2x2_fix"},
             "mm_vision_select_layer": -1,
             "video_encoder": {"_target_": "BasicVideoEncoder", "end_tokens": None},
         },

@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from data import DataError, load_rows
 from grpo import accuracy_reward, format_reward
-from model import load
+from model import ModelError, load
 from mrsp import EmbeddingCache
 from rollout import RolloutConfig, RolloutError, Sampling, make_engine
 
@@ -78,7 +78,7 @@ def evaluate(
             try:
                 prompts.append(model.prompt(examples[index], num_frames, prefill))
                 rows.append(index)
-            except DataError as error:
+            except (DataError, ModelError) as error:
                 records[index] = record(examples[index], "", error=str(error))
         for index, answers in zip(rows, engine.generate(prompts, 1, sampling) if rows else []):
             text = f"{prefill} {answers[0].text}" if prefill else answers[0].text
@@ -220,7 +220,7 @@ def main(argv=None) -> dict:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("--model", required=True, help="checkpoint folder of VILA or Qwen2.5-VL")
+    add("--model", required=True, help="checkpoint folder or hub id")
     add("--data", help="rows (.jsonl); default: the test rows that recipe.json names")
     add("--video_dir", help="folder that the rows' paths are relative to; default: the rows' own")
     add("--num_frames", type=int, help="frames a video; default: from recipe.json")

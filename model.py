@@ -361,6 +361,14 @@ class MultiModal(nn.Module):
         see = functools.partial(self.perceive, group=self.mesh.sp_group)
         return [[see(m, num_frames, e.id) for m in e.media] for e in examples]
 
+    def check_question(self, example: Example) -> None:
+        """ModelError, naming the question, if it cannot be asked."""
+        for m in example.media:
+            self.check_taken(m, example.id)
+        for token in self.controls:
+            if token in example.problem:
+                raise ModelError(f"question {example.id} contains the control token {token}")
+
     def check_taken(self, medium: Medium, name: str) -> None:
         """ModelError, naming question and file, if the family does not take such media."""
         if medium.kind not in self.takes or (medium.track and "audio" not in self.takes):
@@ -375,6 +383,7 @@ class MultiModal(nn.Module):
         self.check_taken(medium, name)
         frames = functools.cache(lambda: Frames(medium, num_frames, name))
         taken = medium.num_frames or num_frames, medium.segment, self.recipe.max_pixels
+        heard = (medium.segment,)
 
         def look():  # each rank of the group decodes and encodes its share
             size = self.fit(medium.kind, *frames().shape[:3])
@@ -384,23 +393,23 @@ class MultiModal(nn.Module):
         def hear():
             return self.hear(load_audio(medium, name=name), group)
 
-        def kept(kind: str, compute) -> Tensor:
+        def kept(kind: str, settings, compute) -> Tensor:
             if not cached:
                 return compute()
             content = medium.path
             if os.path.isfile(content):
                 content = mrsp.file_hash(content)
             return self.cache.get(
-                mrsp.media_key(content, self.encoder_hash(), kind, *taken), compute, group
+                mrsp.media_key(content, self.encoder_hash(), kind, *settings), compute, group
             )
 
         if medium.kind == "audio":
-            return Media("audio", kept("audio", hear))
+            return Media("audio", kept("audio", heard, hear))
         if self.timed and (medium, num_frames) not in self.times:
             self.times[medium, num_frames] = frames().times
-        track = kept("audio", hear) if medium.track else None
+        track = kept("audio", heard, hear) if medium.track else None
         times = self.times.get((medium, num_frames), ())
-        return Media(medium.kind, kept(medium.kind, look), times, track)
+        return Media(medium.kind, kept(medium.kind, taken, look), times, track)
 
     def measure(self, medium: Medium, num_frames: int, name="") -> Media:
         """What perceive() would give, on the device "meta": its shape, from the file's alone."""
@@ -456,13 +465,11 @@ class MultiModal(nn.Module):
         """
         template = self.recipe.template if thinking else BARE
         tok = lambda text: self.tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
-        for token in self.controls:
-            if token in example.problem:
-                raise ModelError(f"question {example.id} contains the control token {token}")
+        self.check_question(example)
         head, between, behind = self.turns(thinking)
         pieces = [Piece(tok(head)), *(piece for m in media for piece in self.place(m))]
         shared = sum(len(piece.ids) for piece in pieces)
-        rest = tok(f"{between}{template.format(problem=example.problem)}{behind}{prefill}")
+        rest = tok(f"{between}{template.replace('{problem}', example.problem)}{behind}{prefill}")
         pieces.append(Piece(rest))
         ids = [i for piece in pieces for i in piece.ids]
         places = [piece.places for piece in pieces for _ in piece.ids]
@@ -521,6 +528,10 @@ class MultiModal(nn.Module):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has nothing but sums
         self.sharded = True
+        # At its first forward FSDP takes the precision of gradients from what is trainable then.
+        self.llm.requires_grad_(True)
+        with torch.no_grad():
+            self(self.idle())
 
 
 def mrope_positions(pieces: list[Piece]) -> Tensor:
@@ -685,11 +696,12 @@ class Text(MultiModal):
 
 class BlockDownsample(nn.Module):
     """(F, N, C) patches on a square grid -> (F, ceil(side / n)^2, n * n * C): each n x n block of
-    patches, row by row, becomes one wide token; the grid is zero-padded to a multiple of n."""
+    patches, row by row, becomes one wide token; the grid is zero-padded to a multiple of n. The
+    blocks follow each other row by row too, or column by column."""
 
-    def __init__(self, n: int):
+    def __init__(self, n: int, columns: bool = False):
         super().__init__()
-        self.n = n
+        self.n, self.columns = n, columns
 
     def forward(self, x: Tensor) -> Tensor:
         f, count, c = x.shape
@@ -701,13 +713,15 @@ class BlockDownsample(nn.Module):
         x = F.pad(x, (0, 0, 0, extra, 0, extra))
         blocks = (side + extra) // self.n
         x = x.view(f, blocks, self.n, blocks, self.n, c).transpose(2, 3)
+        x = x.transpose(1, 2) if self.columns else x
         return x.reshape(f, blocks * blocks, self.n * self.n * c)
 
 
 def build_projector(kind: str, tower_width: int, width: int) -> nn.Module:
     """The projector of a VILA config; the indices are those of the published tensor names."""
     if kind in ("mlp_downsample", "mlp_downsample_2x2_fix"):
-        layers = [BlockDownsample(2), nn.LayerNorm(4 * tower_width)]
+        # "fix" mended the order of the tokens; checkpoints from before have the old one.
+        layers = [BlockDownsample(2, kind == "mlp_downsample"), nn.LayerNorm(4 * tower_width)]
         layers += [nn.Linear(4 * tower_width, width), nn.GELU(), nn.Linear(width, width)]
     elif kind == "mlp_downsample_3x3_fix":
         wide, mid = 9 * tower_width, 3 * tower_width
@@ -742,9 +756,10 @@ class VILA(MultiModal):
         # kind: pooling over frames, rows and columns; tokens before and after each (pooled) frame
         self.encoders = {}
         for kind in ("image", "video"):
-            encoder = config.get(f"{kind}_encoder", {"_target_": "Basic"})
+            encoder = config.get(f"{kind}_encoder") or {"_target_": "Basic"}
             encoder = json.loads(encoder) if isinstance(encoder, str) else encoder
-            pools = encoder.get("pool_sizes", [[1, 1, 1]])
+            tsp = "TSP" in encoder["_target_"]  # 8 frames, if the config does not say
+            pools = encoder.get("pool_sizes", [[8 if tsp else 1, 1, 1]])
             plain = re.search(r"\b(Basic|TSP)", encoder["_target_"]) and len(pools) == 1
             if not plain or encoder.get("sep_tokens") or encoder.get("pos_embed"):
                 raise ModelError(
@@ -862,8 +877,7 @@ class VILA(MultiModal):
             return super().features_trainable(examples, num_frames)
         size = self.fit("video", 0, 0, 0)
         for e in examples:
-            for m in e.media:
-                self.check_taken(m, e.id)
+            self.check_question(e)
         media = [Frames(m, num_frames, e.id) for e in examples for m in e.media]
         encode = lambda parts: self.project(torch.cat([self.scaled(f, size) for f in parts]))  # noqa: E731
         joined = mrsp.encode_parallel(encode, InRow(media), self.mesh.sp_group)
@@ -1047,7 +1061,7 @@ class QwenVL(MultiModal):
 
     def fit(self, kind: str, frames: int, height: int, width: int) -> tuple[int, int]:
         least, most = self.limits(kind)
-        most = min(most, self.recipe.max_pixels or most)
+        most = self.recipe.max_pixels or most
         factor = 2 * self.visual.config.patch_size
         return smart_resize(height, width, factor, min(least, most), most)
 
@@ -1116,7 +1130,7 @@ class Qwen3VL(QwenVL):
         if kind != "video":
             return super().fit(kind, frames, height, width)
         (least, most), factor = self.limits("video"), 2 * self.visual.config.patch_size
-        most = min(most, (self.recipe.max_pixels or most) * frames)
+        most = self.recipe.max_pixels * frames if self.recipe.max_pixels else most
         if min(height, width) < factor:
             grow = factor / min(height, width)
             height, width = int(height * grow), int(width * grow)
@@ -1182,6 +1196,8 @@ class Omni(QwenVL):
 
     def heard(self, samples: int) -> int:
         """Audio tokens of so many samples: 25 a second."""
+        if samples < 2 * 160 + 1:
+            raise ModelError(f"a sound of {samples} samples at 16 kHz is too short to be heard")
         frames = -(-samples // 160)
         return ((frames - 1) // 2 - 1) // 2 + 1
 
@@ -1190,8 +1206,6 @@ class Omni(QwenVL):
         share, and which go through it 64 at a time."""
         tower, tokens, mel = self.tower["audio_tower"], self.heard(len(sound)), self.mel(sound)
         unit = 2 * tower.n_window  # frames of the spectrogram, four a token
-        if tokens < 1:
-            raise ModelError(f"{len(sound)} samples of audio are too few to be heard")
 
         def encode(part: Tensor) -> Tensor:  # (t, 128) -> (ceil(t / unit), unit / 4, D)
             out = []

@@ -138,10 +138,11 @@ class TorchEngine:
         parameters are sharded. None: from the policy's own weights."""
         if dtype is not None:
             shared = (policy.tower, policy.projector, policy.cache, policy.tokenizer, policy.mesh)
-            policy = copy.deepcopy(policy, {id(part): part for part in shared})
+            known = {id(part): part for part in shared}
             # Not llm.to(dtype): RoPE's frequencies, a buffer, stay float32, as they do under FSDP.
-            for p in policy.llm.parameters():
-                p.data = p.data.to(dtype)
+            for p in policy.llm.parameters():  # in this precision at once, never a second float32
+                known[id(p)] = torch.nn.Parameter(p.detach().to(dtype, copy=True))
+            policy = copy.deepcopy(policy, known)
         self.policy, self.copied, self.batch_prompts = policy, dtype is not None, batch_prompts
         self.prefilled = 0  # prompt tokens computed so far
 
@@ -353,7 +354,7 @@ DEEPSTACK = "Qwen3DeepstackForCausalLM"  # what vLLM calls the class below
 
 
 @functools.cache
-def register_deepstack() -> None:
+def register_deepstack(eager: bool) -> None:
     """Make DEEPSTACK known to vLLM: a Qwen3 whose inputs (P, W) are [embeddings | level 1 | ...];
     layer i's output gets level i added, zeros for text. The levels are arguments of the part that
     vLLM compiles, and views of the runner's one buffer, as CUDA graphs want them."""
@@ -368,6 +369,8 @@ def register_deepstack() -> None:
 
         def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None):
             x, *deep = inputs_embeds.split(self.config.hidden_size, -1)
+            # The kernels of eager mode want whole rows; the compiled part the buffer's own.
+            x = x.contiguous() if eager else x
             deep = {f"deepstack_input_embeds_{i}": level for i, level in enumerate(deep)}
             return self.model(None, positions, None, x, IntermediateTensors(deep))
 
@@ -412,6 +415,11 @@ class VLLMEngine:
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world % c.tp:
             raise RolloutError(f"--rollout_tp {c.tp} does not divide the {world} rank(s)")
+        if any(".experts." in name for name, _ in policy.llm.named_parameters()):
+            raise RolloutError(
+                "vLLM 0.32 does not take over new weights of experts (mixture of experts): its "
+                "log-probs would be those of other weights; take --rollout torch"
+            )
         self.max_len = c.max_len or policy.llm.config.max_position_embeddings
         self.sleeping = []  # parts of the memory that are given back
         self.folder = tempfile.TemporaryDirectory()  # config and tokenizer, no weights
@@ -450,6 +458,11 @@ class VLLMEngine:
         self.llm.collective_rpc(
             lambda worker: setattr(worker.model_runner, "_init_mrope_positions", use_positions)
         )
+        # Positions end where vLLM's table of them does: with M-RoPE several times max_len.
+        (self.table,) = set(self.llm.apply_model(
+            lambda model: min(m.cos_sin_cache.shape[0] for m in model.modules()
+                              if hasattr(m, "cos_sin_cache"))
+        ))  # fmt: skip
         # DEVIATION 1: vLLM returns the log-probs of its logits before the sampling temperature.
         self.temperature = 1.0
         (logits,) = self._find("LogitsProcessor")
@@ -468,7 +481,7 @@ class VLLMEngine:
         config = json.loads(path.read_text())
         config["max_position_embeddings"] = max(self.max_len, config["max_position_embeddings"])
         if self.policy.levels:
-            register_deepstack()
+            register_deepstack(self.config.eager or not self.cuda)
             # vLLM's name for inputs that are wider than the decoder.
             config |= {"architectures": [DEEPSTACK], "projection_size": self.policy.media_width}
         path.write_text(json.dumps(config))
@@ -552,13 +565,16 @@ class VLLMEngine:
             )
         for i, prompt in enumerate(prompts):
             # Positions may run ahead of tokens (few frames of a long video): the table ends there.
-            length = max(len(prompt.ids), int(prompt.positions.max()) + 1)
-            if length + sampling.max_tokens > self.max_len:
-                raise RolloutError(
-                    f"prompt {i}: {length} tokens or positions and an answer of "
-                    f"{sampling.max_tokens} exceed the engine's {self.max_len}: take fewer frames, "
-                    "shorter answers or a larger --rollout_max_len"
-                )
+            for what, length, most in (
+                ("tokens", len(prompt.ids), self.max_len),
+                ("positions", int(prompt.positions.max()) + 1, self.table),
+            ):
+                if length + sampling.max_tokens > most:
+                    raise RolloutError(
+                        f"prompt {i}: {length} {what} and an answer of {sampling.max_tokens} "
+                        f"exceed the engine's {most}: take fewer frames, shorter answers or a "
+                        "larger --rollout_max_len"
+                    )
         from vllm import SamplingParams
 
         params = [

@@ -43,7 +43,7 @@ from model import ModelError
 class SFTConfig:
     """One supervised stage."""
 
-    data: str = "sft.jsonl"  # rows; the path is relative to the data directory
+    data: str = "sft.jsonl"  # rows (.jsonl); the toy's are in its own folder; empty: no such stage
     steps: int = 400  # optimizer steps
     groups: int = 16  # groups (videos, images) in a step, over all ranks
     texts: int = 8  # questions taken from a group
@@ -98,13 +98,16 @@ def to_branches(model, rows: list, features) -> tuple:
     """Rows about the same media -> the part before their questions as the prompt, question +
     response + end token of each as a branch, and how many tokens of each branch are given. A
     response that thinks is asked for in thinking mode, another one by the bare question."""
-    branches, context = [], []
+    branches, context, heads = [], [], []
     for row in rows:
         full = model.build_prompt(row, features, row.response.startswith("<think>"))
         cut = full.shared
+        heads.append(full.ids[:cut])
         answer = model.tokenizer(row.response, add_special_tokens=False).input_ids + [model.eos]
         branches.append(torch.cat([full.ids[cut:].cpu(), torch.tensor(answer)]))
         context.append(len(full.ids) - cut)
+    if not all(head.equal(heads[0]) for head in heads):
+        raise ModelError("the chat template begins otherwise with thinking: use --sft_texts 1")
     # DEVIATION 1: the part up to the media is one prompt for all of them.
     return replace(full, ids=full.ids[:cut], positions=full.positions[..., :cut]), branches, context
 
@@ -163,7 +166,7 @@ def optimizers(model, config: SFTConfig, seed: int) -> list[torch.optim.Optimize
             muon = config.optimizer == "muon" and p.ndim == 2 and id(p) not in embedding
             (matrices if muon else rest).append(p)
     if not matrices + rest:
-        raise ValueError(f"train {config.train}: a {type(model).__name__} model has no such part")
+        raise ModelError(f"train {config.train}: a {type(model).__name__} model has no such part")
     groups = [{"params": kind} for kind in mrsp.split_sharded(rest)]
     out = [
         torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))

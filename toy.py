@@ -308,7 +308,7 @@ def toy_checkpoint(folder: str, texts: list[str], image_size: int, recipe: Recip
     torch.manual_seed(seed)
     model = VILA.create(
         config={
-            "mm_projector_cfg": {"mm_projector_type": "mlp_downsample"},
+            "mm_projector_cfg": {"mm_projector_type": "mlp_downsample_2x2_fix"},
             "mm_vision_select_layer": -1,
             "image_encoder": {"_target_": "BasicImageEncoder", "end_tokens": None},
             "video_encoder": {"_target_": "BasicVideoEncoder", "end_tokens": None},
@@ -330,6 +330,15 @@ def toy_checkpoint(folder: str, texts: list[str], image_size: int, recipe: Recip
     )  # fmt: skip
     model.recipe = recipe
     model.save_pretrained(folder)
+
+
+def toy_make(out: Path, config: ToyConfig, recipe: Recipe, seed: int, rank=0, world=1, bar=iter):
+    """out/data, and out/init, an untrained checkpoint for its words (by rank 0)."""
+    toy_build(str(out / "data"), config, seed, rank, world, bar)
+    if rank == 0:
+        rows = [e for f in sorted((out / "data").glob("*.jsonl")) for e in load_rows(str(f))]
+        texts = [f"{e.problem} {e.response}" for e in rows]
+        toy_checkpoint(str(out / "init"), texts, SIZE, recipe, seed)
 
 
 if __name__ == "__main__":

@@ -58,10 +58,10 @@ import mrsp
 import sft
 from data import DataError
 from grpo import GRPOConfig
-from model import ModelError, Recipe, load
+from model import THINKING, ModelError, Recipe, load
 from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, engine_kind, make_engine
 from sft import SFTConfig
-from toy import SIZE, ToyConfig, toy_build, toy_checkpoint
+from toy import ToyConfig, toy_make
 
 METRICS = {
     "loss": "supervised: mean negative log-likelihood; GRPO: the policy loss (near 0 on-policy)",
@@ -210,8 +210,12 @@ PRESETS = {
             output_dir="runs/longvila-7b",
             model="Efficient-Large-Model/LongVILA-R1-7B",  # P
         ),
-        recipe=Recipe(num_frames=256, max_tokens=2048),  # as above; 66k tokens at 257 a frame
-        rollout=RolloutConfig(max_len=73728, memory=0.5),  # ours: those and question and answer
+        recipe=Recipe(
+            num_frames=512,  # P: where its figure of accuracy over frames ends
+            max_tokens=2048,  # LRL
+        ),
+        # ours: up to 257 tokens a frame (16k in all, if config.json says TSP)
+        rollout=RolloutConfig(max_len=139_264, memory=0.5),
     ),
     "hour": replace(
         QWEN,
@@ -251,7 +255,10 @@ PRESETS = {
     "text": replace(
         QWEN,
         run=replace(QWEN.run, output_dir="runs/text", model="Qwen/Qwen2.5-7B-Instruct", sp=1),
-        recipe=Recipe(max_tokens=2048),  # LRL
+        recipe=Recipe(
+            template=THINKING.replace(", based on the video", ""),
+            max_tokens=2048,  # LRL
+        ),
         rollout=RolloutConfig(max_len=8192, memory=0.5),  # ours
     ),
 }  # fmt: skip
@@ -607,22 +614,15 @@ PLAN_7B = """\
 {group} answers, {frames} frames a video. Everything goes to {out}/"""
 
 
-def make_toy(run: Run, preset: Preset) -> Path:
-    """The toy's videos and rows, and its untrained checkpoint."""
-    with run.stage("data"):
-        seed = preset.run.seed
-        toy_build(str(run.base), preset.toy, seed, run.rank, run.world, run.bar("videos"))
-        if run.rank == 0:
-            files = sorted(run.base.glob("*.jsonl"))
-            texts = [f"{e.problem} {e.response}" for f in files for e in run.rows(f.name)]
-            toy_checkpoint(str(run.out / "init"), texts, SIZE, preset.recipe, seed)
-    return run.out / "init"
-
-
 def pipeline(run: Run, preset: Preset) -> dict:
     """Every stage in order. Returns the summary."""
     c, seed, toy = run.config, run.config.seed, preset.run.model is None
-    folder = make_toy(run, preset) if toy else c.model
+    folder = c.model or str(run.out / "init")
+    if toy:
+        with run.stage("data"):
+            toy_make(
+                run.out, preset.toy, preset.recipe, seed, run.rank, run.world, run.bar("videos")
+            )
     rl, test = run.rows(c.data), run.rows(c.test_data) if c.test_data else []
     model, dtype = load(folder).to(run.device), getattr(torch, c.dtype)
     model.recipe = preset.recipe
@@ -694,7 +694,9 @@ def prepare(preset: Preset, world: int) -> tuple[list[str], list[str]]:
     try:
         sampler = engine_kind(c.rollout)
         if c.data is None:
-            raise DataError("no rows: give --data FILE.jsonl, and their media's --video_dir DIR")
+            raise DataError(
+                "no rows: give --data FILE.jsonl, with --video_dir DIR, or take --preset toy"
+            )
         for path in filter(None, (c.data, preset.sft.data, c.test_data)):
             rows += data.load_rows(path, c.video_dir)
     except (DataError, RolloutError) as error:
@@ -708,12 +710,19 @@ def prepare(preset: Preset, world: int) -> tuple[list[str], list[str]]:
     try:
         model = load(c.model, weights=False)
         model.recipe = recipe
+        for e in rows:
+            model.check_question(e)
         lines, lacks_memory = memory_plan(preset, model, world, sampler)
         lacks += lacks_memory
         if rows and not gone:
             first = rows[0]
             media = [model.measure(m, recipe.num_frames, first.id) for m in first.media]
             prompt = model.build_prompt(first, media, recipe.thinking)
+            if sampler == "vllm" and len(prompt.ids) + recipe.max_tokens > preset.rollout.max_len:
+                lacks.append(
+                    f"the first prompt has {len(prompt.ids)} tokens and its answer "
+                    f"{recipe.max_tokens}: more than --rollout_max_len {preset.rollout.max_len}"
+                )
             lines.append(
                 f"first prompt: {len(prompt.ids)} tokens, {len(prompt.media_at)} of them media, "
                 f"positions up to {int(prompt.positions.max())}:\n{prompt.text}"
@@ -724,8 +733,8 @@ def prepare(preset: Preset, world: int) -> tuple[list[str], list[str]]:
 
 
 def memory_plan(preset: Preset, model, world: int, sampler: str) -> tuple[list[str], list[str]]:
-    """bench.memory of a GRPO step on a 640 x 360 video of 2 seconds a frame (or 1,000 words of
-    text), as lines; a line more if it is not here."""
+    """bench.memory of a GRPO step on a 640 x 360 video of 2 seconds a frame (with its sound, where
+    that is heard; or 1,000 words of text), as lines; a line more if it is not here."""
     import bench
 
     c, recipe, config, gib = preset.run, preset.recipe, model.llm.config, 2**30
@@ -736,6 +745,9 @@ def memory_plan(preset: Preset, model, world: int, sampler: str) -> tuple[list[s
     )
     if "video" in model.takes:
         media = [model.blank("video", n, 360, 640, 2.0 * np.arange(n))]
+        if "audio" in model.takes:
+            sound = torch.empty(model.heard(2 * n * 16000), model.media_width, device="meta")
+            media = [media[0]._replace(track=sound)]
     else:
         question = replace(question, problem="why " * 1000)
     tokens = len(model.build_prompt(question, media, recipe.thinking).ids)
@@ -749,8 +761,8 @@ def memory_plan(preset: Preset, model, world: int, sampler: str) -> tuple[list[s
         c=wide, chunk=max(1, min(8192, 2**28 // config.vocab_size)),
         prefill=preset.rollout.prefill_tokens if sampler == "vllm" else None,
     )  # fmt: skip
-    part["tower"] = wide * sum(p.numel() for p in model.tower.parameters())
-    part["total"] += part["tower"]
+    tower = wide * sum(p.numel() for p in model.tower.parameters())
+    part = {"tower": tower} | part | {"total": part["total"] + tower}
     where = f"without a GPU, its memory for {world} ranks"
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world
     if torch.cuda.is_available():
@@ -772,17 +784,18 @@ def memory_plan(preset: Preset, model, world: int, sampler: str) -> tuple[list[s
 def dry_run(preset: Preset) -> None:
     """Show the settings and what prepare() finds, for 8 ranks or those that are here; the toy is
     made in a folder of its own, of one video."""
-    world = max(int(os.environ.get("WORLD_SIZE", 8)), preset.run.sp)
+    world, toy = int(os.environ.get("WORLD_SIZE", 8)), preset.run.model is None
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
     for name, part in vars(preset).items():
-        if preset.run.model is None or name not in ("toy", "images", "base"):
+        if toy or name not in ("toy", "images", "base"):
             print(f"{name}: " + ", ".join(f"{k}={v!r}" for k, v in asdict(part).items()))
     with tempfile.TemporaryDirectory() as folder:
-        if preset.run.model is None:
+        if toy:
+            toy_make(Path(folder), ToyConfig(1, 1, 1, 1, 1), preset.recipe, preset.run.seed)
             run = replace(preset.run, model=f"{folder}/init", data=f"{folder}/data/rl.jsonl")
-            small = replace(preset, toy=ToyConfig(1, 1, 1, 1, 1))
-            make_toy(Run(replace(preset.run, output_dir=folder)), small)
             preset = replace(preset, run=replace(run, test_data=None), sft=SFTConfig(data=""))
-        lines, lacks = prepare(preset, world)
+        lines, lacks = prepare(preset, max(world, preset.run.sp))
     print("\n".join(lines))
     if lacks:
         raise DataError("missing for this run:\n  " + "\n  ".join(lacks))
@@ -814,9 +827,12 @@ def main(argv=None) -> dict | None:
         evaluation.plot_curves(run.out / "metrics.jsonl", run.out / "curves.png")
         if "by_frames" in summary.get("grpo", {}):
             evaluation.plot_frames(summary, run.out / "frames.png")
-    run.say(f"\n{evaluation.table(summary)}\n")
+    if summary["questions"]:
+        run.say(f"\n{evaluation.table(summary)}\n")
     run.say(f"Look at the pictures and samples.jsonl in {run.out}/, ask again with")
-    run.say(f"    python eval.py --model {run.out}/model\nthen read mrsp.py and grpo.py.")
+    rows = "" if preset.recipe.data else f" --data {preset.run.test_data or 'ROWS.jsonl'}"
+    rows += f" --video_dir {preset.run.video_dir}" if preset.run.video_dir else ""
+    run.say(f"    python eval.py --model {run.out}/model{rows}\nthen read mrsp.py and grpo.py.")
     if dist.is_initialized():
         dist.destroy_process_group()
     return summary

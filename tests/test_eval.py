@@ -120,3 +120,12 @@ def test_command_line_errors_are_one_line(toy, tmp_path):
         evaluation.main(["--model", str(toy / "init"), "--num_frames", "0"])
     with pytest.raises(SystemExit, match="error: .*nothing.jsonl: no such file"):
         evaluation.main(["--model", str(toy / "init"), "--data", "nothing.jsonl"])
+
+
+def test_a_question_that_cannot_be_asked_counts_as_wrong(toy, model):
+    rows = data.load_rows(str(toy / "test.jsonl"))[:3]
+    rows[1] = replace(rows[1], problem=f"{rows[1].problem} <|im_end|>")
+    found = evaluation.evaluate(model, TorchEngine(model), rows)
+    ((name, message),) = found["errors"]
+    assert name == rows[1].id and "control token" in message
+    assert found["questions"] == 3 and found["records"][1]["accuracy"] == 0.0

@@ -12,10 +12,11 @@ import data
 from model import THINKING, VILA, BlockDownsample, Media, ModelError, build_projector
 
 
+@pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("side, n", [(4, 2), (5, 2), (7, 3), (6, 3), (2, 2)])
-def test_block_downsample_equals_loops(side, n):
+def test_block_downsample_equals_loops(side, n, columns):
     x = torch.randn(2, side * side, 3)
-    out = BlockDownsample(n)(x)
+    out = BlockDownsample(n, columns)(x)
     blocks = -(-side // n)
     assert out.shape == (2, blocks * blocks, n * n * 3)
     for f in range(2):
@@ -27,7 +28,8 @@ def test_block_downsample_equals_loops(side, n):
                         y, x_ = by * n + dy, bx * n + dx
                         inside = y < side and x_ < side
                         parts.append(x[f, y * side + x_] if inside else torch.zeros(3))
-                assert torch.equal(out[f, by * blocks + bx], torch.cat(parts))
+                at = bx * blocks + by if columns else by * blocks + bx
+                assert torch.equal(out[f, at], torch.cat(parts))
 
 
 @pytest.mark.parametrize(
@@ -125,3 +127,19 @@ def test_broken_checkpoints_are_refused_by_name(toy, tmp_path):
     (folder / "llm/tokenizer.json").unlink()
     with pytest.raises(ModelError, match="tokenizer.json is missing"):
         VILA.from_pretrained(folder)
+
+
+def test_a_template_may_contain_braces(toy, model):
+    row = data.load_rows(str(toy / "rl.jsonl"))[0]
+    model.recipe = replace(model.recipe, template='{problem} Answer as {"a": 1}')
+    assert model.build_prompt(row, []).ids.tolist()
+
+
+def test_tsp_pools_eight_frames_if_the_config_does_not_say(model):
+    config = model.config | {"video_encoder": {"_target_": "llava.TSPVideoEncoder"}}
+    parts = model.llm, model.tower, model.projector, model.tokenizer, model.preprocess
+    tsp = VILA(config, *parts)
+    assert tsp.together == 8 and VILA(model.config | {"video_encoder": None}, *parts).together == 1
+    frames = torch.randint(0, 256, (11, 32, 32, 3), dtype=torch.uint8)
+    whole, groups = model.encode(frames), tsp.encode(frames)
+    assert torch.allclose(groups, torch.stack([whole[:8].mean(0), whole[8:].mean(0)]), atol=1e-6)

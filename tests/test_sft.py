@@ -1,5 +1,7 @@
 """SFT: only answers are targets, and the groups do not change the loss."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import run_ranks
@@ -9,7 +11,7 @@ from torch.distributed.tensor import DTensor
 import data
 import mrsp
 import sft
-from model import VILA
+from model import VILA, ModelError
 from sft import SFTConfig
 
 
@@ -144,3 +146,16 @@ def test_unknown_choices_are_refused():
         SFTConfig(train="tower")
     with pytest.raises(ValueError, match="adamw or muon"):
         SFTConfig(optimizer="sgd")
+
+
+def test_a_template_whose_beginning_depends_on_thinking_is_refused(toy, model):
+    model.tokenizer.chat_template = (
+        "<|im_start|>system {% if enable_thinking %}think{% else %}user{% endif %}<|im_end|>"
+        "<|im_start|>user {{ messages[-1].content }}<|im_end|><|im_start|>assistant "
+    )
+    rows = rows_of(toy)[:2]
+    bare = replace(rows[1], response="A")
+    media = model.features(rows[0], 5)
+    sft.to_branches(model, rows, media)
+    with pytest.raises(ModelError, match="use --sft_texts 1"):
+        sft.to_branches(model, [rows[0], bare], media)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 import zoo
 from conftest import RECIPE, deepstack, run_ranks, wide_prompt
 from test_qwen import texts_of, tiny_qwen
@@ -29,7 +30,7 @@ import mrsp
 import rollout
 import train
 from grpo import GRPOConfig
-from model import VILA, Media, ModelError
+from model import VILA, Media, ModelError, Text
 from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, VLLMEngine, make_engine
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -947,3 +948,15 @@ def test_the_whole_pipeline_runs_on_vllm(tmp_path, options):
     for kind in ("vllm", "torch")[: 1 if options else 2]:
         result = evaluation.main(["--model", str(out / "model"), "--rollout", kind])
         assert result["accuracy"] == summary["grpo"]["accuracy"] and not result["errors"]
+
+
+def test_experts_are_refused():
+    """vLLM 0.32 keeps what it made of the old ones."""
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=300, hidden_size=128, intermediate_size=96, moe_intermediate_size=32,
+        num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        num_experts=4, num_experts_per_tok=2, max_position_embeddings=512,
+    )  # fmt: skip
+    model = Text(transformers.Qwen3MoeForCausalLM(config), zoo.tokenizer(zoo.SPECIAL))
+    with pytest.raises(RolloutError, match="experts.*--rollout torch"):
+        VLLMEngine(model, CONFIG)
