@@ -112,7 +112,8 @@ def parse_media(row: dict, video_dir: str, name: str) -> tuple[Medium, ...]:
     how = (frames, tuple(segment) if segment else None, bool(track))
     media = []
     for field, of in (("videos", kind), ("images", "image"), ("audios", "audio")):
-        paths = row.get(field) if field == "videos" else row.get(field) or None  # [] is nothing
+        paths = row.get(field)
+        paths = None if paths == [] and field != "videos" else paths
         if kind == "text" and paths != ("" if field == "videos" else None):
             raise DataError(f"{name}: field {field!r} must be empty for data_type text")
         if kind == "text" or paths is None:

@@ -225,7 +225,7 @@ def test_log_probs_equal_transformers_on_the_same_pixels_and_sound(
             seen = prompt if factor is None else replace(prompt, media=prompt.media * factor)
             return model(mrsp.pack([seen], [[answer]]))[0]
 
-        assert torch.allclose(ours(), logps, atol=1e-5, rtol=1e-6)
+        assert torch.allclose(ours(), logps, atol=1e-5, rtol=2e-6)
         if example.media:  # the check can fail: without media, without deepstack
             width, where = model.llm.config.hidden_size, torch.arange(prompt.media.shape[1])
             assert (ours(0) - logps).abs().max() > 1e-2
