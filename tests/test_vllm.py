@@ -703,7 +703,8 @@ def test_what_cannot_be_sampled_is_refused_before_vllm_sees_it(stand, monkeypatc
     room = engine.max_len - len(prompts[4].ids)
     with pytest.raises(RolloutError, match=f"prompt 1: .*{engine.max_len}.*--rollout_max_len"):
         engine.generate([prompts[3], prompts[4]], 2, Sampling(max_tokens=room + 1))
-    far = replace(prompts[3], positions=prompts[3].positions + engine.max_len - 50)
+    far = replace(prompts[3], positions=prompts[3].positions + engine.table - 50)
+    assert engine.table == engine.max_len * (4 if stand.model.mrope else 1)
     with pytest.raises(RolloutError, match="prompt 0: .* positions .*--rollout_max_len"):
         engine.generate([far], 2, Sampling(max_tokens=50))
     monkeypatch.undo()
@@ -948,6 +949,16 @@ def test_the_whole_pipeline_runs_on_vllm(tmp_path, options):
     for kind in ("vllm", "torch")[: 1 if options else 2]:
         result = evaluation.main(["--model", str(out / "model"), "--rollout", kind])
         assert result["accuracy"] == summary["grpo"]["accuracy"] and not result["errors"]
+
+
+@on("qwen")
+def test_positions_may_run_ahead_of_max_len(stand, toy):
+    """Few frames of a long video: vLLM's table of positions is longer with M-RoPE."""
+    limit = stand.engine.max_len
+    far = about(stand, toy, 6, limit / 6)  # 2 positions a second
+    assert len(far.ids) < limit / 2 < limit < far.positions.max() < stand.engine.table - 20
+    out = stand.engine.generate([far], 3, SAMPLINGS[0])
+    assert gap(stand.model, [far], out) < 1e-4
 
 
 def test_experts_are_refused():
