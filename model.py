@@ -948,10 +948,6 @@ class Decoder(nn.Module):
         super().__init__()
         self.model, self.lm_head, self.config = model, lm_head, model.config
 
-    @property
-    def dtype(self):
-        return self.model.dtype
-
     def get_input_embeddings(self):
         return self.model.embed_tokens
 
@@ -1009,11 +1005,6 @@ class QwenVL(MultiModal):
     @property
     def projector(self):
         return self.visual.merger
-
-    @classmethod
-    def create(cls, config: dict, tokenizer, preprocess: dict, video=None) -> "QwenVL":
-        """A model with random weights. config: that of transformers' model."""
-        return cls(cls.kind(cls.kind.config_class(**config)), tokenizer, preprocess, video)
 
     @classmethod
     def from_pretrained(cls, folder: str, dtype=torch.float32, weights: bool = True) -> "QwenVL":

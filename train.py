@@ -182,6 +182,9 @@ QWEN = Preset(
     rollout=RolloutConfig(max_len=32768, memory=0.5),  # ours: 16k of video, question, answer
 )  # fmt: skip
 
+# ours: fewer videos a step, because the embeddings of each take 1 to 2 GB.
+LONG = replace(QWEN.grpo, prompts=32, update_prompts=8)
+
 PRESETS = {
     "toy": Preset(
         recipe=Recipe(
@@ -214,6 +217,7 @@ PRESETS = {
             num_frames=512,  # P: where its figure of accuracy over frames ends
             max_tokens=2048,  # LRL
         ),
+        grpo=LONG,
         # ours: up to 257 tokens a frame (16k in all, if config.json says TSP)
         rollout=RolloutConfig(max_len=139_264, memory=0.5),
     ),
@@ -225,7 +229,7 @@ PRESETS = {
             max_tokens=2048,  # LRL
             max_pixels=145 * 28 * 28,  # P: 256k tokens in all, 71 a frame; 252 x 448 pixels of 16:9
         ),
-        grpo=replace(QWEN.grpo, prompts=32, update_prompts=8),  # ours: embeddings take 2 GB a video
+        grpo=LONG,
         rollout=RolloutConfig(max_len=270_000, memory=0.5),  # ours: 256k, question and answer
     ),
     "max-frames": replace(
@@ -236,7 +240,7 @@ PRESETS = {
             max_tokens=2048,  # LRL
             max_pixels=65 * 28 * 28,  # ours: 246k tokens, as many as the paper's hour
         ),
-        grpo=replace(QWEN.grpo, prompts=32, update_prompts=8),  # ours: as above
+        grpo=LONG,
         rollout=RolloutConfig(max_len=270_000, memory=0.5),  # ours: as above
     ),
     "omni": replace(

@@ -45,7 +45,8 @@ def tiny_qwen(texts, tie=True, seed=0) -> QwenVL:
         fullatt_block_indexes=[1], window_size=56, tokens_per_second=2, initializer_range=0.2,
     )  # fmt: skip
     ids = {"vision_start": 3, "vision_end": 4, "image": 5, "video": 6}
-    model = QwenVL.create(
+    model = zoo.random(
+        QwenVL,
         {"text_config": text, "vision_config": vision, "tie_word_embeddings": tie}
         | {f"{name}_token_id": i for name, i in ids.items()},
         tokenizer,

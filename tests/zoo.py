@@ -71,6 +71,11 @@ def eyes(**more) -> dict:
     ) | more  # fmt: skip
 
 
+def random(kind, config: dict, *rest):
+    """A model of a Qwen class with random weights."""
+    return kind(kind.kind(kind.kind.config_class(**config)), *rest)
+
+
 def ids(tok, **tokens) -> dict:
     return {f"{name}_token_id": tok.convert_tokens_to_ids(t) for name, t in tokens.items()}
 
@@ -109,7 +114,7 @@ def build(family: str, tie=True, seed=0, image_size=64) -> MultiModal:
         )
         limits = {"min_pixels": 56 * 56, "max_pixels": 84 * 112}
         config["text_config"].pop("head_dim")
-        model = QwenVL.create(config | {"tie_word_embeddings": tie}, tok, CLIP | limits)
+        model = random(QwenVL, config | {"tie_word_embeddings": tie}, tok, CLIP | limits)
     elif family == "qwen3-vl":
         tok = tokenizer([*SPECIAL, *VISION])
         vision = eyes(
@@ -124,7 +129,7 @@ def build(family: str, tie=True, seed=0, image_size=64) -> MultiModal:
             {"size": {"shortest_edge": 64 * 64, "longest_edge": n}}
             for n in (96 * 128, 8 * 96 * 128)
         ]
-        model = Qwen3VL.create(config, tok, HALF | sizes[0], HALF | sizes[1])
+        model = random(Qwen3VL, config, tok, HALF | sizes[0], HALF | sizes[1])
     elif family == "omni":
         tok = tokenizer([*SPECIAL, *OMNI])
         vision = eyes(fullatt_block_indexes=[1], window_size=56)
@@ -143,8 +148,8 @@ def build(family: str, tie=True, seed=0, image_size=64) -> MultiModal:
             "position_id_per_seconds": 25,
         }
         ears = transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=300).to_dict()
-        model = Omni.create(
-            config, tok, CLIP | {"min_pixels": 56 * 56, "max_pixels": 84 * 112} | ears
+        model = random(
+            Omni, config, tok, CLIP | {"min_pixels": 56 * 56, "max_pixels": 84 * 112} | ears
         )
     else:
         tok = tokenizer(SPECIAL)
