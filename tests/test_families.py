@@ -757,6 +757,9 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, monkeypatch):
     ((repo, how),) = asked
     assert (repo, how["revision"]) == ("Qwen/Qwen9", "main")
     assert "*.safetensors" not in how["allow_patterns"]
+    zoo.build("qwen3").save_pretrained(tmp_path / "kept")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: tmp_path / "kept")
+    assert isinstance(load("Qwen/Qwen9"), Text)
 
 
 TEXTS = [

@@ -129,7 +129,7 @@ def check(steps, media: int) -> None:
     """The step trained the decoder, sampler and trainer agreed, each medium was seen once."""
     first, second, changed = steps
     for metrics in (first, second):
-        assert metrics["mismatch_max"] < 1e-3 and math.isfinite(metrics["loss"])
+        assert metrics["mismatch_max"] < 1e-4 and math.isfinite(metrics["loss"])
         assert 0 < metrics["grad_norm"] < math.inf and metrics["tokens"] > 0
         assert metrics["cache_misses"] == media  # the second row asks about the same
         assert metrics["prefilled_tokens"] < metrics["prompt_tokens"]
