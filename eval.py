@@ -253,6 +253,9 @@ def run(args) -> dict:
     if not source:
         raise DataError(f"{args.model}/recipe.json names no data; give --data FILE.jsonl")
     examples = load_rows(source, args.video_dir)
+    for e in examples:
+        for m in e.media:
+            model.check_taken(m, e.id)
     if args.wrong_video:
         examples = swap_media(examples)
     config = RolloutConfig(max_len=args.rollout_max_len, memory=args.rollout_memory)

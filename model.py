@@ -194,7 +194,9 @@ def load_part(kind, folder: Path, dtype, weights: bool = True, skip: str = ""):
     extra = sorted(x for x in info["unexpected_keys"] if not (skip and re.match(skip, x)))
     bad = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if bad or extra:
-        raise ModelError(f"{folder}: missing or misshapen tensors {bad}, unexpected {extra}")
+        found = [f"missing or misshapen tensors {bad}"] * bool(bad)
+        found += [f"unexpected tensors {extra}"] * bool(extra)
+        raise ModelError(f"{folder}: {', '.join(found)}: no checkpoint of this family, or damaged")
     return part
 
 

@@ -151,6 +151,11 @@ class Preset:
             )
         if self.run.fsdp and self.sft.optimizer == "muon":
             raise ValueError("muon needs whole matrices: --sft_optimizer adamw, or --fsdp false")
+        if not self.recipe.thinking:
+            raise ValueError(
+                "--recipe_thinking false asks the bare question, but GRPO rewards <answer> tags: "
+                "put your own wording into --recipe_template instead"
+            )
 
 
 # The sources of the numbers: P the paper, LRL its released code's defaults (both in grpo.py's
@@ -281,10 +286,13 @@ def sentences(cls) -> dict[str, str]:
 def parse_options(argv: list[str]) -> Preset:
     """Command line -> Preset. --preset NAME gives the defaults; an unknown option is an error."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=list(PRESETS), default=DEFAULT, help="named settings")
+    first.add_argument("--preset", choices=list(PRESETS), help="named settings")
     chosen, rest = first.parse_known_args(argv)
+    # Who names rows or a checkpoint does not mean the toy.
+    own = {a.partition("=")[0] for a in rest} & {"--data", "--video_dir", "--model"}
+    name = chosen.preset or ("qwen2.5-vl-7b" if own else DEFAULT)
     # One flat dataclass for each part, its fields prefixed with the part's name.
-    parts, flat = vars(PRESETS[chosen.preset]), []
+    parts, flat = vars(PRESETS[name]), []
     for name, part in parts.items():
         helps, columns = sentences(type(part)), []
         for f in fields(part):
@@ -337,8 +345,15 @@ class Run:
         self.config, self.out = config, Path(config.output_dir)
         # Paths of rows start here; an absolute one stays as it is.
         self.base = self.out / "data" if config.model is None else Path()
-        self.out.mkdir(parents=True, exist_ok=True)
+        for name in ("output_dir", "cache_dir"):
+            try:
+                Path(getattr(config, name) or self.out).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise DataError(f"--{name}: {error}") from None
         self.seconds, self.started = defaultdict(float), time.time()
+
+    def start_logs(self) -> None:
+        """Empty those of an earlier run, once nothing stands in the way of this one."""
         if self.rank == 0:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 (self.out / name).write_text("")
@@ -629,6 +644,7 @@ def pipeline(run: Run, preset: Preset) -> dict:
             )
     rl, test = run.rows(c.data), run.rows(c.test_data) if c.test_data else []
     model, dtype = load(folder).to(run.device), getattr(torch, c.dtype)
+    run.start_logs()
     model.recipe = preset.recipe
     model.cache = mrsp.EmbeddingCache(c.cache_dir, max_disk_bytes=int(c.cache_gb * 2**30))
     heads = model.llm.config.num_attention_heads, model.llm.config.num_key_value_heads
@@ -705,6 +721,8 @@ def prepare(preset: Preset, world: int) -> tuple[list[str], list[str]]:
             rows += data.load_rows(path, c.video_dir)
     except (DataError, RolloutError) as error:
         lacks.append(str(error))
+    if world % c.sp:
+        lacks.append(f"--sp {c.sp} does not divide the {world} ranks")
     files = sorted({m.path for e in rows for m in e.media})
     if gone := [path for path in files if not os.path.isfile(path)]:
         lacks.append(
@@ -806,6 +824,7 @@ def dry_run(preset: Preset) -> None:
 
 
 def main(argv=None) -> dict | None:
+    run = None
     try:
         preset = parse_options(sys.argv[1:] if argv is None else argv)
         if preset.run.dry_run:
@@ -825,8 +844,10 @@ def main(argv=None) -> dict | None:
         )  # fmt: skip
         summary = pipeline(run, preset)
     except (DataError, ModelError, RolloutError) as error:
-        sys.exit(f"error: {error}")
+        # Before there is a run all ranks say the same: the first of them is enough.
+        sys.exit(f"error: {error}" if run or int(os.environ.get("RANK", 0)) == 0 else 1)
     if run.rank == 0:
+        summary["settings"] = {name: asdict(part) for name, part in vars(preset).items()}
         (run.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         evaluation.plot_curves(run.out / "metrics.jsonl", run.out / "curves.png")
         if "by_frames" in summary.get("grpo", {}):
@@ -834,8 +855,9 @@ def main(argv=None) -> dict | None:
     if summary["questions"]:
         run.say(f"\n{evaluation.table(summary)}\n")
     run.say(f"Look at the pictures and samples.jsonl in {run.out}/, ask again with")
-    rows = "" if preset.recipe.data else f" --data {preset.run.test_data or 'ROWS.jsonl'}"
+    rows, known = f" --data {preset.run.test_data or 'ROWS.jsonl'}", preset.recipe.data
     rows += f" --video_dir {preset.run.video_dir}" if preset.run.video_dir else ""
+    rows = "" if known and (run.out / "model" / known).is_file() else rows
     run.say(f"    python eval.py --model {run.out}/model{rows}\nthen read mrsp.py and grpo.py.")
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -64,6 +64,9 @@ def options(preset, models, rows, out) -> list[str]:
 
 def test_the_default_is_the_7b_where_there_is_a_gpu_and_the_toy_elsewhere():
     assert train.DEFAULT == ("qwen2.5-vl-7b" if torch.cuda.is_available() else "toy")
+    for own in (["--data", "x.jsonl"], ["--model=x"], ["--video_dir", "v"]):
+        assert train.parse_options(own).grpo == train.PRESETS["qwen2.5-vl-7b"].grpo
+    assert train.parse_options(["--preset", "toy", "--data", "x"]).run.model is None
     assert set(train.PRESETS) == {"toy", *MODEL}
     for name, preset in train.PRESETS.items():
         assert preset.run.sp in (1, 2, 4, 8) and preset.grpo.group == 8
@@ -231,6 +234,18 @@ def test_a_decoder_that_was_frozen_in_sft_is_trained_in_grpo(preset, sft, models
     lines = [json.loads(x) for x in open(tmp_path / "run/metrics.jsonl")]
     assert [x["stage"] for x in lines] == ["sft", "grpo"]
     torch.distributed.destroy_process_group() if torch.distributed.is_initialized() else None
+
+
+def test_a_run_that_cannot_start_keeps_the_logs_of_the_last_one(models, rows, tmp_path):
+    argv = options("text", models, rows, tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text("kept")
+    for more in (["--data", "none.jsonl"], ["--sp", "3"], ["--cache_dir", "/proc/x"]):
+        with pytest.raises(SystemExit, match=f"(?s)error: .*({more[0]}|none.jsonl)"):
+            train.main([*argv, *more])
+    with pytest.raises(SystemExit, match="--recipe_thinking false asks the bare question"):
+        train.main([*argv, "--recipe_thinking", "false"])
+    assert (tmp_path / "run/metrics.jsonl").read_text() == "kept"
 
 
 def test_only_the_first_rank_shows_a_dry_run(monkeypatch, capsys):
