@@ -740,10 +740,11 @@ def prepare(preset: Preset, world: int) -> tuple[list[str], list[str]]:
             first = rows[0]
             media = [model.measure(m, recipe.num_frames, first.id) for m in first.media]
             prompt = model.build_prompt(first, media, recipe.thinking)
-            if sampler == "vllm" and len(prompt.ids) + recipe.max_tokens > preset.rollout.max_len:
+            length, most = len(prompt.ids) + recipe.max_tokens, preset.rollout.max_len
+            if sampler == "vllm" and most and length > most:
                 lacks.append(
-                    f"the first prompt has {len(prompt.ids)} tokens and its answer "
-                    f"{recipe.max_tokens}: more than --rollout_max_len {preset.rollout.max_len}"
+                    f"the first prompt and its answer of {recipe.max_tokens} have {length} tokens: "
+                    f"more than --rollout_max_len {most}"
                 )
             lines.append(
                 f"first prompt: {len(prompt.ids)} tokens, {len(prompt.media_at)} of them media, "
@@ -760,11 +761,8 @@ def memory_plan(preset: Preset, model, world: int, sampler: str) -> tuple[list[s
     import bench
 
     c, recipe, config, gib = preset.run, preset.recipe, model.llm.config, 2**30
-    question, media, n = (
-        data.Example("", "why " * 100, (), "", "", (), "", ""),
-        [],
-        recipe.num_frames,
-    )
+    question = data.Example("", "why " * 100, (), "", "", (), "", "")
+    media, n = [], recipe.num_frames
     if "video" in model.takes:
         media = [model.blank("video", n, 360, 640, 2.0 * np.arange(n))]
         if "audio" in model.takes:
