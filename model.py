@@ -642,8 +642,8 @@ class Text(MultiModal):
                 "go on from another answer's state; take a family with full attention"
             )
         for name in ("sliding_window", "attention_chunk_size"):
-            window, longest = getattr(llm.config, name, None), llm.config.max_position_embeddings
-            if window and window < longest:
+            window = getattr(llm.config, name, None)
+            if window and window < getattr(llm.config, "max_position_embeddings", math.inf):
                 raise ModelError(
                     f"{type(llm).__name__} has a {name} of {window} tokens: attention behind a "
                     "shared prompt has none; take a family with full attention"

@@ -722,7 +722,10 @@ def prepare(preset: Preset, world: int) -> tuple[list[str], list[str]]:
     except (DataError, RolloutError) as error:
         lacks.append(str(error))
     if world % c.sp:
-        lacks.append(f"--sp {c.sp} does not divide the {world} ranks")
+        lacks.append(
+            f"--sp {c.sp} does not divide the {world} rank(s): start with torchrun "
+            f"--nproc_per_node {c.sp} (or a multiple), or take another --sp"
+        )
     files = sorted({m.path for e in rows for m in e.media})
     if gone := [path for path in files if not os.path.isfile(path)]:
         lacks.append(
