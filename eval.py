@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from data import DataError, load_rows
-from grpo import accuracy_reward, format_reward
+from grpo import accuracy_reward, format_reward, graded
 from model import ModelError, load
 from mrsp import EmbeddingCache
 from rollout import RolloutConfig, RolloutError, Sampling, make_engine
@@ -82,7 +82,8 @@ def evaluate(
                 records[index] = record(examples[index], "", error=str(error))
         for index, answers in zip(rows, engine.generate(prompts, 1, sampling) if rows else []):
             text = f"{prefill} {answers[0].text}" if prefill else answers[0].text
-            records[index] = record(examples[index], text, tokens=len(answers[0].ids))
+            how = {"tokens": len(answers[0].ids), "thinking": recipe.thinking}
+            records[index] = record(examples[index], text, **how)
     if world > 1:
         parts = [None] * world
         dist.all_gather_object(parts, records)
@@ -91,15 +92,16 @@ def evaluate(
     return summarise(records) | {"records": records}
 
 
-def record(example, text: str, tokens: int = 0, error: str = "") -> dict:
+def record(example, text: str, tokens: int = 0, error: str = "", thinking: bool = True) -> dict:
     """The graded answer to one question."""
+    seen = graded(text, thinking)
     return {
         "problem_id": example.id,
         "category": example.category,
         "gold": example.answer,
         "completion": text,
-        "accuracy": 0.0 if error else accuracy_reward(text, example.answer, example.options),
-        "format": 0.0 if error else format_reward(text),
+        "accuracy": 0.0 if error else accuracy_reward(seen, example.answer, example.options),
+        "format": 0.0 if error else format_reward(seen),
         "tokens": tokens,
         "error": error,
     }

@@ -109,6 +109,17 @@ def accuracy_reward(completion: str, gold: str, options: tuple[str, ...] = ()) -
     return float(bool(answer) and same_text(answer, gold))
 
 
+def graded(completion: str, thinking: bool) -> str:
+    """What is graded: in non-thinking mode a bare completion is the answer itself.
+
+    >>> graded("B", thinking=False), graded("B", thinking=True)
+    ('<think></think> <answer>B</answer>', 'B')
+    """
+    if thinking or "<answer>" in completion:
+        return completion
+    return f"<think></think> <answer>{completion}</answer>"
+
+
 def reward(
     completion: str,
     gold: str,

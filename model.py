@@ -16,7 +16,7 @@ is shared:
                      tower                       a video becomes                        positions
     VILA             SigLIP + projector          F x K tokens, "\\n" after each frame   1-D
     Qwen2.5-VL       own size, groups of 2       <start> T h w <end>                    M-RoPE
-    Qwen3-VL         the same, and deepstack     T times "<1.5 seconds> <start> h w <end>"
+    Qwen3-VL         the same, and deepstack     T x "<1.5 seconds><start> h w <end>"  M-RoPE
     Qwen2.5-Omni     Qwen2.5-VL's and Whisper's  <start> T h w <end>, or, with its audio track,
                                                  2 s of video, 2 s of audio, ...        M-RoPE
     text             none                                                               1-D
@@ -40,6 +40,10 @@ Differences from the public code:
         Qwen2.5-VL goes on at max(h, w), as if a video took no time.
     DEVIATION 4: a group's seconds come from the times of the frames that were really taken.
     DEVIATION 5: TSP averages what is left where the frames do not divide; VILA fails there.
+    DEVIATION 6: Qwen3-VL's groups stand in their own marks alone, as its first processor wrote it;
+        that of transformers 5.10 and later puts another pair of marks around the video.
+    DEVIATION 7: Omni's frames that are further apart than 2 s stand whole, before the sound of
+        their time; its processor splits their tokens over the chunks.
 
 Glossary: F frames, T groups of 2 frames, h w tokens of one, K tokens a frame, A tokens of a sound,
 P prompt tokens, D decoder width, W = D (1 + deepstack levels) width of a feature, C tower width,
@@ -417,7 +421,7 @@ class MultiModal(nn.Module):
         """What perceive() would give, on the device "meta": its shape, from the file's alone."""
         self.check_taken(medium, name)
         track = None
-        if "audio" == medium.kind or medium.track:
+        if medium.kind == "audio" or medium.track:
             samples = len(load_audio(medium, name=name))
             track = torch.empty(self.heard(samples), self.media_width, device="meta")
         if medium.kind == "audio":
@@ -1132,8 +1136,7 @@ class Qwen3VL(QwenVL):
 
     def place(self, m: Media) -> list[Piece]:
         """For each group "<1.5 seconds>", the mean time of its frames, and its features in marks
-        (as the family's first processor; that of transformers 5.10 and later puts another pair of
-        marks around all of it)."""
+        (DEVIATION 6)."""
         if m.kind != "video":
             return super().place(m)
         times = np.append(m.times, m.times[-1:])[: len(m.times) + len(m.times) % 2]
@@ -1213,8 +1216,7 @@ class Omni(QwenVL):
 
     def side_by_side(self, m: Media) -> tuple[list[int], Tensor, Tensor]:
         """A video and its audio track: ids, positions and order of their tokens, 2 s of video and
-        2 s of audio in turn. (Frames further apart than that stand whole, before the sound of
-        their time; the family's processor would split them over the chunks.)"""
+        2 s of audio in turn (DEVIATION 7)."""
         ids, cells = self.places(m)
         sound = torch.arange(len(m.track)).expand(3, -1)
         chunk = self.config.seconds_per_chunk * self.positions_per_second

@@ -519,8 +519,9 @@ def collect(values: Tensor, share: Pack) -> Tensor:
 
 
 def mrsp_attention(
-    module, query, key, value, attention_mask, mrsp: Layout = None, scaling=None, **_
-):
+    module, query, key, value, attention_mask, mrsp: Layout = None, scaling=None,
+    sliding_window: int | None = None, **_,
+):  # fmt: skip
     """The attention function for Hugging Face models: AttentionInterface.register("mrsp", this).
 
     query (B, H, Lq, D), key and value (B, Hkv, Lk, D) -> (B, Lq, H, D), None; of the tokens of this
@@ -531,6 +532,10 @@ def mrsp_attention(
         raise ValueError("attention 'mrsp' takes its mask from the layout; pass no attention_mask")
     if mrsp is None:
         raise ValueError("attention 'mrsp' needs the keyword mrsp=Layout in the model's call")
+    if sliding_window and key.shape[2] * mrsp.mesh.sp > sliding_window:
+        raise ValueError(
+            f"attention 'mrsp' has no window, this layer one of {sliding_window} tokens"
+        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     mesh = mrsp.mesh
     if mesh.ulysses > 1:  # (B, H, Ls, D) -> (B, H / U, Lo, D): fewer heads, more tokens

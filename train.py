@@ -151,11 +151,6 @@ class Preset:
             )
         if self.run.fsdp and self.sft.optimizer == "muon":
             raise ValueError("muon needs whole matrices: --sft_optimizer adamw, or --fsdp false")
-        if not self.recipe.thinking:
-            raise ValueError(
-                "--recipe_thinking false asks the bare question, but GRPO rewards <answer> tags: "
-                "put your own wording into --recipe_template instead"
-            )
 
 
 # The sources of the numbers: P the paper, LRL its released code's defaults (both in grpo.py's
@@ -447,7 +442,10 @@ def grpo_step(
     # their tokens still count in the mean, so that leaving them out changes nothing but the time.
     weights = config.accuracy_weight, config.format_weight
     graded = [
-        [grpo.reward(a.text, e.answer, e.options, *weights) for a in group]
+        [
+            grpo.reward(grpo.graded(a.text, recipe.thinking), e.answer, e.options, *weights)
+            for a in group
+        ]
         for group, e in zip(answers, examples)
     ]
     rewards = torch.tensor([[g["reward"] for g in group] for group in graded])

@@ -129,3 +129,21 @@ def test_a_question_that_cannot_be_asked_counts_as_wrong(toy, model):
     ((name, message),) = found["errors"]
     assert name == rows[1].id and "control token" in message
     assert found["questions"] == 3 and found["records"][1]["accuracy"] == 0.0
+
+
+def test_in_non_thinking_mode_the_bare_completion_is_the_answer(toy, model):
+    rows = data.load_rows(str(toy / "test.jsonl"))
+    gold = [r.answer for r in rows]
+    for thinking, answer, right in (
+        (False, "B", gold.count("B")),
+        (False, "B.", gold.count("B")),
+        (False, "<answer> B </answer>", gold.count("B")),
+        (False, "none of them", 0),
+        (True, "B", 0),
+    ):
+        model.recipe = replace(model.recipe, thinking=thinking)
+        engine = Oracle(model, lambda p, answer=answer: answer)
+        result = evaluation.evaluate(model, engine, rows, 4)
+        assert result["accuracy"] == right / len(rows) and gold.count("B") > 0
+        assert ("Think then" in engine.prompts[0].text) == thinking
+        assert all(r["completion"] == answer for r in result["records"])

@@ -199,3 +199,11 @@ def test_a_plain_hugging_face_model_takes_the_attention_function():
     logits = lm(input_ids=ids, mrsp=layout).logits
     lm.set_attn_implementation("sdpa")
     assert torch.allclose(logits, lm(input_ids=ids).logits, atol=1e-6)
+
+
+def test_a_window_shorter_than_the_sequence_is_refused():
+    """Rule (*) has none: the answers would see less of the prompt than the layout says."""
+    q, layout = torch.zeros(1, 2, 5, 4), mrsp.Layout(*(torch.zeros(1, 5),) * 4)
+    with pytest.raises(ValueError, match="this layer one of 4 tokens"):
+        mrsp.mrsp_attention(None, q, q, q, None, mrsp=layout, sliding_window=4)
+    mrsp.mrsp_attention(None, q, q, q, None, mrsp=layout, sliding_window=5)

@@ -162,6 +162,22 @@ def test_groups_of_equal_reward_are_skipped_and_counted_and_change_nothing(toy, 
     assert metrics["skipped_groups"] == 1 and packed == [2]  # one pass: no old, no reference pass
 
 
+@pytest.mark.parametrize("thinking", [True, False])
+def test_bare_answers_earn_their_reward_in_non_thinking_mode(toy, thinking):
+    model, rows = VILA.from_pretrained(toy / "init"), data.load_rows(str(toy / "rl.jsonl"))[:2]
+    model.recipe = replace(model.recipe, thinking=thinking)
+
+    class Letters(TorchEngine):
+        def generate(self, prompts, n, *rest):
+            out = super().generate(prompts, n, *rest)
+            return [[replace(r, text="ABCD"[g]) for g, r in enumerate(group)] for group in out]
+
+    optimizer = torch.optim.SGD(model.llm.parameters(), lr=0.0)
+    config = replace(CONFIG, prompts=2, update_prompts=2, group=4, kl_coef=0.0)
+    metrics, _ = train.grpo_step(model, None, Letters(model), optimizer, rows, 0, config)
+    assert (metrics["accuracy"], metrics["format"]) == ((0, 0) if thinking else (0.25, 1))
+
+
 def test_leaving_out_groups_of_equal_reward_changes_nothing(toy):
     """The same step with all groups packed (a KL weight of 1e-15 keeps them) moves the same way."""
     rows, after = data.load_rows(str(toy / "rl.jsonl"))[:4], []
