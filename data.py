@@ -23,11 +23,13 @@ segment ([start, end] in seconds) and audio_track (true: a video's sound is hear
                                            ----------> sound (S,) float32, 16,000 samples a second
                                            PyAV
 
-F frames, H x W pixels, S samples. Frame indices follow VILA: linspace(0, N - 1, F), truncated.
+F frames, H x W pixels, S samples. Which frames: so many, by VILA's rule linspace(0, N - 1, F),
+truncated; or a Rate, frames a second. Times are those of the file, also where its rate varies.
+A run decodes in child processes, which may hang or crash: decode.py.
 
 What other systems do: a video that does not decode is replaced by another one under the same
 question, or dropped. Here bad input is a DataError that names the row or the file, and the caller
-decides; nothing is replaced.
+decides (--on_bad_video); nothing is replaced.
 
 Check this file alone:  pytest tests/test_data.py
 """
@@ -48,8 +50,21 @@ FIELDS = ("problem_id", "problem", "data_type", "problem_type", "reasoning", "vi
 TYPES = ("video", "image", "audio", "text")
 
 
+MAX_PIXELS = 2**26  # of a frame: two of 8K; a file that claims more is broken, or means harm
+
+
 class DataError(ValueError):
-    """Bad input: the message names the file or row and the field, and says what is wrong."""
+    """Bad input: the message names the file or row and the field, and says what is wrong. question:
+    the id of the one whose media failed, if it is one."""
+
+    question = ""
+
+
+class Rate(NamedTuple):
+    """How many frames to take of a video: `fps` a second, `most` at most."""
+
+    fps: float
+    most: int = 8192
 
 
 class Medium(NamedTuple):
@@ -166,7 +181,7 @@ def parse_row(row: dict, video_dir: str, where: str = "row") -> Example:
     )
 
 
-def load_rows(path: str, video_dir: str | None = None) -> list[Example]:
+def load_rows(path: str, video_dir: str | None = None, bad=None) -> list[Example]:
     """All rows of a .jsonl file. video_dir defaults to the file's own folder.
 
     Raises DataError for a missing or empty file, a line that is not a JSON object, a missing
@@ -213,23 +228,44 @@ def frame_indices(total: int, n: int, first: int = 0, last: int | None = None) -
     return np.linspace(first, last, min(n, last - first + 1), dtype=int)
 
 
+def choose_frames(times: np.ndarray, how: int | Rate, first: int, last: int) -> np.ndarray:
+    """Indices of the frames to take between first and last of a video with these times: a number of
+    them by VILA's rule, a Rate by time, as many as it gives, from the first to the last.
+
+    >>> choose_frames(np.arange(100) / 10, Rate(0.5), 0, 99), choose_frames(np.arange(9), 3, 2, 6)
+    (array([ 0, 24, 49, 74, 99]), array([2, 4, 6]))
+    """
+    if not isinstance(how, Rate):
+        return frame_indices(len(times), how, first, last)
+    most = len(frame_indices(len(times), how.most, first, last))
+    length = times[last] - times[first]
+    seconds = length * (last - first + 1) / max(last - first, 1)  # the last frame's own included
+    n = min(max(round(seconds * how.fps), 1), most)
+    wanted = times[first] + np.linspace(0, length, n)
+    return np.unique(np.searchsorted(times, wanted + 1e-6, "right") - 1)  # shown at that time
+
+
 @contextmanager
 def named_errors(medium: Medium, kind: str, name: str):
     """All that goes wrong within becomes a DataError that names the file, and the question `name`
     if there is one: first of all a file that is missing or empty."""
     where = f" (question {name})" if name else ""
-    if not os.path.isfile(medium.path):
-        raise DataError(f"{medium.path}: no such file{where}; check the video directory")
-    if os.path.getsize(medium.path) == 0:
-        raise DataError(f"{medium.path}: the file is empty{where}; download it again")
     try:
+        if not os.path.isfile(medium.path):
+            raise DataError(f"{medium.path}: no such file{where}; check the video directory")
+        if os.path.getsize(medium.path) == 0:
+            raise DataError(f"{medium.path}: the file is empty{where}; download it again")
         yield
     except Exception as error:  # the decoders raise their own types; keep one line of theirs
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
-        raise DataError(f"{medium.path}: does not decode as {kind}{where}: {reason}") from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        if not reason.startswith(medium.path):  # else a worker has said it all
+            reason = f"{medium.path}: does not decode as {kind}{where}: {reason[:200]}"
+        failed = DataError(reason)
+        failed.question = name
+        raise failed from None
 
 
-def load_media(medium: Medium, num_frames: int, name: str = "") -> tuple[np.ndarray, np.ndarray]:
+def load_media(medium: Medium, num_frames: int | Rate, name: str = ""):
     """The frames of a video or image: (F, H, W, 3) uint8 and their times in seconds (F,) float64.
 
     An image is one frame at time 0. The medium's own num_frames and segment win over `num_frames`.
@@ -243,16 +279,18 @@ def load_media(medium: Medium, num_frames: int, name: str = "") -> tuple[np.ndar
 class Frames:
     """The frames of a video or image, decoded when they are asked for: frames[a:z] is
     (z - a, H, W, 3) uint8. So ranks that encode a video together decode only their own share.
-    times (F,) seconds. Errors as load_media's."""
+    times (F,) seconds from the first frame of the file. worker: the process that decodes; default:
+    this one. Errors as load_media's."""
 
-    def __init__(self, medium: Medium, num_frames: int, name: str = ""):
-        self.medium, self.name, self.reader, self.times = medium, name, None, np.zeros(1)
-        with named_errors(medium, medium.kind, name):
-            if medium.kind == "video":
-                self.reader, self.indices, fps = open_video(
-                    medium.path, medium.num_frames or num_frames, medium.segment
-                )
-                self.times = self.indices / fps
+    def __init__(self, medium: Medium, num_frames: int | Rate, name: str = "", worker=None):
+        self.medium, self.name, self.read, self.times = medium, name, None, np.zeros(1)
+        self.worker, self.asked = worker, None
+        if worker is not None:
+            self.times, self.shape = self._reply("open", medium, num_frames, name)
+        elif medium.kind == "video":
+            with named_errors(medium, "video", name):
+                how = medium.num_frames or num_frames
+                self.read, self.indices, self.times = open_video(medium.path, how, medium.segment)
 
     def __len__(self) -> int:
         return len(self.times)
@@ -262,38 +300,97 @@ class Frames:
         """(F, H, W, 3), from the first frame."""
         return len(self), *self[:1].shape[1:]
 
+    def ask(self, part: slice) -> None:
+        """frames[part] is what will be wanted next: a worker begins with it."""
+        if self.worker is not None:
+            self.asked = part
+            self.worker.post("read", part)
+
+    def pieces(self, parts: list[slice]):
+        """frames[part] of one part after the other; a worker decodes the next one meanwhile."""
+        for part, then in zip(parts, [*parts[1:], None]):
+            pixels = self[part]
+            if then:
+                self.ask(then)
+            yield pixels
+
     def __getitem__(self, part: slice) -> np.ndarray:
+        if self.worker is not None:
+            if self.asked != part:  # something else, or nothing, was asked for
+                self._reply() if self.asked else None
+                self.ask(part)
+            self.asked = None
+            return self._reply()
         with named_errors(self.medium, self.medium.kind, self.name):
-            if self.reader is not None:
-                return self.reader.get_batch(self.indices[part]).asnumpy()
+            if self.read is not None:
+                return self.read(self.indices[part])
             from PIL import Image
 
             with Image.open(self.medium.path) as image:
                 return np.array(image.convert("RGB"))[None][part]
 
+    def _reply(self, *request):
+        """The worker's answer to this request, or to what it was asked before."""
+        with named_errors(self.medium, self.medium.kind, self.name):
+            if request:
+                self.worker.post(*request)
+            return self.worker.take()
 
-def open_video(path: str, num_frames: int, segment=None):
-    """(reader, indices of num_frames frames, fps) of a file; segment = (start, end) seconds."""
+
+def open_video(path: str, how: int | Rate, segment=None):
+    """(function from indices to frames, the indices to take, their times in seconds); segment =
+    (start, end) seconds."""
     import decord
 
     # One thread: decord's own pool fights with the ranks, and threads of it have hung in the field.
     reader = decord.VideoReader(path, num_threads=1)
     total, fps = len(reader), float(reader.get_avg_fps())
-    check_whole(path, total, float(reader.get_frame_timestamp(total - 1)[1]))
+    stamps = reader.get_frame_timestamp(np.arange(total)).astype(float)  # (N, 2) start, end
+    turned = check_whole(path, total, stamps[-1, 1])
+    times = np.arange(total) / fps  # exact, where the rate is constant ...
+    if np.abs(stamps[:, 0] - stamps[0, 0] - times).max() > 0.5 / fps:  # ... and it is not
+        times = stamps[:, 0] - stamps[0, 0]
     first, last = 0, total - 1
     if segment is not None:  # frames whose time lies in [start, end)
-        first = int(np.ceil(segment[0] * fps - 1e-6))
-        last = int(np.ceil(segment[1] * fps - 1e-6)) - 1
-    return reader, frame_indices(total, num_frames, first, last), fps
+        first, last = np.searchsorted(times, np.array(segment) - 1e-6) - (0, 1)
+    indices = choose_frames(times, how, int(first), int(last))
+    read = lambda at: reader.get_batch(at).asnumpy()  # noqa: E731
+    return Turned(path, turned // 90).read if turned else read, indices, times[indices]
 
 
-def check_whole(path: str, frames: int, end: float) -> None:
+class Turned:
+    """A video that is shown turned by a quarter, as telephones write them: decord gives garbled
+    frames of it. They are decoded one after the other, going on behind the last one read."""
+
+    def __init__(self, path: str, quarters: int):
+        self.path, self.quarters, self.at = path, quarters, None
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        import av
+
+        if self.at is None or indices[0] <= self.at:
+            self.container = av.open(self.path)
+            self.frames, self.at = enumerate(self.container.decode(video=0)), -1
+        found = {}
+        while self.at < indices[-1]:
+            self.at, frame = next(self.frames)
+            if self.at in indices:
+                found[self.at] = np.rot90(frame.to_ndarray(format="rgb24"), self.quarters)
+        return np.stack([found[i] for i in indices])
+
+
+def check_whole(path: str, frames: int, end: float) -> int:
     """DataError if decord found fewer frames, or an earlier end (s), than the file's header tells:
-    a download that was cut off decodes as a shorter video, and nothing says so."""
+    a download that was cut off decodes as a shorter video, and nothing says so. Returns by how many
+    degrees, counter-clockwise, the frames are to be turned: 90 or -90; upside down decord can."""
     import av
 
     with av.open(path) as container:
         stream = container.streams.video[0]
+        if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
+            size = f"{stream.codec_context.width} x {stream.codec_context.height}"
+            raise DataError(f"frames of {size} pixels: more than {MAX_PIXELS:,}")
+        turned = next(container.decode(stream)).rotation
         declared, length = stream.frames, container.duration
         if stream.duration is not None:
             length = stream.duration * stream.time_base * av.time_base
@@ -303,6 +400,7 @@ def check_whole(path: str, frames: int, end: float) -> None:
         raise DataError(
             f"the file is cut off: {frames} frames of {declared}, {end:.1f} s of {seconds:.1f} s"
         )
+    return turned if turned % 180 else 0
 
 
 def load_audio(medium: Medium, rate: int = 16000, name: str = "") -> np.ndarray:

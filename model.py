@@ -56,6 +56,8 @@ import json
 import math
 import os
 import re
+import sys
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -70,7 +72,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 import mrsp
-from data import Example, Frames, Medium, load_audio
+from data import DataError, Example, Frames, Medium, Rate, load_audio
+from decode import Loader
 
 AttentionInterface.register("mrsp", mrsp.mrsp_attention)
 
@@ -106,13 +109,21 @@ class Recipe:
     data: str = ""  # rows to evaluate on, relative to the checkpoint folder
     thinking: bool = True  # ask by the template; false: the bare question
     max_pixels: int | None = None  # of a frame or image (Qwen); default: as the checkpoint says
+    fps: float | None = None  # frames a second instead of num_frames
+    max_frames: int = 8192  # of a video, with fps
 
     def __post_init__(self):
-        counts = min(self.num_frames, self.max_tokens, self.max_pixels or 1)
-        if counts < 1 or "{problem}" not in self.template:
+        counts = min(self.num_frames, self.max_tokens, self.max_pixels or 1, self.max_frames)
+        if counts < 1 or "{problem}" not in self.template or (self.fps or 1) <= 0:
             raise ValueError(
-                f"need num_frames, max_tokens, max_pixels >= 1 and {{problem}} in template: {self}"
+                "need num_frames, max_tokens, max_pixels, max_frames >= 1, fps > 0, and {problem} "
+                f"in template: {self}"
             )
+
+    @property
+    def frames(self) -> int | Rate:
+        """How many frames are taken from a video."""
+        return Rate(self.fps, self.max_frames) if self.fps else self.num_frames
 
 
 class Media(NamedTuple):
@@ -234,7 +245,7 @@ class MultiModal(nn.Module):
     def __init__(self, llm, tower, tokenizer, preprocess: dict, media=(), controls=()):
         """media: tokens that stand for features; controls: further tokens no question may hold."""
         super().__init__()
-        self.recipe, self.cache = Recipe(), mrsp.EmbeddingCache()
+        self.recipe, self.cache, self.loader = Recipe(), mrsp.EmbeddingCache(), Loader()
         self.mesh, self.sharded = mrsp.Mesh(), False  # ranks of a sequence; parameters in FSDP2?
         self.tokenizer, self.preprocess = tokenizer, preprocess
         self.policy, self.tower = Policy(llm), tower
@@ -321,13 +332,21 @@ class MultiModal(nn.Module):
 
     def encode(self, frames, size=None, at=None, at_once: int = 64, kind="video") -> Tensor:
         """Features of frames (F, H, W, 3) uint8, an array or Frames, `together` of them by
-        themselves. at: of this range alone. at_once frames (or a group) are decoded and seen in
-        a pass, which holds the hidden states of all layers of the tower."""
+        themselves. at: of this range alone."""
         size = size or self.fit(kind, *frames.shape[:3])
-        at = range(len(frames)) if at is None else at
-        step = max(at_once // self.together, 1) * self.together
-        parts = [frames[i : min(i + step, at.stop)] for i in at[::step]]
-        return torch.cat([self.see(part, size, kind) for part in parts])
+        parts = self.passes(frames.shape, at or range(len(frames)), at_once)
+        pieces = (
+            frames.pieces(parts) if isinstance(frames, Frames) else map(frames.__getitem__, parts)
+        )
+        return torch.cat([self.see(pixels, size, kind) for pixels in pieces])
+
+    def passes(self, shape, at: range, at_once: int = 64) -> list[slice]:
+        """The parts of frames (F, H, W, 3) that go through decoder and tower together: at_once of
+        them (or a group), fewer of large ones: 512 MiB of pixels, and the hidden states of all
+        layers of the tower, are held at a time."""
+        fit = min(at_once, 2**29 // math.prod(shape[1:]))
+        step = max(fit // self.together, 1) * self.together
+        return [slice(i, min(i + step, at.stop)) for i in at[::step]]
 
     def encoder_hash(self) -> str:
         """Hash of everything that features depend on: weights of tower and projector, settings.
@@ -355,13 +374,48 @@ class MultiModal(nn.Module):
         self.forget_encoder()
 
     @torch.no_grad()
-    def features(self, example: Example, num_frames: int, group=None) -> list[Media]:
+    def features(self, example: Example, num_frames: int | Rate, group=None) -> list[Media]:
         """Features of an example's media, in order. Computed once: on a hit of the cache the file
         is not even decoded. No gradient: for a frozen tower. group: ranks that all call this for
         the same examples in the same order, and encode a medium together."""
         return [self.perceive(m, num_frames, example.id, group, True) for m in example.media]
 
-    def features_trainable(self, examples: list, num_frames: int) -> list[list[Media]]:
+    def ahead(self, examples: list, num_frames=None, group=None) -> None:
+        """features() of these examples will be wanted, in this order: videos that are not in the
+        cache may be opened."""
+        frames = num_frames or self.recipe.frames
+
+        def first(shape) -> slice:
+            share, _, _ = mrsp.encoder_share(shape[0], group, self.together)
+            return self.passes(shape, range(shape[0])[share])[0]
+
+        names = {}
+        for e in examples:
+            for m in e.media:
+                names.setdefault(m, e.id)
+        self.loader.ahead(
+            (m, frames, name, first)
+            for m, name in names.items()
+            if m.kind == "video" and self.key(m, frames) not in self.cache
+        )
+
+    def usable(self, examples: list, see, lost: dict | None) -> tuple[list, list]:
+        """see(examples), a list, without the examples whose media do not decode: what is left of
+        examples, and what see() gave for it. lost: takes {id: message} of the others, the same on
+        all ranks of a sequence; None: the DataError is raised."""
+        examples = [e for e in examples if not lost or e.id not in lost]
+        while True:
+            try:
+                return examples, see(examples)
+            except DataError as error:
+                if lost is None or error.question not in {e.id for e in examples}:
+                    raise
+                lost[error.question] = str(error)
+                examples = [e for e in examples if e.id != error.question]
+                if self.mesh.sp_rank == 0:
+                    print(f"left out: {error}", file=sys.stderr, flush=True)
+
+    def features_trainable(self, examples: list, num_frames: int | Rate) -> list[list[Media]]:
         """features() of several examples, with gradients into tower and projector; no cache. The
         ranks of a sequence have the same examples, and encode each medium together."""
         see = functools.partial(self.perceive, group=self.mesh.sp_group)
@@ -384,40 +438,70 @@ class MultiModal(nn.Module):
                 f"{' and '.join(self.takes) or 'text'}: {medium.path}"
             )
 
-    def perceive(self, medium: Medium, num_frames: int, name="", group=None, cached=False) -> Media:
-        """One medium of question `name`, seen or heard; cached: kept, and found again."""
-        self.check_taken(medium, name)
-        frames = functools.cache(lambda: Frames(medium, num_frames, name))
+    def key(self, medium: Medium, num_frames: int | Rate, kind: str | None = None) -> str:
+        """The cache's name for what is seen of a medium, or (kind audio) heard."""
+        kind = kind or medium.kind
         taken = medium.num_frames or num_frames, medium.segment, self.recipe.max_pixels
-        heard = (medium.segment,)
+        taken = taken if kind != "audio" else (medium.segment,)
+        content = mrsp.file_hash(medium.path) if os.path.isfile(medium.path) else medium.path
+        return mrsp.media_key(content, self.encoder_hash(), kind, *taken)
 
-        def look():  # each rank of the group decodes and encodes its share
-            size = self.fit(medium.kind, *frames().shape[:3])
-            encode = lambda at: self.encode(frames(), size, at, kind=medium.kind)  # noqa: E731
-            return mrsp.encode_parallel(encode, range(len(frames())), group, self.together)
+    def perceive(self, medium, num_frames: int | Rate, name="", group=None, cached=False) -> Media:
+        """One medium of question `name`, seen or heard; cached: kept, and found again. DataError,
+        on all ranks of the group, if one of them cannot decode its share."""
+        self.check_taken(medium, name)
 
-        def hear():
-            return self.hear(load_audio(medium, name=name), group)
+        def agreed(decode):  # on all ranks, or none
+            value = error = None
+            try:
+                value = decode()
+            except DataError as failed:
+                error = failed
+            mrsp.agree(error, group)
+            return value
 
-        def kept(kind: str, settings, compute) -> Tensor:
+        def kept(kind: str, compute) -> Tensor:
             if not cached:
                 return compute()
-            content = medium.path
-            if os.path.isfile(content):
-                content = mrsp.file_hash(content)
-            return self.cache.get(
-                mrsp.media_key(content, self.encoder_hash(), kind, *settings), compute, group
-            )
+            return self.cache.get(self.key(medium, num_frames, kind), compute, group)
 
-        if medium.kind == "audio":
-            return Media("audio", kept("audio", heard, hear))
-        if self.timed and (medium, num_frames) not in self.times:
-            self.times[medium, num_frames] = frames().times
-        track = kept("audio", heard, hear) if medium.track else None
-        times = self.times.get((medium, num_frames), ())
-        return Media(medium.kind, kept(medium.kind, taken, look), times, track)
+        def hear():
+            return self.hear(agreed(lambda: self.loader.sound(medium, name=name)), group)
 
-    def measure(self, medium: Medium, num_frames: int, name="") -> Media:
+        with ExitStack() as stack:
+            file = functools.partial(self.loader.open, medium, num_frames, name)
+            frames = functools.cache(lambda: agreed(lambda: stack.enter_context(file())))
+
+            def look():  # each rank of the group decodes and encodes its share
+                size, error = self.fit(medium.kind, *frames().shape[:3]), None
+
+                def encode(at: range) -> Tensor:
+                    nonlocal error
+                    try:
+                        return self.encode(frames(), size, at, kind=medium.kind)
+                    except DataError as failed:  # the others wait for features of this shape
+                        error, blank = failed, self.blank(medium.kind, len(at), *size, ()).features
+                        return torch.zeros_like(blank, device=weight.device, dtype=weight.dtype)
+
+                weight = next(self.projector.parameters())
+                found = mrsp.encode_parallel(encode, range(len(frames())), group, self.together)
+                mrsp.agree(error, group)
+                return found
+
+            if medium.kind == "audio":
+                return Media("audio", kept("audio", hear))
+            if self.timed and (medium, num_frames) not in self.times:
+                self.times[medium, num_frames] = frames().times
+            track = kept("audio", hear) if medium.track else None
+            times = self.times.get((medium, num_frames), ())
+            return Media(medium.kind, kept(medium.kind, look), times, track)
+
+    def frame_times(self, medium: Medium, num_frames: int | Rate | None = None, name="") -> list:
+        """When the frames that the model sees of a medium are shown, in seconds."""
+        with self.loader.open(medium, num_frames or self.recipe.frames, name) as frames:
+            return frames.times.tolist()
+
+    def measure(self, medium: Medium, num_frames: int | Rate, name="") -> Media:
         """What perceive() would give, on the device "meta": its shape, from the file's alone."""
         self.check_taken(medium, name)
         track = None
@@ -439,7 +523,7 @@ class MultiModal(nn.Module):
 
     def prompt(self, example: Example, num_frames=None, prefill: str = "", group=None) -> Prompt:
         """The Prompt of an example, as the recipe says, from cached features."""
-        features = self.features(example, num_frames or self.recipe.num_frames, group)
+        features = self.features(example, num_frames or self.recipe.frames, group)
         return self.build_prompt(example, features, self.recipe.thinking, prefill)
 
     def turns(self, thinking: bool) -> tuple[str, str, str]:
@@ -884,9 +968,17 @@ class VILA(MultiModal):
         size = self.fit("video", 0, 0, 0)
         for e in examples:
             self.check_question(e)
-        media = [Frames(m, num_frames, e.id) for e in examples for m in e.media]
+        error, media, group = None, [], self.mesh.sp_group
+        try:
+            for e in examples:
+                for m in e.media:  # whole, on every rank: files are not kept open
+                    with self.loader.open(m, num_frames, e.id) as frames:
+                        media.append(frames[: len(frames)])
+        except DataError as failed:
+            error = failed
+        mrsp.agree(error, group)
         encode = lambda parts: self.project(torch.cat([self.scaled(f, size) for f in parts]))  # noqa: E731
-        joined = mrsp.encode_parallel(encode, InRow(media), self.mesh.sp_group)
+        joined = mrsp.encode_parallel(encode, InRow(media), group)
         found = iter(joined.split([len(m) for m in media]))
         return [[Media(m.kind, next(found)) for m in e.media] for e in examples]
 

@@ -843,22 +843,47 @@ def encode_parallel(encode, frames, group=None, together: int = 1) -> Tensor:
     Differentiable, if the tower is trained: backward is a reduce-scatter, which gives every rank
     the gradient of the frames it encoded, summed over what all ranks did with them.
     """
-    n, units = dist.get_world_size(group) if group is not None else 1, -(-len(frames) // together)
-    if units == 0:
+    if len(frames) == 0:
         return encode(frames[:])
-    share = -(-units // n)
-    rank = dist.get_rank(group) if n > 1 else 0
-    first, last = (min((rank + i) * share, units) for i in (0, 1))
-    # A rank without frames encodes the last ones and drops them: it learns shape and dtype.
-    start = min(first, units - 1)
-    mine = encode(frames[start * together : max(last, start + 1) * together])
-    if len(mine) != max(last, start + 1) - start:
+    share, kept, most = encoder_share(len(frames), group, together)
+    mine = encode(frames[share])
+    if len(mine) != -(-(share.stop - share.start) // together):
         raise ValueError(f"encode gave {len(mine)} features for every {together} of the frames")
-    if n == 1:
+    if group is None or dist.get_world_size(group) == 1:
         return mine
-    mine = mine[: last - first]
-    padding = mine.new_zeros(share - len(mine), *mine.shape[1:])
-    return AllGather.apply(torch.cat([mine, padding]), group)[:units]
+    padding = mine.new_zeros(most - kept, *mine.shape[1:])
+    every = AllGather.apply(torch.cat([mine[:kept], padding]), group)
+    return every[: -(-len(frames) // together)]
+
+
+def encoder_share(frames: int, group=None, together: int = 1) -> tuple[slice, int, int]:
+    """Of encode_parallel: the frames that this rank encodes, how many units of `together` frames it
+    keeps of them, and how many the first rank does. A rank that is left without any encodes the
+    last ones and keeps none: it learns shape and dtype.
+
+    >>> encoder_share(9, together=2)
+    (slice(0, 9, None), 5, 5)
+    """
+    n, units = dist.get_world_size(group) if group is not None else 1, -(-frames // together)
+    most, rank = -(-units // n), dist.get_rank(group) if n > 1 else 0
+    first, last = (min((rank + i) * most, units) for i in (0, 1))
+    start = min(first, units - 1)
+    stop = min(max(last, start + 1) * together, frames)
+    return slice(start * together, stop), last - first, most
+
+
+def agree(error: Exception | None, group=None) -> None:
+    """Raise on all ranks of the group what one of them failed with (of several the first), so that
+    none waits for another one in vain. Communication: one all-reduce of a flag."""
+    failed = torch.tensor(error is not None, dtype=torch.uint8)
+    if group is not None:
+        dist.all_reduce(failed, dist.ReduceOp.MAX, group=group)
+        if failed:
+            found = [None] * dist.get_world_size(group)
+            dist.all_gather_object(found, error, group=group)
+            error = next(e for e in found if e is not None)
+    if error is not None:
+        raise error
 
 
 class EmbeddingCache:
@@ -908,6 +933,10 @@ class EmbeddingCache:
         while self.bytes > self.max_bytes and len(self.memory) > 1:
             self.bytes -= self.memory.popitem(last=False)[1].nbytes
         return value
+
+    def __contains__(self, key: str) -> bool:
+        """Would get() find it?"""
+        return key in self.memory or bool(self.folder and os.path.exists(self._path(key)))
 
     def _path(self, key: str) -> str:
         return os.path.join(self.folder, key + SUFFIX)

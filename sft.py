@@ -176,33 +176,47 @@ def optimizers(model, config: SFTConfig, seed: int) -> list[torch.optim.Optimize
     return out
 
 
-def train(model, rows, config: SFTConfig, seed=0, bar=iter, log=None) -> None:
+def train(model, rows, config: SFTConfig, seed=0, bar=iter, log=None, lost=None) -> None:
     """Train model in place on rows (Examples with a response). Every rank calls this with the same
     rows; of each batch the ranks of one sequence (model.mesh) take every dp-th group. bar wraps
-    the steps, log(step, metrics) takes loss, grad_norm, lr and tokens (see train.METRICS)."""
+    the steps, log(step, metrics) takes loss, grad_norm, lr and tokens (see train.METRICS). lost: a
+    dict that takes {id: message} of rows whose media do not decode; None: that is an error."""
     mesh = model.mesh
     groups, opts = group_rows(rows, config.texts), optimizers(model, config, seed)
     trained = [p for p in model.parameters() if p.requires_grad]
-    warm, frames = round(config.steps * config.warmup), model.recipe.num_frames
+    warm, frames = round(config.steps * config.warmup), model.recipe.frames
     schedules = [get_cosine_schedule_with_warmup(o, warm, config.steps) for o in opts]
 
     def size(group):  # roughly its tokens (4 characters each)
-        media = sum(m.num_frames or frames for m in group[0].media)
+        media = sum(m.num_frames or model.recipe.num_frames for m in group[0].media)
         return media + sum(len(r.problem) + len(r.response) for r in group) / 4
 
-    model.train()
-    for step, batch in enumerate(bar(batches(groups, config.groups, config.steps, seed))):
-        # Dealt by size: the ranks have like amounts of work, and groups of like length, which
-        # are padded to the longest of them, share a pack.
-        mine = sorted(batch, key=size)[mesh.dp_rank :: mesh.dp]
-        first = [group[0] for group in mine]
+    def dealt(batch):
+        # By size: the ranks have like amounts of work, and groups of like length, which are
+        # padded to the longest of them, share a pack.
+        return sorted(batch, key=size)[mesh.dp_rank :: mesh.dp]
+
+    def see(examples):
         if config.train == "llm":
-            media = [model.features(e, frames, mesh.sp_group) for e in first]
-        else:  # the embeddings change with every step: no cache
-            media = model.features_trainable(first, frames)
+            return [model.features(e, frames, mesh.sp_group) for e in examples]
+        return model.features_trainable(examples, frames)  # new with every step: no cache
+
+    model.train()
+    plan = [*batches(groups, config.groups, config.steps, seed), []]
+    for step in bar(range(config.steps)):
+        mine = dealt(plan[step])
+        if config.train == "llm":  # while this batch trains, the first files of the next one open
+            soon = [group[0] for group in mine + dealt(plan[step + 1])]
+            model.ahead(soon, frames, mesh.sp_group)
+        seen, media = model.usable([group[0] for group in mine], see, lost)
+        for group in [
+            g for g in mine if g[0] not in seen
+        ]:  # rows that share media share their fate
+            mine.remove(group)
+            lost.update((e.id, lost[group[0].id]) for e in group)
         parts = [to_branches(model, g, m) for g, m in zip(mine, media)]
         count = sum(len(b) - c for _, bs, cs in parts for b, c in zip(bs, cs))
-        total, loss = mrsp.all_sum(torch.tensor(count)).item() // mesh.sp, 0.0
+        total, loss = max(mrsp.all_sum(torch.tensor(count)).item() // mesh.sp, 1), 0.0
         each = max(1, -(-len(parts) // config.micro_batches))
         micro = [mrsp.pack(*zip(*parts[i : i + each])) for i in range(0, len(parts), each)]
         while model.sharded and len(micro) < config.micro_batches:

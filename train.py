@@ -57,6 +57,7 @@ import grpo
 import mrsp
 import sft
 from data import DataError
+from decode import Loader
 from grpo import GRPOConfig
 from model import THINKING, ModelError, Recipe, load
 from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, engine_kind, make_engine
@@ -73,6 +74,7 @@ METRICS = {
     "format": "share of sampled answers in the <think> <answer> format",
     "length": "mean tokens of an answer",
     "finished": "share of answers that ended by themselves, not at max_tokens",
+    "lost_rows": "rows of the batch left out because their media do not decode (--on_bad_video)",
     "skipped_groups": "prompts whose answers all got the same reward: they teach nothing",
     "clip_fraction": "share of trained tokens whose gradient a clip cut off; 0 on-policy",
     "kl": "mean k3 estimate of KL(policy || reference); 0 if the coefficient is 0",
@@ -116,12 +118,19 @@ class RunConfig:
     fsdp: bool = False  # shard parameters, gradients and optimizer over all ranks from SFT on
     dtype: str = "float32"  # or bfloat16: precision of sharded layers; masters: float32
     checkpointing: bool = False  # keep only layer inputs for backward, and run layers twice
+    on_bad_video: str = "error"  # or skip: leave rows that cannot be used out, count and list them
+    decode_ahead: int = 1  # videos that child processes open beforehand; 0: decode without them
+    decode_seconds: float = 120.0  # a decoder that gives nothing for so long is stopped
 
     def __post_init__(self):
         if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.frame_counts) or self.show_every < 1:
             raise ValueError(f"need frame_counts like 8,16 and show_every >= 1: {self}")
         if self.dtype not in ("float32", "bfloat16") or (self.dtype != "float32" and not self.fsdp):
             raise ValueError(f"dtype must be float32, or bfloat16 with --fsdp true: {self}")
+        if self.on_bad_video not in ("error", "skip"):
+            raise ValueError(f"on_bad_video must be error or skip, not {self.on_bad_video!r}")
+        if self.decode_ahead < 0 or self.decode_seconds <= 0:
+            raise ValueError(f"need decode_ahead >= 0 and decode_seconds > 0: {self}")
         if self.rollout not in (None, "vllm", "torch"):
             raise ValueError(f"rollout must be vllm or torch, not {self.rollout!r}")
         if self.sp < 1 or self.cache_gb <= 0:
@@ -346,11 +355,12 @@ class Run:
             except OSError as error:
                 raise DataError(f"--{name}: {error}") from None
         self.seconds, self.started = defaultdict(float), time.time()
+        self.lost = {} if config.on_bad_video == "skip" else None  # {question: why it is left out}
 
     def start_logs(self) -> None:
         """Empty those of an earlier run, once nothing stands in the way of this one."""
         if self.rank == 0:
-            for name in ("metrics.jsonl", "samples.jsonl"):
+            for name in ("metrics.jsonl", "samples.jsonl", "lost.jsonl"):
                 (self.out / name).write_text("")
 
     def say(self, text: str) -> None:
@@ -377,7 +387,23 @@ class Run:
         self.seconds[name] += time.time() - start
 
     def rows(self, path: str) -> list:
-        return data.load_rows(str(self.base / path), self.config.video_dir)
+        bad = None if self.lost is None else []
+        rows = data.load_rows(str(self.base / path), self.config.video_dir, bad)
+        for where, message in bad or []:
+            self.lost[where] = message
+            self.say(f"left out: {message}")
+        return rows
+
+    def list_lost(self) -> int:
+        """Rows left out, on any rank, in lost.jsonl; returns how many."""
+        found = [self.lost or {}]
+        if self.world > 1:
+            found = [None] * self.world
+            dist.all_gather_object(found, self.lost or {})
+        every = {k: v for part in found for k, v in part.items()}
+        for row, message in sorted(every.items()):
+            self.write("lost.jsonl", {"row": row, "error": message})
+        return len(every)
 
     def supervised(self, model, config: SFTConfig, name: str, seed: int) -> None:
         """One supervised stage on the rows that its config names."""
@@ -385,7 +411,7 @@ class Run:
         log = lambda step, m: self.write("metrics.jsonl", {"stage": name, "step": step} | m)  # noqa: E731
         with self.stage(name):
             bar = self.bar(name, config.steps)
-            sft.train(model, rows, config, seed, bar, log)
+            sft.train(model, rows, config, seed, bar, log, self.lost)
 
     def evaluate(self, model, engine, rows: list, name: str, num_frames=None, prefill="") -> dict:
         """evaluation.evaluate with this run's ranks and a bar."""
@@ -410,21 +436,28 @@ class Run:
 
 def grpo_step(
     model, reference, engine, optimizer, batch: list, step: int, config: GRPOConfig,
-    seed: int = 0,
+    seed: int = 0, soon: list = (), lost: dict | None = None,
 ) -> tuple[dict, dict]:  # fmt: skip
     """One rollout batch and its updates. batch: the global list of Examples; of each update's share
-    the ranks of one sequence (model.mesh) take every dp-th together. Returns the step's metrics
-    (equal on all ranks) and one decoded sample of this rank."""
+    the ranks of one sequence (model.mesh) take every dp-th together. soon: the next batch. lost:
+    takes {id: message} of rows whose media do not decode; None: that is an error. Returns the
+    step's metrics (equal on all ranks) and one decoded sample of this rank."""
     trained, mesh = [p for p in model.parameters() if p.requires_grad], model.mesh
     sums, clock = defaultdict(float), time.time()  # sums of this rank, added up at the end
 
     # 1. Rollout. One Prompt for sampler, policy and reference; seeds follow it, not the rank.
-    numbered = list(enumerate(batch))
-    starts = range(0, len(batch), config.update_prompts)
-    shares = [numbered[i : i + config.update_prompts][mesh.dp_rank :: mesh.dp] for i in starts]
-    examples = [e for share in shares for _, e in share]
+    def dealt(batch):
+        numbered, n = list(enumerate(batch)), config.update_prompts
+        return [numbered[i : i + n][mesh.dp_rank :: mesh.dp] for i in range(0, len(batch), n)]
+
+    shares, planned = dealt(batch), sum(dealt(batch) + dealt(soon), [])
+    model.ahead([e for _, e in planned], group=mesh.sp_group)
+    see = lambda examples: [model.prompt(e, group=mesh.sp_group) for e in examples]  # noqa: E731
+    # Stage 1 of MR-SP; rows that cannot be seen are left out.
+    examples, prompts = model.usable([e for share in shares for _, e in share], see, lost)
+    sums["lost_rows"] = sum(map(len, shares)) - len(examples)
+    shares = [[(i, e) for i, e in share if not lost or e.id not in lost] for share in shares]
     seeds = [(seed * 10**6 + step) * 10**6 + i for share in shares for i, _ in share]
-    prompts = [model.prompt(e, group=mesh.sp_group) for e in examples]  # stage 1 of MR-SP
     sums["seconds_encode"], clock = time.time() - clock, time.time()
     recipe, limits = model.recipe, (config.temperature, config.top_p)
     sampling = Sampling(*limits, recipe.max_tokens, config.top_k, recipe.stop)
@@ -565,7 +598,7 @@ def reduce_metrics(sums: dict, config: GRPOConfig, mesh: mrsp.Mesh) -> dict:
     out |= {n: t[n] / tokens for n in ("kl", "entropy", "ratio_error")}
     out |= {"clip_fraction": t["clipped"] / tokens, "lr": config.lr}
     out |= {"tis_weight": t["tis"] / tokens}
-    out |= {n: t[n] for n in ("loss", "skipped_groups", "tokens")}
+    out |= {n: t[n] for n in ("loss", "skipped_groups", "lost_rows", "tokens")}
     out |= {n: t[n] for n in ("prompt_tokens", "prefilled_tokens")}
     out |= {n: t[n] for n in ("cache_hits", "cache_misses", "cache_bytes")}
     out["grad_norm"] = t["grad_norm"] / mesh.dp
@@ -575,9 +608,9 @@ def reduce_metrics(sums: dict, config: GRPOConfig, mesh: mrsp.Mesh) -> dict:
 
 
 SUMS = (
-    "reward accuracy format length finished answers skipped_groups tokens clipped kl entropy loss "
-    "ratio_error tis grad_norm gap gap_tokens cache_hits cache_misses cache_bytes prompt_tokens "
-    "prefilled_tokens seconds_encode seconds_rollout seconds_train seconds_sync"
+    "reward accuracy format length finished answers skipped_groups lost_rows tokens clipped kl "
+    "entropy loss ratio_error tis grad_norm gap gap_tokens cache_hits cache_misses cache_bytes "
+    "prompt_tokens prefilled_tokens seconds_encode seconds_rollout seconds_train seconds_sync"
 ).split()
 
 
@@ -600,11 +633,13 @@ def train_grpo(run: Run, model, reference, engine, config: GRPOConfig, rows: lis
         trained, config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay
     )
     with run.stage("grpo"):
-        bar = run.bar("grpo", config.steps)(sft.batches(rows, config.prompts, config.steps, seed))
-        for step, batch in enumerate(bar):
+        plan = [*sft.batches(rows, config.prompts, config.steps, seed), []]
+        bar = run.bar("grpo", config.steps)(range(config.steps))
+        for step in bar:
             metrics, sample = grpo_step(
-                model, reference, engine, optimizer, batch, step, config, seed
-            )
+                model, reference, engine, optimizer, plan[step], step, config, seed,
+                plan[step + 1], run.lost,
+            )  # fmt: skip
             run.write("metrics.jsonl", {"stage": "grpo", "step": step} | metrics)
             bar.set_postfix(accuracy=round(metrics["accuracy"], 2), length=round(metrics["length"]))
             if step % run.config.show_every == 0 or step + 1 == config.steps:
@@ -645,6 +680,7 @@ def pipeline(run: Run, preset: Preset) -> dict:
     run.start_logs()
     model.recipe = preset.recipe
     model.cache = mrsp.EmbeddingCache(c.cache_dir, max_disk_bytes=int(c.cache_gb * 2**30))
+    model.loader = Loader(c.decode_ahead, c.decode_seconds)
     heads = model.llm.config.num_attention_heads, model.llm.config.num_key_value_heads
     try:
         model.mesh = mrsp.make_mesh(c.sp, c.sp_attention, *heads)
@@ -698,6 +734,8 @@ def pipeline(run: Run, preset: Preset) -> dict:
             "wrong_video": score(evaluation.swap_media(test), "wrong video"),
         }
     engine.close()
+    model.loader.close()
+    found["lost"] = run.list_lost()
     return found | {"seconds": run.seconds | {"total": time.time() - run.started}}
 
 
@@ -716,7 +754,8 @@ def prepare(preset: Preset, world: int) -> tuple[list[str], list[str]]:
                 "no rows: give --data FILE.jsonl, with --video_dir DIR, or take --preset toy"
             )
         for path in filter(None, (c.data, preset.sft.data, c.test_data)):
-            rows += data.load_rows(path, c.video_dir)
+            bad = [] if c.on_bad_video == "skip" else None
+            rows += data.load_rows(path, c.video_dir, bad)
     except (DataError, RolloutError) as error:
         lacks.append(str(error))
     if world % c.sp:
@@ -726,7 +765,7 @@ def prepare(preset: Preset, world: int) -> tuple[list[str], list[str]]:
         )
     files = sorted({m.path for e in rows for m in e.media})
     if gone := [path for path in files if not os.path.isfile(path)]:
-        lacks.append(
+        (lacks if c.on_bad_video == "error" or len(gone) == len(files) else lines).append(
             f"{len(gone)} of {len(files)} media files are missing, the first is {gone[0]}: "
             "download them, or give the folder that the rows' paths start from as --video_dir"
         )
@@ -739,7 +778,7 @@ def prepare(preset: Preset, world: int) -> tuple[list[str], list[str]]:
         lacks += lacks_memory
         if rows and not gone:
             first = rows[0]
-            media = [model.measure(m, recipe.num_frames, first.id) for m in first.media]
+            media = [model.measure(m, recipe.frames, first.id) for m in first.media]
             prompt = model.build_prompt(first, media, recipe.thinking)
             length, most = len(prompt.ids) + recipe.max_tokens, preset.rollout.max_len
             if sampler == "vllm" and most and length > most:
@@ -763,7 +802,7 @@ def memory_plan(preset: Preset, model, world: int, sampler: str) -> tuple[list[s
 
     c, recipe, config, gib = preset.run, preset.recipe, model.llm.config, 2**30
     question = data.Example("", "why " * 100, (), "", "", (), "", "")
-    media, n = [], recipe.num_frames
+    media, n = [], recipe.max_frames if recipe.fps else recipe.num_frames
     if "video" in model.takes:
         media = [model.blank("video", n, 360, 640, 2.0 * np.arange(n))]
         if "audio" in model.takes:

@@ -1,0 +1,201 @@
+"""Decoding in child processes: a file that hangs or crashes its decoder costs itself alone.
+
+decord and libav run C code on whatever a download left on the disk. They can wait for ever or bring
+the process down, and decord keeps some memory of each file. So a run opens its media through a
+Loader:
+
+    this process                              child processes (python decode.py)
+    ahead([v1, v2, v3 ...]) ---- open v1 ---> decodes its first piece and waits
+                            ---- open v2 ---> ...              at most `ahead` files beforehand
+    with open(v1) as frames:
+        frames[0:64]    <------- pixels ----- and decodes 64:128 while the tower looks at 0:64
+                                              no reply in time: killed, a DataError for v1, and
+                                              v2 goes on; after 200 files: another process
+
+Large systems decode in the workers of a torch DataLoader: one of them that dies, or is late, ends
+the run, and a worker holds whole batches of videos. Here a worker holds a piece of one video.
+
+Pixels come through a pipe (pickle, of our own child): no shared memory that a container limits.
+Check this file alone:  pytest tests/test_decode.py
+"""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+
+import numpy as np
+
+from data import DataError, Frames, Medium, Rate, load_audio, named_errors
+
+
+class Worker:
+    """A child process that opens media for this one, a file at a time. limit: seconds for a reply;
+    then it is killed."""
+
+    def __init__(self, limit: float):
+        command, pipe = [sys.executable, os.path.abspath(__file__)], subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe)
+        self.limit, self.late, self.uses, self.open = limit, False, 0, 0
+
+    def post(self, *request) -> None:
+        self.open += 1  # requests without a reply
+        with suppress(BrokenPipeError):  # it crashed: take() says so
+            pickle.dump(request, self.process.stdin)
+            self.process.stdin.flush()
+
+    def take(self) -> tuple:
+        """The reply to the oldest request. DataError, TimeoutError, ChildProcessError."""
+
+        def kill():
+            self.late = True
+            self.process.kill()
+
+        timer = threading.Timer(self.limit, kill)
+        timer.start()
+        try:
+            good, reply = pickle.load(self.process.stdout)
+        except (EOFError, pickle.UnpicklingError):
+            if self.late:
+                raise TimeoutError(f"the decoder gave nothing within {self.limit:g} s") from None
+            raise ChildProcessError(f"the decoder crashed ({self.process.wait()})") from None
+        finally:
+            timer.cancel()
+        self.open -= 1
+        if not good:
+            raise DataError(reply)
+        return reply
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+class Loader:
+    """Opens media in child processes, so that a file that hangs or crashes costs itself alone, and
+    up to `ahead` files beforehand; with ahead=0 in this process. limit: seconds for a piece of a
+    file. A worker opens `uses` files: what its decoder keeps of memory goes with it."""
+
+    def __init__(self, ahead: int = 0, limit: float = 120.0, uses: int = 200):
+        self.limit, self.uses, self.slots = limit, uses, ahead
+        self.idle, self.started, self.plan = [], {}, iter(())
+        self.threads = ThreadPoolExecutor(max(ahead, 1))
+
+    @contextmanager
+    def open(self, medium: Medium, num_frames: int | Rate, name: str = ""):
+        """Frames of a medium, for the time of the block. Images are opened here: nothing hangs."""
+        if not self.slots or medium.kind == "image":
+            yield Frames(medium, num_frames, name)
+            return
+        if (medium, num_frames) in self.started:
+            while (found := next(iter(self.started))) != (medium, num_frames):
+                self._drop(self.started.pop(found))  # planned before this one, and not wanted
+            frames = self.started.pop(found).result()
+        else:
+            frames = self._open(medium, num_frames, name)
+        try:
+            yield frames
+        finally:
+            self._free(frames.worker)
+            self._start()
+
+    def sound(self, medium: Medium, rate: int = 16000, name: str = "") -> np.ndarray:
+        """load_audio."""
+        if not self.slots:
+            return load_audio(medium, rate, name)
+        worker = self._worker()
+        try:
+            with named_errors(medium, "audio", name):
+                worker.post("sound", medium, rate, name)
+                return worker.take()
+        finally:
+            self._free(worker)
+
+    def ahead(self, plan) -> None:
+        """What will be opened next: an iterable of (medium, num_frames, name, first), looked at as
+        late as possible; first((F, H, W, 3)) is the part that will be wanted first."""
+        self.plan = iter(plan)
+        self._start()
+
+    def close(self) -> None:
+        """End all workers."""
+        self.plan = iter(())
+        for future in self.started.values():
+            self._drop(future)
+        self.started = {}
+        for worker in self.idle:
+            worker.close()
+        self.idle = []
+
+    def _start(self) -> None:
+        while len(self.started) < self.slots and (job := next(self.plan, None)):
+            if job[:2] not in self.started:
+                self.started[job[:2]] = self.threads.submit(self._open, *job)
+
+    def _open(self, medium: Medium, num_frames, name: str, first=None) -> Frames:
+        worker = self._worker()
+        try:
+            frames = Frames(medium, num_frames, name, worker)
+            if first:
+                frames.ask(first(frames.shape))
+            return frames
+        except BaseException:
+            self._free(worker)
+            raise
+
+    def _worker(self) -> Worker:
+        with suppress(IndexError):
+            return self.idle.pop()
+        return Worker(self.limit)
+
+    def _free(self, worker: Worker) -> None:
+        worker.uses += 1
+        if worker.open or worker.uses >= self.uses:  # a reply that nobody takes, or old
+            worker.close()
+        else:
+            self.idle.append(worker)
+
+    def _drop(self, future) -> None:
+        future.add_done_callback(
+            lambda f: f.cancelled() or f.exception() or self._free(f.result().worker)
+        )
+        future.cancel()
+
+
+def serve() -> None:
+    """The life of a worker: replies to ("open", medium, num_frames, name), ("read", part),
+    ("sound", medium, rate, name), until its parent is gone."""
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not stand between the replies
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this
+    parent, frames = os.getppid(), None
+
+    def watch():  # a decoder that hangs would never read the end of the requests
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    with suppress(EOFError):
+        while True:
+            what, *rest = pickle.load(sys.stdin.buffer)
+            try:
+                if what == "open":
+                    frames = Frames(*rest)
+                    reply = frames.times, frames.shape
+                else:
+                    reply = frames[rest[0]] if what == "read" else load_audio(*rest)
+                good = True
+            except DataError as error:
+                good, reply = False, str(error)
+            pickle.dump((good, reply), replies, protocol=5)
+            replies.flush()
+
+
+if __name__ == "__main__":
+    serve()
