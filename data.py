@@ -342,11 +342,16 @@ def open_video(path: str, how: int | Rate, segment=None):
     (start, end) seconds."""
     import decord
 
+    declared, seconds, turned = read_header(path)
     # One thread: decord's own pool fights with the ranks, and threads of it have hung in the field.
     reader = decord.VideoReader(path, num_threads=1)
     total, fps = len(reader), float(reader.get_avg_fps())
     stamps = reader.get_frame_timestamp(np.arange(total)).astype(float)  # (N, 2) start, end
-    turned = check_whole(path, total, stamps[-1, 1])
+    # A download that was cut off decodes as a shorter video, and nothing says so. Times are the
+    # weaker witness (sound may be longer): for files that count no frames.
+    if total < 0.98 * declared or (not declared and stamps[-1, 1] < 0.9 * seconds - 1):
+        found = f"{total} frames of {declared}, {stamps[-1, 1]:.1f} s of {seconds:.1f} s"
+        raise DataError(f"the file is cut off: {found}")
     times = np.arange(total) / fps  # exact, where the rate is constant ...
     if np.abs(stamps[:, 0] - stamps[0, 0] - times).max() > 0.5 / fps:  # ... and it is not
         times = stamps[:, 0] - stamps[0, 0]
@@ -355,7 +360,7 @@ def open_video(path: str, how: int | Rate, segment=None):
         first, last = np.searchsorted(times, np.array(segment) - 1e-6) - (0, 1)
     indices = choose_frames(times, how, int(first), int(last))
     read = lambda at: reader.get_batch(at).asnumpy()  # noqa: E731
-    return Turned(path, turned // 90).read if turned else read, indices, times[indices]
+    return Turned(path, turned // 90).read if turned % 180 else read, indices, times[indices]
 
 
 class Turned:
@@ -379,28 +384,24 @@ class Turned:
         return np.stack([found[i] for i in indices])
 
 
-def check_whole(path: str, frames: int, end: float) -> int:
-    """DataError if decord found fewer frames, or an earlier end (s), than the file's header tells:
-    a download that was cut off decodes as a shorter video, and nothing says so. Returns by how many
-    degrees, counter-clockwise, the frames are to be turned: 90 or -90; upside down decord can."""
+def read_header(path: str) -> tuple[int, float, int]:
+    """What a video's header tells: the number of frames (0: it does not), seconds, and by how many
+    degrees, counter-clockwise, frames are to be turned. DataError without video, or if it is
+    huge: before anything of it is decoded."""
     import av
 
     with av.open(path) as container:
+        if not container.streams.video:
+            raise DataError("the file has no video stream")
         stream = container.streams.video[0]
-        if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
-            size = f"{stream.codec_context.width} x {stream.codec_context.height}"
-            raise DataError(f"frames of {size} pixels: more than {MAX_PIXELS:,}")
-        turned = next(container.decode(stream)).rotation
-        declared, length = stream.frames, container.duration
+        height, width = stream.codec_context.height, stream.codec_context.width
+        if height * width > MAX_PIXELS:
+            raise DataError(f"frames of {width} x {height} pixels: more than {MAX_PIXELS:,}")
+        length = container.duration
         if stream.duration is not None:
             length = stream.duration * stream.time_base * av.time_base
-    # Times are the weaker witness (sound may be longer): for containers that count no frames.
-    seconds = float(length or 0) / av.time_base
-    if frames < 0.98 * declared or (not declared and end < 0.9 * seconds - 1):
-        raise DataError(
-            f"the file is cut off: {frames} frames of {declared}, {end:.1f} s of {seconds:.1f} s"
-        )
-    return turned if turned % 180 else 0
+        frame = next(container.decode(stream), None)
+        return stream.frames, float(length or 0) / av.time_base, frame.rotation if frame else 0
 
 
 def load_audio(medium: Medium, rate: int = 16000, name: str = "") -> np.ndarray:

@@ -38,9 +38,11 @@ class Worker:
     """A child process that opens media for this one, a file at a time. limit: seconds for a reply;
     then it is killed."""
 
+    command = [sys.executable, os.path.abspath(__file__)]
+
     def __init__(self, limit: float):
-        command, pipe = [sys.executable, os.path.abspath(__file__)], subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe)
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe)
         self.limit, self.late, self.uses, self.open = limit, False, 0, 0
 
     def post(self, *request) -> None:
@@ -85,6 +87,9 @@ class Loader:
         self.limit, self.uses, self.slots = limit, uses, ahead
         self.idle, self.started, self.plan = [], {}, iter(())
         self.threads = ThreadPoolExecutor(max(ahead, 1))
+
+    def __deepcopy__(self, memo) -> "Loader":
+        return self  # the copy of a model reads through the same processes
 
     @contextmanager
     def open(self, medium: Medium, num_frames: int | Rate, name: str = ""):

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch.multiprocessing import start_processes
 
 import data
-import model as model_file
 import mrsp
 
 # ---------------------------------------------------------------------------------------- memory
@@ -211,7 +210,7 @@ def test_cached_embeddings_equal_fresh_ones_and_skip_decoding(toy, model, tmp_pa
     model.cache = first = mrsp.EmbeddingCache(str(tmp_path))
     assert torch.equal(model.features(row, 6)[0].features, fresh)
     calls = []
-    monkeypatch.setattr(model_file, "Frames", lambda *a: calls.append(a))
+    monkeypatch.setattr(model.loader, "open", lambda *a: calls.append(a))
     assert torch.equal(model.features(row, 6)[0].features, fresh)  # from memory
     model.cache = again = mrsp.EmbeddingCache(str(tmp_path))
     assert torch.equal(

@@ -1,0 +1,396 @@
+"""Decoding: which frames, their times, and files that mean harm; each costs itself alone."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from fractions import Fraction
+
+import av
+import numpy as np
+import psutil
+import pytest
+from conftest import run_ranks, write_video_with_audio, write_wav
+from PIL import Image
+from test_data import medium, numbered_frames, numbers_of
+
+import data
+import decode
+import train
+from data import DataError, Rate
+from model import VILA
+from toy import write_mp4
+
+PRESENT = "no question"
+
+
+def write_video(path, frames, codec="mpeg4", fps=10, pts=None, turn=0, **options):
+    """frames (F, H, W, 3) as a video; pts: when each is shown, in milliseconds; turn: degrees."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps, options=options)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        if turn:
+            stream.set_display_rotation(turn)
+        if pts is not None:
+            stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for i, frame in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            if pts is not None:
+                frame.pts, frame.time_base = int(pts[i]), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return str(path)
+
+
+@pytest.fixture
+def loader():
+    made = decode.Loader(ahead=1, limit=20)
+    yield made
+    made.close()
+
+
+def seen(loader, m, how=4):
+    with loader.open(m, how, PRESENT) as frames:
+        return frames[:], frames.times
+
+
+# -------------------------------------------------------------------------- which frames, and when
+
+
+@pytest.mark.parametrize(
+    "rate, expected",
+    (
+        (Rate(1), [0, 22, 45, 68, 91, 114, 137]),  # 70 frames at 10 a second: 7 of them
+        (Rate(0.5), None),
+        (Rate(0.01), [0]),
+        (Rate(1000), list(range(70))),
+        (Rate(10), list(range(70))),
+        (Rate(5, most=3), [0, 34, 69]),
+    ),
+)
+def test_a_rate_gives_frames_a_second(tmp_path, rate, expected):
+    path = write_video(tmp_path / "v.mp4", numbered_frames(70))
+    frames, times = data.load_media(medium(path), rate)
+    n = min(max(round(7 * rate.fps), 1), 70, rate.most)
+    assert len(frames) == len(times) == n
+    if rate == Rate(1):
+        expected = np.linspace(0, 69, 7, dtype=int).tolist()
+    if expected is not None:
+        assert numbers_of(frames).tolist() == expected
+        assert times == pytest.approx(np.array(expected) / 10)
+
+
+def test_a_rate_counts_in_a_segment(tmp_path):
+    path = write_video(tmp_path / "v.mp4", numbered_frames(70))
+    frames, times = data.load_media(medium(path, segment=(2.0, 4.0)), Rate(2))
+    assert numbers_of(frames).tolist() == [20, 26, 32, 39] and times[0] == 2.0
+
+
+@pytest.mark.parametrize("ending", ("mp4", "mkv"))
+def test_times_of_a_variable_frame_rate_are_those_of_the_file(tmp_path, ending):
+    """30 frames in 1.2 s, then 30 in 6 s: a rate takes them evenly by time, a number by index."""
+    pts = np.cumsum([0] + [40] * 30 + [200] * 29)
+    path = write_video(tmp_path / f"v.{ending}", numbered_frames(60), fps=30, pts=pts)
+    frames, times = data.load_media(medium(path), 60)
+    assert np.abs(times - pts / 1000).max() < 2e-3
+    frames, times = data.load_media(medium(path), Rate(1))
+    wanted = np.linspace(0, pts[-1], len(frames))
+    shown = [np.searchsorted(pts, t + 1, "right") - 1 for t in wanted]
+    assert numbers_of(frames).tolist() == shown and len(frames) == 7
+    assert np.abs(times - pts[shown] / 1000).max() < 2e-3
+    inside, times = data.load_media(medium(path, segment=(1.2, 2.2)), 99)
+    assert numbers_of(inside).tolist() == [30, 31, 32, 33, 34]
+    by_number = data.load_media(medium(path), 3)[0]
+    assert numbers_of(by_number).tolist() == [0, 29, 59]
+
+
+@pytest.mark.parametrize("turn", (90, 180, 270))
+@pytest.mark.parametrize("size", ((48, 64), (50, 34)))
+def test_a_turned_video_is_shown_upright(tmp_path, turn, size):
+    """Telephones store frames as the sensor gives them, with the angle to show them at."""
+    frames = np.zeros((6, *size, 3), np.uint8)
+    frames[:, : size[0] // 3, : size[1] // 2] = (250, 30, 30)
+    frames += (np.arange(6, dtype=np.uint8) * 20)[:, None, None, None] // 5
+    path = write_video(tmp_path / "v.mp4", frames, turn=turn)
+    upright = np.rot90(frames, turn // 90, axes=(1, 2)).astype(int)
+    got, times = data.load_media(medium(path), 6)
+    assert got.shape == upright.shape and times.tolist() == [i / 10 for i in range(6)]
+    assert np.abs(got - upright).mean() < 12
+    lazy = data.Frames(medium(path), 3)
+    assert lazy.shape == (3, *upright.shape[1:])
+    for part in (slice(2, 3), slice(0, 2), slice(1, 3)):  # forth and back
+        assert np.array_equal(lazy[part], got[lazy.indices[part]])
+
+
+@pytest.mark.parametrize("size", ((33, 17), (1, 99), (48, 127)))
+def test_odd_sizes_are_kept(tmp_path, size):
+    with av.open(str(tmp_path / "v.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.height, stream.width, stream.pix_fmt = *size, "bgr0"
+        for i in range(5):
+            frame = np.full((*size, 3), 40 * i, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    frames = data.load_media(medium(tmp_path / "v.mkv"), 5)[0]
+    assert frames.shape == (5, *size, 3)
+    assert all((frame == 40 * i).all() for i, frame in enumerate(frames))
+
+
+# ------------------------------------------------------------------------------ in a child process
+
+
+def test_a_child_gives_the_same_frames_and_sound(tmp_path, loader):
+    video = medium(tmp_path / "v.mp4", segment=(0.5, 2.5))
+    write_video_with_audio(tmp_path / "v.mp4", numbered_frames(30), 10, 3.0, 440)
+    write_wav(tmp_path / "s.wav", 1.0)
+    Image.fromarray(numbered_frames(3)[2]).save(tmp_path / "i.png")
+    for m, how in ((video, 7), (video, Rate(3)), (medium(tmp_path / "i.png", "image"), 5)):
+        for one, other in zip(seen(loader, m, how), data.load_media(m, how)):
+            assert np.array_equal(one, other)
+    with loader.open(video, 20, "q") as frames:
+        whole = data.load_media(video, 20)[0]
+        assert frames.shape == whole.shape and len(frames) == 20
+        parts = [slice(0, 3), slice(3, 4), slice(4, 20)]
+        assert np.array_equal(np.concatenate(list(frames.pieces(parts))), whole)
+        frames.ask(slice(5, 9))
+        assert np.array_equal(frames[2:4], whole[2:4])  # another part than it was asked for
+    for m in (video._replace(segment=None), medium(tmp_path / "s.wav", "audio")):
+        assert np.array_equal(loader.sound(m), data.load_audio(m))
+    assert len(loader.idle) == 1  # one process did it all
+
+
+def broken(folder):
+    """A directory of what one meets: name -> words of the error, or the number of frames."""
+    frames = numbered_frames(64)
+    write_video(folder / "good.mp4", frames)
+    write_video(folder / "good.webm", frames[:20], "libvpx")
+    whole, webm = (folder / "good.mp4").read_bytes(), (folder / "good.webm").read_bytes()
+    (folder / "zero.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_text("<html>404 Not Found</html>\n" * 99)
+    (folder / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "cut.webm").write_bytes(webm[: len(webm) // 2])
+    third = len(whole) // 3
+    (folder / "garbage.mp4").write_bytes(whole[:third] + bytes(third) + whole[2 * third :])
+    write_video(folder / "one.mp4", frames[:1])
+    write_wav(folder / "sound.wav", 1.0)
+    (folder / "sound.wav").rename(folder / "sound.mp4")
+    huge = np.zeros((1, 8200, 8200, 3), np.uint8)
+    write_video(folder / "huge.mkv", huge, "ffv1")
+    write_video(folder / "variable.mkv", frames[:9], pts=np.arange(9) ** 2 * 50)
+    write_video(folder / "turned.mp4", frames[:9], turn=90)
+    (folder / "folder.mp4").mkdir()
+    for name in ("hangs.mp4", "late.mp4", "crashes.mp4"):
+        rest = b"\0\0\0\x10free" + name[:8].encode()  # files alike would share their embeddings
+        (folder / name).write_bytes(whole + rest)
+    return {
+        "good.mp4": 4, "zero.mp4": "file is empty.*download it again", "good.webm": 4,
+        "text.mp4": "no video stream", "noise.mp4": "does not decode as video",
+        "cut.mp4": "does not decode as video", "cut.webm": "cut off: .* s of .* s",
+        "garbage.mp4": "does not decode as video", "one.mp4": 1,
+        "sound.mp4": "no video stream", "huge.mkv": "8200 x 8200 pixels: more than",
+        "hangs.mp4": "gave nothing within 1.5 s", "variable.mkv": 4,
+        "late.mp4": "gave nothing within 1.5 s", "crashes.mp4": r"the decoder crashed \(-6\)",
+        "turned.mp4": 4, "folder.mp4": "no such file", "absent.mp4": "no such file",
+    }  # fmt: skip
+
+
+# A worker that sleeps or aborts on certain names, as a decoder does on certain bytes.
+HOSTILE = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+import data, decode
+opened = data.open_video
+def open_video(path, *rest):
+    name = os.path.basename(path)
+    if name.startswith("hangs"): time.sleep(600)
+    if name.startswith("crashes"): os.abort()
+    read, *more = opened(path, *rest)
+    late = lambda at: time.sleep(600 if len(at) > 1 else 0) or read(at)  # the first frame comes
+    return (late if name.startswith("late") else read, *more)
+data.open_video = open_video
+decode.serve()
+"""
+
+
+@pytest.fixture
+def hostile(monkeypatch):
+    command = [sys.executable, "-c", HOSTILE, os.path.dirname(data.__file__)]
+    monkeypatch.setattr(decode.Worker, "command", command)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hostile")
+    return folder, broken(folder)
+
+
+def test_each_hostile_file_has_its_outcome_and_costs_itself_alone(directory, hostile):
+    folder, expected = directory
+    loader = decode.Loader(ahead=2, limit=1.5)
+    files = [medium(folder / name) for name in expected]
+    loader.ahead((m, 4, "q", lambda shape: slice(0, 2)) for m in files)
+    for m, (name, outcome) in zip(files, expected.items()):
+        if isinstance(outcome, int):
+            frames, times = seen(loader, m)
+            assert len(frames) == len(times) == outcome, name
+        else:
+            with pytest.raises(DataError, match=outcome) as error:
+                seen(loader, m)
+            assert error.value.question and str(error.value).count("(question q)") <= 1
+    loader.close()
+
+
+def test_training_and_evaluation_go_on_without_the_hostile_files(
+    directory, hostile, toy, tmp_path, capsys
+):
+    """The list names each lost row once, with its error; nothing takes their place."""
+    folder, expected = directory
+    rows = []
+    for name in expected:
+        rows.append(
+            {"problem_id": name, "problem": "Which?\nA. red\nB. blue", "data_type": "video"}
+            | {"problem_type": "x", "reasoning": "seen", "answer": "<answer>A</answer>"}
+            | {"videos": name}
+        )
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    lost = sorted(name for name, outcome in expected.items() if isinstance(outcome, str))
+    own, questions = str(toy / "init"), str(tmp_path / "rows.jsonl")
+    arguments = [
+        "--preset", "qwen2.5-vl-7b", "--model", own, "--cache_dir", str(tmp_path / "cache"),
+        "--data", questions, "--sft_data", questions, "--test_data", questions, "--video_dir",
+        str(folder), "--sp", "1", "--fsdp", "false", "--dtype", "float32", "--rollout", "torch",
+        "--decode_seconds", "1.5", "--recipe_num_frames", "4", "--recipe_max_tokens", "4",
+        "--sft_steps", "3", "--sft_groups", "8", "--grpo_steps", "3", "--grpo_prompts", "8",
+        "--grpo_update_prompts", "8", "--grpo_group", "2",
+    ]  # fmt: skip
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit, match="2 of 18 media files are missing"):
+        train.main([*arguments, "--output_dir", str(out)])
+    summary = train.main([*arguments, "--output_dir", str(out), "--on_bad_video", "skip"])
+    listed = [json.loads(line) for line in (out / "lost.jsonl").open()]
+    assert [row["row"] for row in listed] == lost and summary["lost"] == len(lost)
+    assert all(row["row"] in row["error"] for row in listed)
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    assert [m["stage"] for m in metrics] == ["sft"] * 3 + ["grpo"] * 3
+    assert summary["questions"] == len(rows)
+
+
+def test_the_first_bad_video_ends_a_run_that_does_not_skip(directory, hostile, toy, model):
+    folder, expected = directory
+    row = data.load_rows(str(toy / "rl.jsonl"))[0]
+    rows = [replace(row, id=n, media=(medium(folder / n),)) for n in ("good.mp4", "cut.mp4")]
+    see = lambda examples: [model.prompt(e, 4) for e in examples]  # noqa: E731
+    with pytest.raises(DataError, match=r"cut.mp4: does not decode.*\(question cut.mp4\)"):
+        model.usable(rows, see, None)
+    lost = {}
+    left, prompts = model.usable(rows, see, lost)
+    assert left == rows[:1] and len(prompts) == 1 and list(lost) == ["cut.mp4"]
+    assert model.usable(rows[1:], see, lost) == ([], [])  # it is not opened again
+
+
+def test_a_hanging_child_is_killed_and_another_one_goes_on(directory, hostile):
+    folder, _ = directory
+    loader = decode.Loader(ahead=1, limit=1.5)
+    assert len(seen(loader, medium(folder / "good.mp4"))[0]) == 4
+    first = loader.idle[0].process
+    with pytest.raises(DataError, match="gave nothing within 1.5 s"):
+        seen(loader, medium(folder / "hangs.mp4"))
+    assert first.poll() == -9 and not loader.idle
+    assert len(seen(loader, medium(folder / "good.mp4"))[0]) == 4
+    assert loader.idle[0].process.pid != first.pid
+    loader.close()
+
+
+def test_files_are_opened_ahead_a_few_at_a_time(tmp_path):
+    """While one is looked at, `ahead` others wait with their first piece; the plan is looked at as
+    late as possible; what was planned and is not wanted is dropped."""
+    names = "abcdef"
+    for name in names:
+        write_video(tmp_path / f"{name}.mp4", numbered_frames(8))
+    loader, asked = decode.Loader(ahead=2, limit=20), []
+
+    def plan():
+        for name in names:
+            asked.append(name)
+            yield medium(tmp_path / f"{name}.mp4"), 4, name, lambda shape: slice(0, shape[0] // 2)
+
+    loader.ahead(plan())
+    assert asked == ["a", "b"]
+    with loader.open(medium(tmp_path / "a.mp4"), 4) as frames:
+        assert frames.asked == slice(0, 2) and frames[0:2].shape[0] == 2
+    assert asked == ["a", "b", "c"]
+    with loader.open(medium(tmp_path / "e.mp4"), 4) as frames:  # not planned for now
+        assert len(frames[:]) == 4
+    with loader.open(medium(tmp_path / "c.mp4"), 4) as frames:  # without b
+        waiting = {os.path.basename(m.path) for m, _ in loader.started}
+        assert waiting <= {"d.mp4"} and len(frames[0:2]) == 2
+    assert "b.mp4" not in {os.path.basename(m.path) for m, _ in loader.started}
+    pids = [f.result().worker.process for f in loader.started.values()]
+    pids += [w.process for w in loader.idle]
+    loader.close()
+    assert all(p.poll() is not None for p in pids)
+
+
+def test_a_child_is_replaced_after_so_many_files(tmp_path):
+    write_video(tmp_path / "v.mp4", numbered_frames(8))
+    loader = decode.Loader(ahead=1, limit=20, uses=3)
+    pids = []
+    for _ in range(7):
+        with loader.open(medium(tmp_path / "v.mp4"), 2) as frames:
+            pids.append(frames.worker.process.pid)
+    assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [3, 3, 1]
+    loader.close()
+
+
+def test_children_end_with_their_parent(tmp_path):
+    write_video(tmp_path / "v.mp4", numbered_frames(8))
+    code = (
+        "import decode, data, time\n"
+        f"with decode.Loader(1).open(data.Medium('video', {str(tmp_path / 'v.mp4')!r}), 2) as f:\n"
+        "    print(f.worker.process.pid, flush=True)\n    time.sleep(99)"
+    )
+    cwd = os.path.dirname(data.__file__)
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=cwd)
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    child.wait(timeout=20)
+
+
+# ---------------------------------------------------------------------------------------- ranks
+
+
+def both_ranks_fail_alike(rank, folder, checkpoint):
+    """One rank of a sequence cannot open a file, or decode its share: both raise the same error,
+    and the next video is encoded together."""
+    import torch.distributed as dist
+
+    model, group = VILA.from_pretrained(checkpoint), dist.group.WORLD
+    good = data.Example("good", "", (), "", "", (medium(f"{folder}/good.mp4"),), "video", "")
+    whole = model.features(good, 6)[0].features
+    for fails in (0, 1):
+        for where in ("open_video", "get"):
+            model.cache.memory.clear()  # the files are alike
+            bad = replace(good, id="bad", media=(medium(f"{folder}/bad{fails}{where}.mp4"),))
+            with pytest.MonkeyPatch.context() as patch:
+                if rank == fails and where == "open_video":
+                    patch.setattr(data, "open_video", lambda *a: 1 / 0)
+                if rank == fails and where == "get":
+                    patch.setattr(
+                        data.Frames, "pieces", lambda *a: data.Frames(medium("gone"), 1)[:]
+                    )
+                with pytest.raises(DataError) as error:
+                    model.features(bad, 6, group)
+            said = [None, None]
+            dist.all_gather_object(said, str(error.value))
+            assert said[0] == said[1]
+            model.cache.memory.clear()
+            assert (model.features(good, 6, group)[0].features - whole).abs().max() < 1e-6
+
+
+def test_ranks_of_a_sequence_fail_together(toy, tmp_path):
+    for name in ("good", *(f"bad{i}{w}" for i in (0, 1) for w in ("open_video", "get"))):
+        write_mp4(str(tmp_path / f"{name}.mp4"), numbered_frames(12)[:, :32, :32])
+    run_ranks(both_ranks_fail_alike, 2, str(tmp_path), str(toy / "init"))
