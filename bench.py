@@ -3,6 +3,7 @@
     python bench.py mrsp        the paper's efficiency figure in miniature, on two CPU cores
     python bench.py rollout     both rollout engines: tokens a second, prefill counted, weight sync
     python bench.py step        one GRPO step on text: seconds of each phase, as one JSON line
+    python bench.py decode      videos decoded ahead of the tower; memory over 2,000 of them
     python bench.py attention   block attention against plain softmax and torch's own kernel
     python bench.py plan --model qwen2.5-vl-7b --frames 3600 --gpus 8 --gpu_memory 80
     python bench.py gpu         a 7B decoder, prompts of 16k to 256k tokens, on a CUDA GPU
@@ -39,10 +40,12 @@ import sys
 import time
 from collections import defaultdict
 from contextlib import nullcontext
+from dataclasses import replace
 from math import gcd
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -53,9 +56,11 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import grpo
 import mrsp
-from data import Example
+from data import Example, Medium
+from decode import Loader
 from model import VILA, Media, Policy, Prompt
 from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, VLLMEngine
+from toy import write_mp4
 
 QUESTION = Example("", "user", (), "", "", (), "video", "")
 BARS = {  # encoded once by all ranks? sequence parallel? shared prefix?
@@ -362,6 +367,45 @@ def bench_rollout(args) -> None:
 # ---------------------------------------------------------------------------------- attention
 
 
+def bench_decode(args) -> None:
+    """Seconds to decode and encode a video, and memory after so many, here and in children."""
+    import psutil
+
+    torch.manual_seed(0)
+    model, folder = small_vila(128, 2), Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    videos = [Medium("video", str(folder / f"{i}.mp4")) for i in range(args.videos)]
+    for i, m in enumerate(videos):  # smooth noise that moves: mpeg4 is to have work
+        picture = np.random.default_rng(i).integers(0, 255, (45, 240), np.uint8).repeat(8, 0)
+        picture = picture.repeat(8, 1)[..., None].repeat(3, 2)
+        write_mp4(m.path, np.stack([picture[:, 4 * t : 4 * t + 640] for t in range(300)]), 30)
+    bars = {"here": Loader(), "child": Loader(1), "child, ahead": Loader(1)}
+    seconds = defaultdict(list)
+    for repeat in range(args.repeats + 1):
+        for name, model.loader in bars.items():
+            model.cache, begin = mrsp.EmbeddingCache(), time.perf_counter()
+            rows = [replace(QUESTION, media=(m,)) for m in videos]
+            if "ahead" in name:
+                model.ahead(rows, args.frames)
+            for row in rows:
+                model.features(row, args.frames)
+            if repeat:  # the first one is for warming up
+                seconds[name].append((time.perf_counter() - begin) / len(videos))
+    times = {f"seconds a video, {name}": round(median(v), 3) for name, v in seconds.items()}
+    print(json.dumps({"frames": args.frames} | times), flush=True)
+    this, loader = psutil.Process(), bars["child"]
+    for n in range(args.decodes + 1):
+        with loader.open(videos[n % len(videos)], args.frames) as frames:
+            frames[:]
+        if n % (args.decodes // 8) == 0:
+            sizes = [p.memory_info().rss >> 20 for p in (this, *this.children())]
+            print(
+                json.dumps({"decodes": n, "MiB here": sizes[0], "children": sizes[1:]}), flush=True
+            )
+    for loader in bars.values():
+        loader.close()
+
+
 def clock(work, repeats: int, device) -> float:
     """Median seconds of work(), after one call to warm up."""
     sync, seconds = torch.cuda.synchronize if "cuda" in str(device) else lambda: None, []
@@ -604,6 +648,11 @@ COMMANDS = {  # option: default, help
     "rollout": (bench_rollout, SMALL | {
         "frames": ([8, 32, 128, 512], "frames a video, by commas"), "hidden": (128, "its width"),
         "prompts": (4, "in a batch"),
+    }),
+    "decode": (bench_decode, {
+        "frames": (64, "of a video of 300"), "videos": (8, "of 640 x 360 pixels"),
+        "decodes": (2000, "files opened for the memory"), "repeats": (3, "for the median"),
+        "output": ("runs/bench", "folder of the videos"),
     }),
     "step": (bench_step, SMALL | {
         "prompt_tokens": (1024, "of the prompt"), "hidden": (256, "width of the decoder"),

@@ -286,7 +286,8 @@ class Frames:
         self.medium, self.name, self.read, self.times = medium, name, None, np.zeros(1)
         self.worker, self.asked = worker, None
         if worker is not None:
-            self.times, self.shape = self._reply("open", medium, num_frames, name)
+            reply = worker.ask("open", medium, num_frames, name)
+            self.times, self.shape = self._result(reply)
         elif medium.kind == "video":
             with named_errors(medium, "video", name):
                 how = medium.num_frames or num_frames
@@ -303,8 +304,7 @@ class Frames:
     def ask(self, part: slice) -> None:
         """frames[part] is what will be wanted next: a worker begins with it."""
         if self.worker is not None:
-            self.asked = part
-            self.worker.post("read", part)
+            self.asked, self.reply = part, self.worker.ask("read", part)
 
     def pieces(self, parts: list[slice]):
         """frames[part] of one part after the other; a worker decodes the next one meanwhile."""
@@ -317,10 +317,9 @@ class Frames:
     def __getitem__(self, part: slice) -> np.ndarray:
         if self.worker is not None:
             if self.asked != part:  # something else, or nothing, was asked for
-                self._reply() if self.asked else None
                 self.ask(part)
             self.asked = None
-            return self._reply()
+            return self._result(self.reply)
         with named_errors(self.medium, self.medium.kind, self.name):
             if self.read is not None:
                 return self.read(self.indices[part])
@@ -329,12 +328,9 @@ class Frames:
             with Image.open(self.medium.path) as image:
                 return np.array(image.convert("RGB"))[None][part]
 
-    def _reply(self, *request):
-        """The worker's answer to this request, or to what it was asked before."""
+    def _result(self, reply):
         with named_errors(self.medium, self.medium.kind, self.name):
-            if request:
-                self.worker.post(*request)
-            return self.worker.take()
+            return reply.result()
 
 
 def open_video(path: str, how: int | Rate, segment=None):

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import numpy as np
@@ -35,46 +35,44 @@ from data import DataError, Frames, Medium, Rate, load_audio, named_errors
 
 
 class Worker:
-    """A child process that opens media for this one, a file at a time. limit: seconds for a reply;
-    then it is killed."""
+    """A child process that opens media for this one, a file at a time, and a thread that talks to
+    it. limit: seconds for a reply; then it is killed."""
 
     command = [sys.executable, os.path.abspath(__file__)]
 
     def __init__(self, limit: float):
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe)
-        self.limit, self.late, self.uses, self.open = limit, False, 0, 0
+        self.limit, self.uses, self.thread = limit, 0, ThreadPoolExecutor(1)
 
-    def post(self, *request) -> None:
-        self.open += 1  # requests without a reply
-        with suppress(BrokenPipeError):  # it crashed: take() says so
-            pickle.dump(request, self.process.stdin)
-            self.process.stdin.flush()
+    def ask(self, *request) -> Future:
+        """Of the reply, or DataError, TimeoutError, ChildProcessError; requests queue up."""
+        self.last = self.thread.submit(self._ask, request)
+        return self.last
 
-    def take(self) -> tuple:
-        """The reply to the oldest request. DataError, TimeoutError, ChildProcessError."""
-
-        def kill():
-            self.late = True
-            self.process.kill()
-
-        timer = threading.Timer(self.limit, kill)
+    def _ask(self, request: tuple):
+        late = threading.Event()
+        timer = threading.Timer(self.limit, lambda: late.set() or self.process.kill())
         timer.start()
         try:
+            pickle.dump(request, self.process.stdin)
+            self.process.stdin.flush()
             good, reply = pickle.load(self.process.stdout)
-        except (EOFError, pickle.UnpicklingError):
-            if self.late:
+        except (EOFError, OSError, pickle.UnpicklingError):
+            self.process.kill()
+            code = self.process.wait()
+            if late.is_set():
                 raise TimeoutError(f"the decoder gave nothing within {self.limit:g} s") from None
-            raise ChildProcessError(f"the decoder crashed ({self.process.wait()})") from None
+            raise ChildProcessError(f"the decoder crashed (exit status {code})") from None
         finally:
             timer.cancel()
-        self.open -= 1
         if not good:
             raise DataError(reply)
         return reply
 
     def close(self) -> None:
         self.process.kill()
+        self.thread.shutdown()
         self.process.communicate()
 
 
@@ -116,8 +114,7 @@ class Loader:
         worker = self._worker()
         try:
             with named_errors(medium, "audio", name):
-                worker.post("sound", medium, rate, name)
-                return worker.take()
+                return worker.ask("sound", medium, rate, name).result()
         finally:
             self._free(worker)
 
@@ -160,8 +157,8 @@ class Loader:
 
     def _free(self, worker: Worker) -> None:
         worker.uses += 1
-        if worker.open or worker.uses >= self.uses:  # a reply that nobody takes, or old
-            worker.close()
+        if not worker.last.done() or worker.process.poll() is not None or worker.uses >= self.uses:
+            worker.close()  # busy with what nobody wants any more, dead, or old
         else:
             self.idle.append(worker)
 

@@ -186,12 +186,12 @@ def broken(folder):
         (folder / name).write_bytes(whole + rest)
     return {
         "good.mp4": 4, "zero.mp4": "file is empty.*download it again", "good.webm": 4,
-        "text.mp4": "no video stream", "noise.mp4": "does not decode as video",
+        "text.mp4": "Invalid data found", "noise.mp4": "does not decode as video",
         "cut.mp4": "does not decode as video", "cut.webm": "cut off: .* s of .* s",
         "garbage.mp4": "does not decode as video", "one.mp4": 1,
         "sound.mp4": "no video stream", "huge.mkv": "8200 x 8200 pixels: more than",
-        "hangs.mp4": "gave nothing within 1.5 s", "variable.mkv": 4,
-        "late.mp4": "gave nothing within 1.5 s", "crashes.mp4": r"the decoder crashed \(-6\)",
+        "hangs.mp4": "gave nothing within 4 s", "variable.mkv": 4,
+        "late.mp4": "gave nothing within 4 s", "crashes.mp4": "crashed .exit status -6.$",
         "turned.mp4": 4, "folder.mp4": "no such file", "absent.mp4": "no such file",
     }  # fmt: skip
 
@@ -228,7 +228,7 @@ def directory(tmp_path_factory):
 
 def test_each_hostile_file_has_its_outcome_and_costs_itself_alone(directory, hostile):
     folder, expected = directory
-    loader = decode.Loader(ahead=2, limit=1.5)
+    loader = decode.Loader(ahead=2, limit=4)
     files = [medium(folder / name) for name in expected]
     loader.ahead((m, 4, "q", lambda shape: slice(0, 2)) for m in files)
     for m, (name, outcome) in zip(files, expected.items()):
@@ -261,7 +261,7 @@ def test_training_and_evaluation_go_on_without_the_hostile_files(
         "--preset", "qwen2.5-vl-7b", "--model", own, "--cache_dir", str(tmp_path / "cache"),
         "--data", questions, "--sft_data", questions, "--test_data", questions, "--video_dir",
         str(folder), "--sp", "1", "--fsdp", "false", "--dtype", "float32", "--rollout", "torch",
-        "--decode_seconds", "1.5", "--recipe_num_frames", "4", "--recipe_max_tokens", "4",
+        "--decode_seconds", "4", "--recipe_num_frames", "4", "--recipe_max_tokens", "4",
         "--sft_steps", "3", "--sft_groups", "8", "--grpo_steps", "3", "--grpo_prompts", "8",
         "--grpo_update_prompts", "8", "--grpo_group", "2",
     ]  # fmt: skip
@@ -292,10 +292,10 @@ def test_the_first_bad_video_ends_a_run_that_does_not_skip(directory, hostile, t
 
 def test_a_hanging_child_is_killed_and_another_one_goes_on(directory, hostile):
     folder, _ = directory
-    loader = decode.Loader(ahead=1, limit=1.5)
+    loader = decode.Loader(ahead=1, limit=4)
     assert len(seen(loader, medium(folder / "good.mp4"))[0]) == 4
     first = loader.idle[0].process
-    with pytest.raises(DataError, match="gave nothing within 1.5 s"):
+    with pytest.raises(DataError, match="gave nothing within 4 s"):
         seen(loader, medium(folder / "hangs.mp4"))
     assert first.poll() == -9 and not loader.idle
     assert len(seen(loader, medium(folder / "good.mp4"))[0]) == 4
