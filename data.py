@@ -39,6 +39,7 @@ import json
 import os
 import re
 import string
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -460,3 +461,24 @@ def check_sound(path: str, container, stream, seconds: float, error: Exception |
         raise error
     if seconds < 0.98 * stated - 0.1:
         raise DataError(f"the sound is cut off or has gaps: {seconds:.1f} s of {stated:.1f} s")
+
+
+def main(argv: list[str]) -> None:
+    """The commands that make a data set: each has its --help."""
+    command = argv[0] if argv else "nothing"
+    if command == "build":
+        import build
+
+        build.main(argv[1:])
+    elif command == "filter":
+        import eval
+
+        eval.filter_main(argv[1:])
+    else:
+        sys.exit(f"error: {command} is no command: python data.py build ... | filter ...")
+
+
+if __name__ == "__main__":
+    import data  # its classes are those that the other files import
+
+    data.main(sys.argv[1:])

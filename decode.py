@@ -83,7 +83,7 @@ class Loader:
 
     def __init__(self, ahead: int = 0, limit: float = 120.0, uses: int = 200):
         self.limit, self.uses, self.slots = limit, uses, ahead
-        self.idle, self.started, self.plan = [], {}, iter(())
+        self.idle, self.started, self.plan, self.failed = [], {}, iter(()), {}
         self.threads = ThreadPoolExecutor(max(ahead, 1))
 
     def __deepcopy__(self, memo) -> "Loader":
@@ -91,7 +91,22 @@ class Loader:
 
     @contextmanager
     def open(self, medium: Medium, num_frames: int | Rate, name: str = ""):
-        """Frames of a medium, for the time of the block. Images are opened here: nothing hangs."""
+        """Frames of a medium, for the time of the block. Images are opened here: nothing hangs. A
+        file that failed fails again at once, whoever asks."""
+        if medium in self.failed:
+            said, asked = self.failed[medium]
+            error = DataError(said.replace(f"(question {asked})", f"(question {name})"))
+            error.question = name
+            raise error
+        try:
+            with self._opened(medium, num_frames, name) as frames:
+                yield frames
+        except DataError as error:
+            self.failed[medium] = str(error), name
+            raise
+
+    @contextmanager
+    def _opened(self, medium: Medium, num_frames, name: str):
         if not self.slots or medium.kind == "image":
             yield Frames(medium, num_frames, name)
             return

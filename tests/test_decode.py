@@ -298,6 +298,10 @@ def test_a_hanging_child_is_killed_and_another_one_goes_on(directory, hostile):
     with pytest.raises(DataError, match="gave nothing within 4 s"):
         seen(loader, medium(folder / "hangs.mp4"))
     assert first.poll() == -9 and not loader.idle
+    with pytest.raises(DataError, match="question another.*within 4 s") as error:  # at once
+        with loader.open(medium(folder / "hangs.mp4"), 8, "another"):
+            pass
+    assert error.value.question == "another" and not loader.idle
     assert len(seen(loader, medium(folder / "good.mp4"))[0]) == 4
     assert loader.idle[0].process.pid != first.pid
     loader.close()
