@@ -1,27 +1,28 @@
 """Data: rows of LongVideo-Reason, and the frames and sound of their media.
 
-The data set (section 3 of the paper; hub name LongVideo-Reason/longvideo-reason) is a JSON-lines
-file, one question a line, with these fields:
+The data set (section 3 of the paper) is read as published, LongVideo-Reason/longvideo-reason@test
+from the hub or its downloaded folder@test, .parquet and .jsonl files. A row is one question:
 
-    problem_id     unique name of the question
+    problem_id     unique name of the question, a text or a number
     problem        question, then its options one a line: "Which ...?\\nA. red\\nB. blue"
     data_type      "video" (or "image", "audio", "text")
     problem_type   category: temporal, goal, plot, spatial
-    reasoning      the chain of thought that SFT learns from
-    videos         path of the media file, relative to a video directory; "" for text
+    reasoning      the chain of thought that SFT learns from; may be null
+    videos         path of the media file, within a video directory; "" for text
     answer         "<answer>B</answer>"
 
-and, as our additions, optional: response (a verbatim SFT target instead of reasoning + answer);
+and, as our additions, optional or null: response (a verbatim SFT target, not reasoning + answer);
 of `videos`: a list of paths, all of the kind data_type, num_frames (instead of the run's setting),
 segment ([start, end] in seconds) and audio_track (true: a video's sound is heard as well); and
 `images` and `audios`, lists of paths that come along. Order in the prompt: videos, images, audios.
+Other fields are not read.
 
-                 load_rows                 load_media
-    rows.jsonl ------------> list[Example] ----------> frames (F, H, W, 3) uint8, times (F,) s
-               checks every  with their    decord / PIL
-               field         Media         load_audio
-                                           ----------> sound (S,) float32, 16,000 samples a second
-                                           PyAV
+                   load_rows                 load_media
+    rows.jsonl,    ---------> list[Example] ----------> frames (F, H, W, 3) uint8, times (F,) s
+    rows.parquet,  checks     with their     decord / PIL
+    ID@SPLIT       all fields Media          load_audio
+                                            ----------> sound (S,) float32, 16,000 samples a second
+                                             PyAV
 
 F frames, H x W pixels, S samples. Which frames: so many, by VILA's rule linspace(0, N - 1, F),
 truncated; or a Rate, frames a second. Times are those of the file, also where its rate varies.
@@ -29,7 +30,8 @@ A run decodes in child processes, which may hang or crash: decode.py.
 
 What other systems do: a video that does not decode is replaced by another one under the same
 question, or dropped. Here bad input is a DataError that names the row or the file, and the caller
-decides (--on_bad_video); nothing is replaced.
+decides (--on_bad_video); nothing is replaced. Nor does a row reach files outside the video
+directory.
 
 Check this file alone:  pytest tests/test_data.py
 """
@@ -48,6 +50,8 @@ from typing import NamedTuple
 import numpy as np
 
 FIELDS = ("problem_id", "problem", "data_type", "problem_type", "reasoning", "videos", "answer")
+OPTIONAL = ("response", "num_frames", "segment", "audio_track", "images", "audios")
+ALSO = {"problem_id": int, "reasoning": type(None), "videos": list}  # what may stand for a text
 TYPES = ("video", "image", "audio", "text")
 
 
@@ -102,7 +106,8 @@ def parse_options(problem: str) -> tuple[str, ...]:
     >>> parse_options("Which?\\nA. red\\nB. blue sky")
     ('red', 'blue sky')
     """
-    found = [re.match(r"\(?([A-Z])[.):]\s+(.*\S)", line) for line in problem.splitlines()[1:]]
+    lines = problem.split("\n")[1:]  # splitlines() would cut a text at characters like U+2028
+    found = [re.match(r"\s*\(?([A-Z])[.):]\s+(.*\S)", line) for line in lines]
     found = [match.groups() for match in found if match]
     letters = "".join(letter for letter, _ in found)
     if letters != string.ascii_uppercase[: len(letters)]:
@@ -138,8 +143,16 @@ def parse_media(row: dict, video_dir: str, name: str) -> tuple[Medium, ...]:
             paths = [paths]
         if not (isinstance(paths, list) and paths and all(isinstance(p, str) and p for p in paths)):
             raise DataError(f"{name}: field {field!r} is {row[field]!r}, not paths of media files")
-        paths = [str(Path(video_dir, path).absolute()) for path in paths]
-        media += [Medium(of, path, *(how if field == "videos" else ())) for path in paths]
+        for path in paths:
+            # Only the text of the path counts: a link within the folder may lead to another disk.
+            inside = os.path.relpath(os.path.join(video_dir, path), video_dir)
+            if inside.split(os.sep)[0] == os.pardir:
+                raise DataError(
+                    f"{name}: field {field!r}: {path!r} is not within the video directory "
+                    f"{video_dir or '.'}; give one that holds all media"
+                )
+            path = str(Path(video_dir, inside).absolute())
+            media.append(Medium(of, path, *(how if field == "videos" else ())))
     return tuple(media)
 
 
@@ -147,7 +160,7 @@ def parse_row(row: dict, video_dir: str, where: str = "row") -> Example:
     """One JSON object to an Example, or a DataError that names the row and the field."""
     name = f"{where} (problem_id {row.get('problem_id', '?')!r})"
     for field in FIELDS:
-        if not isinstance(row.get(field), (str, list) if field == "videos" else str):
+        if field not in row or type(row[field]) not in (str, ALSO.get(field)):
             raise DataError(f"{name}: field {field!r} is missing or of a wrong type")
     if row["data_type"] not in TYPES:
         raise DataError(f"{name}: data_type {row['data_type']!r} is not one of {', '.join(TYPES)}")
@@ -167,11 +180,11 @@ def parse_row(row: dict, video_dir: str, where: str = "row") -> Example:
         if options and answer not in list(string.ascii_uppercase[: len(options)]):
             raise DataError(f"{name}: answer {answer!r} is no letter of its {len(options)} options")
     if response is None:
-        think = row["reasoning"].strip()
+        think = (row["reasoning"] or "").strip()
         think = think if "<think>" in think else f"<think> {think} </think>"
         response = f"{think} <answer> {answer} </answer>"
     return Example(
-        id=row["problem_id"],
+        id=str(row["problem_id"]),
         problem=row["problem"],
         options=options,
         answer=answer,
@@ -182,34 +195,82 @@ def parse_row(row: dict, video_dir: str, where: str = "row") -> Example:
     )
 
 
-def load_rows(path: str, video_dir: str | None = None, bad=None) -> list[Example]:
-    """All rows of a .jsonl file. video_dir defaults to the file's own folder.
+def read_rows(path: str):
+    """Yields (where, row) for each row of a source that load_rows takes. where: what errors call
+    the row. row: a dict, or for a .jsonl file still its line, in bytes."""
+    source, _, split = path.rpartition("@")
+    is_file = os.path.isfile(path)
+    if not is_file and (not source or path.endswith((".jsonl", ".parquet"))):
+        raise DataError(f"{path}: no such file; give a .jsonl or .parquet file, or DATA_SET@SPLIT")
+    try:
+        if is_file and not path.endswith(".parquet"):
+            with open(path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield f"{path}:{number}", line
+            return
+        if is_file:
+            from pyarrow.parquet import ParquetFile
 
-    Raises DataError for a missing or empty file, a line that is not a JSON object, a missing
-    field, a malformed gold answer, or an id that occurs twice.
+            table = ParquetFile(path).read()
+        else:
+            from datasets import load_dataset
+
+            table = load_dataset(source, split=split).with_format("arrow")[:]
+        known = [name for name in table.column_names if name in FIELDS + OPTIONAL]
+        for number, row in enumerate(table.select(known).to_pylist(), 1):
+            yield f"{path}: row {number}", row
+    except ImportError as error:
+        raise DataError(f"{path}: {error}; pip install datasets") from None
+    except Exception as error:  # file system, Arrow and hub each have their own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        hint = "download it again" if is_file else "download the data set and give FOLDER@SPLIT"
+        raise DataError(f"{path}: cannot be read ({reason}); check its name, or {hint}") from None
+
+
+def parse_line(line: bytes, where: str) -> dict:
+    """A line of a .jsonl file as a JSON object, or a DataError."""
+    try:
+        row = json.loads(line.decode())
+        json.dumps(row, ensure_ascii=False).encode()  # "\\ud800" is half a character: no text
+    except UnicodeError:
+        raise DataError(f"{where}: not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:  # not only JSONDecodeError: huge numbers
+        raise DataError(f"{where}: not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: not a JSON object")
+    return row
+
+
+def load_rows(path: str, video_dir: str | None = None, bad: list | None = None) -> list[Example]:
+    """All rows of a data set. path: a .jsonl or .parquet file, or "ID@SPLIT" of the hub or
+    "FOLDER@SPLIT". video_dir defaults to the folder of the rows; of the hub, to the current one.
+
+    Raises DataError for a source that is missing, empty or not to be read, and for a malformed row:
+    a line that is not a JSON object, a field that is missing or wrong, an id that occurs twice. If
+    `bad` is a list, such rows are left out and appended to it as (where, message).
     """
-    if not os.path.isfile(path):
-        raise DataError(f"{path}: no such file; give a .jsonl file with one row a line")
-    examples, seen = [], set()
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        for number, line in enumerate(file, 1):
-            if not line.isprintable() and any("\ud800" <= c <= "\udfff" for c in line):
-                raise DataError(f"{path}:{number}: not UTF-8 text")
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{path}:{number}: not a JSON object")
-            example = parse_row(row, video_dir or os.path.dirname(path), f"{path}:{number}")
+    source = path.rpartition("@")[0]
+    folder = os.path.dirname(path) if os.path.isfile(path) else source * os.path.isdir(source)
+    examples, faults, seen = [], [], set()
+    for where, row in read_rows(path):
+        try:
+            row = parse_line(row, where) if isinstance(row, bytes) else row
+            example = parse_row(row, video_dir or folder, where)
             if example.id in seen:
-                raise DataError(f"{path}:{number}: problem_id {example.id!r} occurs twice")
-            seen.add(example.id)
-            examples.append(example)
+                raise DataError(f"{where}: problem_id {example.id!r} occurs twice")
+        except DataError as error:
+            if bad is None:
+                raise
+            faults.append((where, str(error)))
+            continue
+        seen.add(example.id)
+        examples.append(example)
     if not examples:
-        raise DataError(f"{path}: the file has no rows")
+        why = f"no row is good, the first: {faults[0][1]}" if faults else "it has no rows"
+        raise DataError(f"{path}: {why}")
+    if faults:
+        bad += faults
     return examples
 
 

@@ -109,6 +109,63 @@ def accuracy_reward(completion: str, gold: str, options: tuple[str, ...] = ()) -
     return float(bool(answer) and same_text(answer, gold))
 
 
+def named_letter(text: str, options: tuple[str, ...]) -> str | None:
+    """As chosen_letter, but the letter may be lower case and have a reason behind it. None too if
+    that names another one; "A man walks" and "I see" name none.
+
+    >>> texts = "(b) red", "B, as it is red", "B, C", "B. blue", "A man walks"
+    >>> [named_letter(text, ("blue", "red", "green")) for text in texts]
+    ['B', 'B', None, None, None]
+    """
+    text = re.sub(r"^\(?[a-z]\b", lambda first: first[0].upper(), text.strip())
+    behind = r"\s*[).,:;–-]+(?=\s|$)|\s*\n|\s+(?=because\b|is (?:the )?(?:correct|right)\b)"
+    reason = re.match(rf"\(?([A-Z])(?:{behind})\s*(.*)", text)
+    letter = chosen_letter(text, options)
+    if letter or not reason or reason[1] not in map(chr, range(65, 65 + len(options))):
+        return letter
+    others = re.findall(r"\b([A-Za-z])\b(?!\s+(?!(?:is|or|and)\b)[a-z])", text)  # but no articles
+    others = {chosen_letter(other.upper(), options) for other in others}
+    others.add(chosen_letter(reason[2].strip(), options))
+    return reason[1] if others <= {reason[1], None} else None
+
+
+def lenient_accuracy(completion: str, gold: str, options: tuple[str, ...] = ()) -> float:
+    """For evaluation only: 1.0 also if the gold answer is given in another form than the one asked
+    for. (A reward as lenient as this would be earned by naming letters here and there.)
+
+    Of what follows the thoughts it reads the last <answer> span, or all if there is none; in it,
+    the first that names a letter: what is boxed or behind "answer", the last one first; what is
+    behind "option"; all of it; its last line. Open-ended: behind the last "answer", or the last
+    line. Who names two letters has named none. Numbers as words are not converted.
+
+    >>> two = ("blue", "red")
+    >>> [lenient_accuracy(c, "B", two) for c in ("b", "The answer is **B**.", r"\\boxed{B}", "Red")]
+    [1.0, 1.0, 1.0, 1.0]
+    >>> [lenient_accuracy(c, "A", two) for c in ("A or B", "A man walks", "<think> so A", "A. red")]
+    [0.0, 0.0, 0.0, 0.0]
+    >>> [lenient_accuracy("<answer>3</answer> No: <answer>4</answer>", gold) for gold in ("3", "4")]
+    [0.0, 1.0]
+    """
+    if accuracy_reward(completion, gold, options):
+        return 1.0
+
+    def plain(text: str) -> str:
+        return re.sub(r"\\text|[*_`$'\"‘’“”{}]", "", text.replace(r"\boxed", " answer "))
+
+    text = completion.rpartition("</think>")[2].partition("<think>")[0]
+    text = plain(text.rpartition("<answer>")[2].partition("</answer>")[0]).strip()
+    said = []
+    for word in ("answer", "(?<!not )(?:option|choice)"):
+        lead = rf"(?i)\b{word}\b(?:\s|:|\b(?:is|the|correct|answer|option|choice)\b)*"
+        said += [text[found.end() :] for found in re.finditer(lead, text)][::-1]
+    last = text[text.rfind("\n") + 1 :]
+    if options:
+        named = [named_letter(part, tuple(map(plain, options))) for part in (*said, text, last)]
+        return float(next(filter(None, named), None) == gold)
+    cuts = [re.split(cut, part)[0] for part in (*said[:1], last) for cut in (r"\n", r"\.\s")]
+    return float(any(cut.strip() and same_text(cut, plain(gold)) for cut in cuts))
+
+
 def graded(completion: str, thinking: bool) -> str:
     """What is graded: in non-thinking mode a bare completion is the answer itself.
 

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pyarrow
 import pytest
 from conftest import sine, write_video_with_audio, write_wav
 from PIL import Image
+from pyarrow import parquet
 
 import data
 from data import (
@@ -660,6 +662,14 @@ def test_an_open_ended_row_has_a_free_answer(tmp_path):
     assert (one.options, one.answer) == ((), "1,000")
 
 
+def test_an_id_may_be_a_number_and_reasoning_null_as_published(tmp_path):
+    (one,) = load_rows(write_rows(tmp_path, ROW | {"problem_id": 0, "reasoning": None}))
+    assert one.id == "0" and one.response.split() == "<think> </think> <answer> B </answer>".split()
+    assert "problem_id '0' occurs twice" in error_of(
+        tmp_path, ROW | {"problem_id": 0}, ROW | {"problem_id": "0"}
+    )
+
+
 def test_reasoning_that_has_its_tags_keeps_them(tmp_path):
     row = ROW | {"reasoning": "<think> a </think>"}
     assert load_rows(write_rows(tmp_path, row))[0].response == (
@@ -672,8 +682,10 @@ def test_blank_lines_are_skipped_but_counted(tmp_path):
     assert ":3: not JSON" in error_of(tmp_path, ROW, "", "{")
 
 
-@pytest.mark.parametrize("value", ("absent", 5, None, {"x": 1}))
-@pytest.mark.parametrize("field", data.FIELDS)
+WRONG = [(field, value) for field in data.FIELDS for value in ("absent", 2.5, True, None, {"x": 1})]
+
+
+@pytest.mark.parametrize("field, value", [x for x in WRONG if x != ("reasoning", None)])
 def test_a_row_without_a_field_is_refused(tmp_path, field, value):
     row = {k: v for k, v in ROW.items() if k != field}
     row |= {} if value == "absent" else {field: value}
@@ -729,16 +741,182 @@ def test_a_wrong_line_is_refused_by_number(tmp_path, line, words):
 def test_a_file_without_rows_or_no_file_is_refused_by_name(tmp_path):
     assert "no rows" in error_of(tmp_path)
     assert "no rows" in error_of(tmp_path, "", " ")
-    for path in (tmp_path / "none.jsonl", tmp_path):
-        with pytest.raises(DataError, match=re.escape(f"{path}: no such file")):
+    for path in ("none.jsonl", "none.parquet", "", "me@home/none.jsonl", "data@none.parquet"):
+        with pytest.raises(DataError, match=re.escape(f"{tmp_path / path}: no such file")):
+            load_rows(str(tmp_path / path))
+
+
+def test_a_line_that_is_not_text_is_refused_by_number(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for line in (b"\xff\xfe", json.dumps(ROW | {"problem": "half \ud800"}).encode()):
+        path.write_bytes(json.dumps(ROW | {"problem_id": "8"}).encode() + b"\n" + line + b"\n")
+        with pytest.raises(DataError, match=re.escape(f"{path}:2: not UTF-8 text")):
             load_rows(str(path))
 
 
-def test_a_file_that_is_not_utf8_is_refused_by_name(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(json.dumps(ROW).encode() + b"\n\xff\xfe\n")
-    with pytest.raises(DataError, match=re.escape(str(path))):
-        load_rows(str(path))
+@pytest.mark.parametrize("line", ("9" * 5000, "[" * 100_000))
+def test_a_line_that_is_too_much_for_the_parser_is_refused_by_number(tmp_path, line):
+    assert ":2: not JSON" in error_of(tmp_path, ROW, line)
+
+
+def test_a_file_that_cannot_be_opened_is_refused_by_name(tmp_path, monkeypatch):
+    path = write_rows(tmp_path, ROW)
+    monkeypatch.setitem(
+        load_rows.__globals__, "open", lambda *_: (_ for _ in ()).throw(OSError(5, "I/O"))
+    )
+    with pytest.raises(DataError, match=re.escape(f"{path}: cannot be read ([Errno 5] I/O)")):
+        load_rows(path)
+
+
+# What the published columns hold: ids are numbers, and another file may have columns of its own.
+PUBLISHED = [
+    ROW | {"problem_id": i, "images": None, "num_frames": None, "segment": segment, "score": 0.5}
+    for i, segment in enumerate([None, [1.0, 2.5], None])
+]
+
+
+def write_parquet(path, rows):
+    path.parent.mkdir(exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return str(path)
+
+
+@pytest.fixture
+def hub_folder(tmp_path, monkeypatch):
+    """A data set in the hub's layout; what the package keeps goes to the test's folder as well."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    folder = tmp_path / "longvideo-reason"
+    folder.mkdir()
+    for split, rows in (("train", PUBLISHED), ("test", PUBLISHED[:1])):
+        write_parquet(folder / "data" / f"{split}-00000-of-00001.parquet", rows)
+    return folder
+
+
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, hub_folder):
+    lines = load_rows(write_rows(tmp_path, *PUBLISHED), "/media")
+    assert [e.id for e in lines] == ["0", "1", "2"]
+    assert lines[1].media == (Medium("video", "/media/videos/v.mp4", None, (1.0, 2.5)),)
+    file = hub_folder / "data" / "train-00000-of-00001.parquet"
+    assert load_rows(str(file), "/media") == lines
+    assert load_rows(f"{hub_folder}@train", "/media") == lines
+    assert load_rows(f"{hub_folder}@test", "/media") == lines[:1]
+    assert load_rows(str(file))[0].media[0].path == str(file.parent / "videos" / "v.mp4")
+    assert load_rows(f"{hub_folder}@test")[0].media[0].path == str(hub_folder / "videos" / "v.mp4")
+
+
+def test_rows_of_the_hub_are_asked_for_by_name_and_split(tmp_path, monkeypatch):
+    """Their media are relative to the current folder; a path with @ that is a file is a file."""
+    import datasets
+
+    asked, table = [], datasets.Dataset.from_list(PUBLISHED[:1])
+    ask = lambda name, split: asked.append((name, split)) or table  # noqa: E731
+    monkeypatch.setattr(datasets, "load_dataset", ask)
+    monkeypatch.chdir(tmp_path)
+    (one,) = load_rows("LongVideo-Reason/longvideo-reason@test")
+    assert asked == [("LongVideo-Reason/longvideo-reason", "test")]
+    assert one.media[0].path == str(tmp_path / "videos" / "v.mp4")
+    (tmp_path / "me@home").mkdir()
+    assert load_rows(write_rows(tmp_path / "me@home", ROW)) and len(asked) == 1
+
+
+@pytest.mark.parametrize("package, path", (("pyarrow.parquet", "x.parquet"), ("datasets", "a/b@c")))
+def test_a_missing_package_is_told_how_to_install(tmp_path, monkeypatch, package, path):
+    (tmp_path / "x.parquet").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DataError, match=f"{path}: .*{package}.*pip install datasets"):
+        load_rows(path)
+
+
+def test_a_wrong_source_is_refused_by_name(tmp_path, hub_folder):
+    (tmp_path / "text.parquet").write_text("no parquet")
+    (tmp_path / "empty.parquet").touch()
+    whole = (hub_folder / "data" / "train-00000-of-00001.parquet").read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[:-99])
+    write_parquet(tmp_path / "bare.parquet", [{"score": 1}])
+    write_parquet(tmp_path / "none.parquet", [])
+    for path, words in (
+        (tmp_path / "text.parquet", "cannot be read"),
+        (tmp_path / "empty.parquet", "cannot be read"),
+        (tmp_path / "cut.parquet", "download it again"),
+        (tmp_path / "bare.parquet", "row 1 (problem_id '?'): field 'problem_id' is missing"),
+        (tmp_path / "none.parquet", "no rows"),
+        (f"{hub_folder}@tset", "tset"),  # names the splits that there are
+        (f"{hub_folder}@tset", "'train', 'test'"),
+        (f"{hub_folder}@", "Split name"),
+        (f"{tmp_path}/none@train", "give FOLDER@SPLIT"),
+        ("LongVideo-Reason/longvideo-reason@test", "give FOLDER@SPLIT"),
+    ):
+        with pytest.raises(DataError) as error:
+            load_rows(str(path))
+        assert str(error.value).startswith(f"{path}: ") and words in str(error.value), error.value
+        assert "\n" not in str(error.value)
+
+
+def test_a_wrong_row_of_a_table_is_refused_by_number_id_and_field(tmp_path):
+    rows = [ROW | {"problem_id": 7}, ROW | {"problem_id": 8, "answer": "B"}]
+    path = write_parquet(tmp_path / "rows.parquet", rows)
+    for word in (f"{path}: row 2 (problem_id 8): field 'answer'",):
+        with pytest.raises(DataError, match=re.escape(word)):
+            load_rows(path)
+
+
+def test_bad_rows_are_left_out_and_listed_where_a_list_is_given(tmp_path):
+    wrong = [ROW | {"answer": "B"}, "not json", ROW | {"problem_id": "8"}, "\n[]"]
+    path, bad = write_rows(tmp_path, ROW | {"problem_id": "8"}, *wrong, ROW), []
+    assert [e.id for e in load_rows(path, bad=bad)] == ["8", "q7"]
+    assert [where for where, _ in bad] == [f"{path}:{n}" for n in (2, 3, 4, 6)]
+    assert all(message.startswith(where) for where, message in bad)
+    words = ("field 'answer'", "not JSON", "occurs twice", "not a JSON object")
+    assert [word in message for word, (_, message) in zip(words, bad, strict=True)] == [True] * 4
+    same = load_rows(write_rows(tmp_path, ROW), bad=bad)
+    assert [e.id for e in same] == ["q7"] and len(bad) == 4
+
+
+def test_a_source_without_a_good_row_is_refused_even_where_a_list_is_given(tmp_path):
+    bad = []
+    for rows, words in (([ROW | {"answer": "B"}], "no row is good, the first: "), ([], "no rows")):
+        path = write_rows(tmp_path, *rows)
+        with pytest.raises(DataError, match=re.escape(path) + ".*" + words):
+            load_rows(path, bad=bad)
+    with pytest.raises(DataError, match="no such file"):
+        load_rows(str(tmp_path / "none.jsonl"), bad=bad)
+    assert bad == []
+
+
+@pytest.mark.parametrize(
+    "path", ("../v.mp4", "..", "a/../../v.mp4", "/etc/passwd", "/media2/v.mp4", "./../v.mp4", "/")
+)
+@pytest.mark.parametrize("field", ("videos", "images", "audios"))
+def test_a_path_that_leaves_the_video_directory_is_refused(tmp_path, field, path):
+    row = ROW | {field: path if field == "videos" else ["good.png", path]}
+    rows = write_rows(tmp_path, ROW | {"problem_id": "8"}, row)
+    with pytest.raises(DataError) as error:
+        load_rows(rows, "/media")
+    for word in (f"{rows}:2 ", "q7", repr(field), repr(path), "not within", "/media"):
+        assert word in str(error.value)
+    assert "not within" in error_of(tmp_path, row)
+
+
+def test_a_path_within_the_video_directory_may_be_written_in_any_way(tmp_path, monkeypatch):
+    for path in (
+        "v.mp4",
+        "./v.mp4",
+        "a/../v.mp4",
+        "..v/../v.mp4",
+        "/media/v.mp4",
+        "/media/a/../v.mp4",
+    ):
+        (one,) = load_rows(write_rows(tmp_path, ROW | {"videos": path}), "/media")
+        assert one.media == (Medium("video", "/media/v.mp4"),)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "link").symlink_to(tmp_path / "disk")
+    monkeypatch.chdir(tmp_path / "rows")
+    path = write_rows(tmp_path / "rows", ROW | {"videos": "link/v.mp4"})
+    for folder in (None, ".", "../rows", str(tmp_path / "rows")):
+        assert Path(load_rows(path, folder)[0].media[0].path).resolve() == tmp_path / "disk/v.mp4"
 
 
 @pytest.mark.parametrize("value", ("8", 0, -3, 2.5, True, [8]))
@@ -757,6 +935,12 @@ def test_a_malformed_segment_is_refused(tmp_path, value):
 @pytest.mark.parametrize("value", (5, ["red"], "  "))
 def test_a_malformed_response_is_refused(tmp_path, value):
     assert "response" in error_of(tmp_path, ROW | {"response": value})
+
+
+def test_options_may_be_indented_and_hold_any_character(tmp_path):
+    problem = "Which?\n  A. red\u2028B. blue\r\n\t(B) dark\x0bred"
+    (one,) = load_rows(write_rows(tmp_path, ROW | {"problem": problem}))
+    assert one.options == ("red\u2028B. blue", "dark\x0bred")
 
 
 @pytest.mark.parametrize("answer, expected", (("<answer>B</answer>", "B"), ("", "")))

@@ -380,7 +380,9 @@ def test_the_whole_pipeline_runs_on_two_ranks_and_its_model_scores_the_same_agai
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((out / "summary.json").read_text())
-    assert set(summary) == set("seed chance sft control grpo questions lost seconds settings".split())
+    assert set(summary) == set(
+        "seed chance sft control grpo questions lost seconds settings".split()
+    )
     assert summary["settings"]["grpo"]["prompts"] == 4 and "recipe" in summary["settings"]
     assert set(summary["grpo"]) >= {
         "accuracy",
