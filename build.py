@@ -1,29 +1,26 @@
 """Building LongVideo-Reason (section 3 of the paper): from raw videos to questions with reasoning.
 
-    python data.py build --videos DIR --llm URL --captioner URL --out OUT
-
-    DIR/**/*.mp4                                                        OUT/videos.jsonl
-      | cut into equal clips of about 10 s, 8 frames of each as JPEG
-      | captioner                                                       OUT/captions.jsonl
+    DIR/**/*.mp4                                                         OUT/videos.jsonl
+      | equal clips of about 10 s, 8 frames of each as JPEG; captioner   OUT/captions.jsonl
     "[00:10-00:20] A man opens the box ..."
-      | LLM, one prompt for each category                               OUT/drafts.jsonl
+      | LLM, one prompt for each category                                OUT/drafts.jsonl
     question, options (or none), answer, reasoning about captions
-      | LLM again: the reasoning now speaks of what is seen             OUT/rows.jsonl
-    rows of data.py, split by video into 1/3 and 2/3                    OUT/sft.jsonl, OUT/rl.jsonl
+      | LLM again: the reasoning now speaks of what is seen              OUT/rows.jsonl
+    rows of data.py, 1/3 and 2/3 of them, no video in both               OUT/sft.jsonl, OUT/rl.jsonl
 
-Captioner and LLM are OpenAI-compatible servers (`vllm serve MODEL`). A stage appends a line for each
-key that is done, the key is the line's first field; what is there is not asked again. So the same
-command goes on where a killed run stopped, to the same bytes: what is decided here (form of a
-question, order of options, split) hangs on hashes of keys, not on the order of replies.
-
-A reply that fails a check is asked for again; after --tries the key is lost, with its reason in
-OUT/lost.jsonl. Nothing is repaired or replaced: what an LLM got wrong in form is not right in fact.
+Captioner and LLM are OpenAI-compatible servers (`vllm serve MODEL`). A stage appends a line for
+each key that is done; what is there is not asked again. So the same command goes on where a killed run
+stopped, to the same bytes: what is decided here (form of a question, order of options, split) hangs
+on hashes of keys, not on the order of replies. A reply that fails a check is asked for again; after
+--tries its key is lost, with the reason in OUT/lost.jsonl. Nothing is repaired or replaced: what an
+LLM got wrong in form is not right in fact.
 
 What differs from the paper, which does not publish its prompts:
     DEVIATION 1: the prompts are ours. Options are shuffled here, as LLMs favour some letters; so
         reasoning names options by their texts, and ends with the text of the right one.
     DEVIATION 2: as many questions of each category; the paper's shares are 36, 36, 4, 24 %.
 
+Run:  python data.py build --videos DIR --llm URL --captioner URL --out OUT
 Check this file alone:  pytest tests/test_build.py
 """
 
@@ -32,6 +29,7 @@ import base64
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import os
 import re
@@ -63,10 +61,9 @@ QUESTION = """Here are captions of a whole video, part by part, with their times
 
 {captions}
 
-Write one question about this video. Its subject is {about}. What happens around {near} plays a part.
+Write one question about this video. Its subject is {about}. What is seen near {near} plays a role.
 - Answering it takes several parts of the video that are far apart. Neither one part nor common
-  sense without the video is enough.
-- The captions settle the answer beyond doubt. Assume nothing that they do not say.
+  sense without the video is enough. Yet the captions settle the answer beyond doubt.
 - The question is one line, without options and without a hint at the answer. Those who answer see
   the video: call people and things by their looks, never mention captions, transcripts or clips.
 - {form}
@@ -74,11 +71,11 @@ Write one question about this video. Its subject is {about}. What happens around
   that are wrong are ruled out by their words; it never calls an option by a letter or position.
 
 Reply with one JSON object and nothing else: {{"question": "...", {fields}, "reasoning": "..."}}"""
-CHOICE = """It has four options, one of them right. The wrong ones are plausible to somebody who missed
-  a part, made of what the video shows, and clearly wrong. All are alike in length, style and
-  detail, without letters before them. "answer" repeats the right one word for word."""
-OPEN = """It is open-ended, without options. The answer is a word, a number or a phrase of at most ten
-  words, such that everybody who saw the whole video would give it."""
+CHOICE = """It has four options, one of them right. The wrong ones are plausible to somebody who
+  missed a part, made of what the video shows, and clearly wrong. All are alike in length and style,
+  without letters before them. "answer" repeats the right one word for word."""
+OPEN = """It is open-ended, without options. The answer is a word, a number or a phrase of at most
+  ten words, such that everybody who saw the whole video would give it."""
 REWRITE = """This question about a video was answered from captions of the video.
 
 Question: {question}{list}
@@ -113,11 +110,12 @@ class Chat:
 
     def __init__(self, url: str, model: str | None = None, timeout: float = 300, retries: int = 3):
         self.url, self.timeout, self.retries = url.rstrip("/"), timeout, retries
-        try:  # also with a model's name: is the server there at all?
-            self.model = [served["id"] for served in self._request("/models")["data"]][0]
+        self.key = os.environ.get("OPENAI_API_KEY", "")
+        try:
+            served = self._request("/models")["data"][0]["id"]  # even if not used: is it there?
         except (LookupError, TypeError, ReplyError) as error:
             raise ServerError(f"{self.url}/models: no list of models ({error})") from None
-        self.model = model or self.model
+        self.model = model or served
 
     def ask(self, messages: list[dict], temperature: float = 0.0, max_tokens: int = 4096) -> str:
         """The reply to messages [{"role": ..., "content": ...}]. ReplyError, ServerError."""
@@ -136,8 +134,7 @@ class Chat:
 
     def _request(self, path: str, body: dict | None = None) -> dict:
         """GET, or POST of a body; asked again after 1, 2, 4 ... seconds."""
-        headers = {"Content-Type": "application/json"}
-        headers["Authorization"] = f"Bearer {os.environ.get('OPENAI_API_KEY', '')}"
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         data = None if body is None else json.dumps(body).encode()
         for attempt in range(self.retries + 1):
             time.sleep(2**attempt // 2)
@@ -159,9 +156,6 @@ class Chat:
             except ValueError as error:
                 what, kind = f"the reply is not JSON: {error}", ReplyError
         raise kind(what)
-
-
-# ------------------------------------------------------------------------------ the output folder
 
 
 class Folder:
@@ -218,11 +212,11 @@ class Folder:
             for _ in range(self.tries):
                 try:
                     line = make(key)
-                    self.append(name, line)
-                    done[key] = line
-                    return
                 except (ReplyError, DataError) as error:
                     reason = str(error)
+                else:
+                    done[key] = line
+                    return self.append(name, line)
             self.lose(key, reason)
 
         pool = ThreadPoolExecutor(self.parallel)
@@ -232,9 +226,6 @@ class Folder:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         return {key: done[key] for key in keys if key in done and key not in self.lost}
-
-
-# ----------------------------------------------------------------------------- from reply to row
 
 
 def plain(text: str) -> str:
@@ -310,9 +301,6 @@ def parse_rewritten(reply: str, draft: dict) -> dict:
     return row
 
 
-# ------------------------------------------------------------------------------------ the stages
-
-
 def digest(*parts: str) -> str:
     return hashlib.sha256(os.fsencode("\n".join(parts))).hexdigest()
 
@@ -338,18 +326,16 @@ def jpeg(frame, side: int) -> dict:
 
 
 def sft_videos(rows: list[dict]) -> set[str]:
-    """Videos for SFT: in an order of hashes, as many as bring the share of rows nearest."""
-    count, total, sums = Counter(row["videos"] for row in rows), 0, {}
-    for video in [None, *sorted(count, key=digest)]:
-        total += count[video]
-        sums[video] = total
-    order = list(sums)
-    nearest = min(order, key=lambda video: abs(sums[video] - SFT_SHARE * len(rows)))
-    return set(order[1 : order.index(nearest) + 1])
+    """Videos for SFT: in an order of hashes, as many as bring their share of the rows nearest."""
+    count = Counter(row["videos"] for row in rows)
+    videos = sorted(count, key=digest)
+    sums = [0, *itertools.accumulate(count[video] for video in videos)]
+    n = min(range(len(sums)), key=lambda n: abs(sums[n] - SFT_SHARE * len(rows)))
+    return set(videos[:n])
 
 
 def build(args) -> None:
-    root = Path(args.videos)
+    root = Path(args.videos).resolve()
     if not root.is_dir():
         raise DataError(f"--videos {root}: no such folder")
     videos = (p for p in root.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
@@ -359,8 +345,8 @@ def build(args) -> None:
     captioner = Chat(args.captioner, args.captioner_model, args.timeout)
     llm = Chat(args.llm, args.llm_model, args.timeout)
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
-    settings |= {"videos": str(root.resolve()), "prompts": digest(CAPTION, QUESTION, REWRITE)}
-    settings |= {"captioner_model": captioner.model, "llm_model": llm.model}
+    settings |= {"captioner_model": captioner.model, "llm_model": llm.model, "videos": str(root)}
+    settings["prompts"] = digest(CAPTION, QUESTION, CHOICE, OPEN, REWRITE, *CATEGORIES.values())
     folder = Folder(args, settings)
 
     def ask(model: Chat, content) -> str:
@@ -398,23 +384,17 @@ def build(args) -> None:
     for video, line in lengths.items():
         if len(seen[video]) < line["clips"] / 2:
             folder.lose(video, "more than half of a video's clips are lost")
-    questions = {
-        f"{video}#{category}-{i}": (video, category, i)
-        for video in lengths
-        for category in args.categories
-        for i in range(args.questions)
-        if video not in folder.lost
-    }
+    kept = [video for video in lengths if video not in folder.lost]
+    each = itertools.product(kept, args.categories, range(args.questions))
+    questions = {f"{video}#{category}-{i}": (video, category, i) for video, category, i in each}
 
     def draft(key: str) -> dict:
         video, category, i = questions[key]
         choice = share("form", key) >= args.open
         near = lengths[video]["seconds"] * (i + share("near", key)) / args.questions
         form, fields = FORMS[choice]
-        prompt = QUESTION.format(
-            captions="\n".join(seen[video]), about=CATEGORIES[category], near=clock(near),
-            form=form, fields=fields,
-        )  # fmt: skip
+        how = {"about": CATEGORIES[category], "near": clock(near), "form": form, "fields": fields}
+        prompt = QUESTION.format(captions="\n".join(seen[video]), **how)
         line = {"draft": key, "video": video, "category": category}
         return line | parse_draft(ask(llm, prompt), key, choice)
 
@@ -426,16 +406,17 @@ def build(args) -> None:
 
     rows = [row for _, row in sorted(folder.stage("rows", drafts, rewrite).items())]
     kinds, first = Counter(row["problem_type"] for row in rows), sft_videos(rows)
-    print(f"videos {len(videos)}, with captions {len(seen)}, clips {len(captions)} of {len(clips)}")
+    print(f"videos {len(kept)} of {len(videos)}, clips {len(captions)} of {len(clips)}")
     print(f"rows {len(rows)} of {len(questions)}: {dict(kinds)}")
     for name, is_first in (("sft", True), ("rl", False)):
         part = [json.dumps(row) + "\n" for row in rows if (row["videos"] in first) == is_first]
         folder.write(f"{name}.jsonl", "".join(part))
         print(f"  {folder.path}/{name}.jsonl: {len(part)}")
     print(f"lost {len(folder.lost)} ({folder.path}/lost.jsonl; --retry_lost asks again)")
-    reasons = Counter(line["reason"].split(": ")[0] for line in folder.lost.values())
-    for reason, n in reasons.most_common():
-        print(f"  {reason}: {n}")
+    reasons = [line["reason"].split(": ") for line in folder.lost.values()]
+    # A reason begins with what is wrong, then what exactly; a DataError's with the file.
+    for reason, n in Counter(r[r[0].startswith(str(root))] for r in reasons).most_common():
+        print(f"  {n:6d} {reason}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -462,20 +443,18 @@ def main(argv: list[str] | None = None) -> None:
     add("--parallel", type=int, default=8, help="requests at a time")
     add("--retry_lost", action="store_true", help="ask again for what was lost in this folder")
     args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        if isinstance(value, int | float) and not value > 0 and name not in ("open", "retry_lost"):
-            parser.error(f"--{name} must be more than 0")
-    if not 0 <= args.open <= 1:
-        parser.error("--open must be from 0 to 1")
+    for name, value in vars(args).items():  # nan fails too
+        if type(value) in (int, float) and not (0 <= value <= 1 if name == "open" else value > 0):
+            parser.error(f"--{name} {value} is out of range")
     try:
         build(args)
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
     except ServerError as error:
-        sys.exit(f"error: {error}; the same command goes on where this one stopped")
+        sys.exit(f"error: {error}; the same command goes on where it stopped")
     except KeyboardInterrupt:
         print("error: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        os._exit(130)  # without waiting for replies that are under way
+        os._exit(130)  # waits for no reply
 
 
 if __name__ == "__main__":
