@@ -9,11 +9,11 @@
     rows of data.py, 1/3 and 2/3 of them, no video in both               OUT/sft.jsonl, OUT/rl.jsonl
 
 Captioner and LLM are OpenAI-compatible servers (`vllm serve MODEL`). A stage appends a line for
-each key that is done; what is there is not asked again. So the same command goes on where a killed run
-stopped, to the same bytes: what is decided here (form of a question, order of options, split) hangs
-on hashes of keys, not on the order of replies. A reply that fails a check is asked for again; after
---tries its key is lost, with the reason in OUT/lost.jsonl. Nothing is repaired or replaced: what an
-LLM got wrong in form is not right in fact.
+each key that is done; what is there is not asked again. So the same command goes on where a killed
+run stopped, to the same bytes: what is decided here (form of a question, order of options, split)
+hangs on hashes of keys, not on the order of replies. A reply that fails a check is asked for again;
+after --tries its key is lost, with the reason in OUT/lost.jsonl. Nothing is repaired or replaced:
+what an LLM got wrong in form is not right in fact.
 
 What differs from the paper, which does not publish its prompts:
     DEVIATION 1: the prompts are ours. Options are shuffled here, as LLMs favour some letters; so
@@ -221,8 +221,10 @@ class Folder:
 
         pool = ThreadPoolExecutor(self.parallel)
         try:
-            for future in tqdm(as_completed([pool.submit(one, k) for k in new]), name, len(new)):
-                future.result()
+            futures = [pool.submit(one, key) for key in new]
+            with tqdm(as_completed(futures), name, len(new)) as bar:
+                for future in bar:
+                    future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         return {key: done[key] for key in keys if key in done and key not in self.lost}
@@ -260,17 +262,15 @@ def one_line(text, what: str, banned=tuple(BANNED)) -> str:
 def parse_draft(reply: str, key: str, choice: bool) -> dict:
     """Checked question, options, answer and reasoning; the key decides the order of options."""
     found = parse_reply(reply, "question")
-    options, lines = found.get("options") or [], str(found["question"]).strip().splitlines()
+    options = found.get("options") or []
     if not isinstance(options, list) or len(options) not in (range(2, 9) if choice else [0]):
         raise ReplyError("the wrong number of options")
-    question, answer = (
-        one_line(found["question"], "question"),
-        one_line(found.get("answer"), "answer"),
-    )
+    question, answer = (one_line(found.get(name), name) for name in ("question", "answer"))
     reasoning = one_line(found.get("reasoning"), "reasoning", banned=())
     options = sorted((one_line(o, "option") for o in options), key=lambda o: digest(key, o))
     right = [option for option in options if plain(option) == plain(answer)]
-    if len(lines) > 1 or re.search(r"(^|\s)\(?A[.):]\s.*\s\(?B[.):]\s", question):
+    listed = re.search(r"(^|\s)\(?A[.):]\s.*\s\(?B[.):]\s", question)
+    if listed or len(found["question"].strip().splitlines()) > 1:
         raise ReplyError("the question holds options or several lines")
     if len({plain(option) for option in options}) < len(options):
         raise ReplyError("two options are the same")
@@ -417,12 +417,12 @@ def build(args) -> None:
     # A reason begins with what is wrong, then what exactly; a DataError's with the file.
     for reason, n in Counter(r[r[0].startswith(str(root))] for r in reasons).most_common():
         print(f"  {n:6d} {reason}")
+    if not rows:
+        raise DataError(f"not one row was made; {folder.path}/lost.jsonl says why")
 
 
 def main(argv: list[str] | None = None) -> None:
-    about = (
-        "Builds questions with reasoning from videos. The same command goes on where it stopped."
-    )
+    about = "Questions with reasoning from videos; the same command goes on where it stopped."
     parser = argparse.ArgumentParser("data.py build", description=about, allow_abbrev=False)
     add = parser.add_argument
     add("--videos", required=True, help="folder of videos, searched with all its folders")

@@ -538,6 +538,12 @@ def test_a_video_is_lost_with_more_than_half_of_its_clips(videos, stub, tmp_path
     assert green and all("[00:20-00:30]" in p and "[00:10-00:20]" not in p for p in green)
 
 
+def test_a_run_without_rows_is_an_error(videos, stub, tmp_path):
+    stub.faults = {("draft", color, "goal"): always("no") for color in NAMES}
+    with pytest.raises(SystemExit, match="error: not one row was made; .*lost.jsonl says why"):
+        build.main(options(videos, stub, tmp_path, "--categories", "goal"))
+
+
 def test_lost_things_are_asked_for_only_with_retry_lost(videos, stub, tmp_path):
     clean = Stub()
     build.main(options(videos, clean, tmp_path / "clean"))
@@ -763,7 +769,7 @@ def test_ctrl_c_ends_in_one_line(videos, stub, tmp_path):
     stub.faults = {("caption", "red", "00:00-00:12"): always(30.0)}  # nobody waits for this one
     said = run.communicate(timeout=20)[1]
     assert run.returncode == 130
-    assert "error: interrupted; the same command goes on where it stopped\n" in said
+    assert said.endswith("\nerror: interrupted; the same command goes on where it stopped\n")
     assert "Traceback" not in said
 
 
