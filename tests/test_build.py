@@ -544,6 +544,24 @@ def test_a_run_without_rows_is_an_error(videos, stub, tmp_path):
         build.main(options(videos, stub, tmp_path, "--categories", "goal"))
 
 
+def test_a_video_without_most_of_its_clips_stays_lost(videos, stub, tmp_path):
+    stub.faults = {("caption", "cyan", s): always("") for s in ("00:00-00:10", "00:21-00:31")}
+    build.main(options(videos, stub, tmp_path, "--categories", "goal"))
+    before, asked = (tmp_path / "lost.jsonl").read_bytes(), len(stub.log)
+    build.main(options(videos, stub, tmp_path, "--categories", "goal"))
+    assert (tmp_path / "lost.jsonl").read_bytes() == before and len(stub.log) == asked
+
+
+def test_every_clip_has_a_frame_and_one_frame_is_no_video(stub, tmp_path):
+    for name, n in (("four.mp4", 4), ("one.mp4", 1)):
+        frames = np.full((n, 48, 64, 3), COLORS["magenta"], np.uint8)
+        write_mp4(str(tmp_path / name), frames, FPS)
+    build.main(options(tmp_path, stub, tmp_path / "out", "--clip_seconds", 0.01))
+    assert lost(tmp_path / "out") == {"one.mp4": "a video of one frame"}
+    keys = [line["clip"] for line in lines(tmp_path / "out" / "captions.jsonl")]
+    assert sorted(keys) == [f"four.mp4#000{i}" for i in range(4)]
+
+
 def test_lost_things_are_asked_for_only_with_retry_lost(videos, stub, tmp_path):
     clean = Stub()
     build.main(options(videos, clean, tmp_path / "clean"))
