@@ -29,7 +29,7 @@ from PIL import Image
 
 import build
 from build import CATEGORIES, Chat, Folder, ReplyError, ServerError
-from data import load_media, load_rows
+from data import DataError, load_media, load_rows
 from toy import COLORS, write_mp4
 
 FPS = 4
@@ -284,6 +284,8 @@ def test_the_llm_reads_all_captions_with_their_times_in_order(whole):
         assert sum(about in prompt for about in CATEGORIES.values()) == 1
         assert (build.CHOICE in prompt) == ('"options"' in prompt) == (build.OPEN not in prompt)
     assert {b["temperature"] for b in whole[1].bodies} == {0.6}
+    near = [re.search(r"seen near (\d\d):(\d\d) plays", p).groups() for p in drafts]
+    assert len(set(near)) > 5 and {m for m, _ in near} == {"00"} and max(near)[1] <= "31"
     rewritings = [p for p in prompts if isinstance(p, str) and p not in drafts]
     assert len(rewritings) == 24 and all("Reasoning: The caption of" in p for p in rewritings)
     choices = [p for p in rewritings if "\n- wrong 1" in p]
@@ -453,6 +455,14 @@ def test_rewritings_are_refused_by_name(text, reason):
         build.parse_rewritten(json.dumps({"reasoning": text}), KEPT)
 
 
+def test_a_row_that_data_py_refuses_is_no_row():
+    broken = KEPT | {"video": ""}
+    with pytest.raises(DataError, match="field 'videos'"):
+        build.parse_rewritten(
+            json.dumps({"reasoning": f"{LONG} The answer is: the blue box."}), broken
+        )
+
+
 @pytest.mark.parametrize("text", ["an eclipse", "clipped, clipboard", "Option: Alaska", "(Alice)"])
 def test_words_that_only_look_like_forbidden_ones_pass(text):
     assert build.one_line(text, "answer") == text
@@ -556,8 +566,12 @@ def test_every_clip_has_a_frame_and_one_frame_is_no_video(stub, tmp_path):
     for name, n in (("four.mp4", 4), ("one.mp4", 1)):
         frames = np.full((n, 48, 64, 3), COLORS["magenta"], np.uint8)
         write_mp4(str(tmp_path / name), frames, FPS)
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / os.fsdecode(b"not utf-8 \xff.mp4")).write_bytes(b"x")
     build.main(options(tmp_path, stub, tmp_path / "out", "--clip_seconds", 0.01))
-    assert lost(tmp_path / "out") == {"one.mp4": "a video of one frame"}
+    reasons = lost(tmp_path / "out")
+    assert reasons.pop("one.mp4") == "a video of one frame"
+    assert list(reasons) == [os.fsdecode(b"not utf-8 \xff.mp4")]
     keys = [line["clip"] for line in lines(tmp_path / "out" / "captions.jsonl")]
     assert sorted(keys) == [f"four.mp4#000{i}" for i in range(4)]
 
@@ -789,6 +803,14 @@ def test_ctrl_c_ends_in_one_line(videos, stub, tmp_path):
     assert run.returncode == 130
     assert said.endswith("\nerror: interrupted; the same command goes on where it stopped\n")
     assert "Traceback" not in said
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    (tmp_path / "sft.jsonl").write_text("old")
+    monkeypatch.setattr(build.os, "replace", lambda *paths: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Folder.write(SimpleNamespace(path=tmp_path), "sft.jsonl", "new")
+    assert (tmp_path / "sft.jsonl").read_text() == "old"
 
 
 @pytest.mark.parametrize("tail", ['{"draft": "to', "{", '{"a": 1}', "\x00\x00", "\xe9"])
