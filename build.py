@@ -42,7 +42,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from data import DataError, Frames, Medium, parse_row
+from data import DataError, Medium, parse_row
+from decode import Loader
 
 ENDINGS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
 SFT_SHARE, TEMPERATURE, MIN_WORDS = 1 / 3, 0.6, 20  # MIN_WORDS of a reasoning
@@ -347,13 +348,14 @@ def build(args) -> None:
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
     settings |= {"captioner_model": captioner.model, "llm_model": llm.model, "videos": str(root)}
     settings["prompts"] = digest(CAPTION, QUESTION, CHOICE, OPEN, REWRITE, *CATEGORIES.values())
-    folder = Folder(args, settings)
+    folder, loader = Folder(args, settings), Loader(1)  # which decodes in other processes
 
     def ask(model: Chat, content) -> str:
         return model.ask([{"role": "user", "content": content}], TEMPERATURE, args.max_tokens)
 
     def probe(video: str) -> dict:
-        times = Frames(Medium("video", str(root / video)), sys.maxsize).times
+        with loader.open(Medium("video", str(root / video)), sys.maxsize) as frames:
+            times = frames.times
         if len(times) < 2:
             raise DataError("a video of one frame")
         seconds = times[-1] + times[1]
@@ -370,7 +372,8 @@ def build(args) -> None:
     def caption(key: str) -> dict:
         video, start, end = clips[key]
         medium = Medium("video", str(root / video), segment=(start, end))
-        images = [jpeg(f, args.clip_side) for f in Frames(medium, args.clip_frames)[:]]
+        with loader.open(medium, args.clip_frames) as frames:
+            images = [jpeg(frame, args.clip_side) for frame in frames[:]]
         when = f"{clock(start)}-{clock(end)}"
         prompt = {"type": "text", "text": CAPTION.format(n=len(images), span=when)}
         text = one_line(ask(captioner, [*images, prompt]), "caption", banned=())
@@ -379,6 +382,7 @@ def build(args) -> None:
         return {"clip": key, "caption": f"[{when}] {text}"}
 
     captions, seen = folder.stage("captions", clips, caption), {video: [] for video in lengths}
+    loader.close()
     for key, line in captions.items():
         seen[clips[key][0]].append(line["caption"])
     for video, line in lengths.items():

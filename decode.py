@@ -79,7 +79,8 @@ class Worker:
 class Loader:
     """Opens media in child processes, so that a file that hangs or crashes costs itself alone, and
     up to `ahead` files beforehand; with ahead=0 in this process. limit: seconds for a piece of a
-    file. A worker opens `uses` files: what its decoder keeps of memory goes with it."""
+    file. A worker opens `uses` files: what its decoder keeps of memory goes with it. Without
+    ahead(), threads may share it: each file that is open has a process."""
 
     def __init__(self, ahead: int = 0, limit: float = 120.0, uses: int = 200):
         self.limit, self.uses, self.slots = limit, uses, ahead
@@ -198,7 +199,7 @@ def serve() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    with suppress(EOFError):
+    with suppress(EOFError, BrokenPipeError):  # the parent is gone
         while True:
             what, *rest = pickle.load(sys.stdin.buffer)
             try:
@@ -212,6 +213,7 @@ def serve() -> None:
                 good, reply = False, str(error)
             pickle.dump((good, reply), replies, protocol=5)
             replies.flush()
+    os._exit(0)  # there is nobody left to flush to
 
 
 if __name__ == "__main__":
