@@ -582,6 +582,8 @@ def test_an_option_whose_text_begins_like_a_letter_can_be_named():
         ("A man walks.", COLORS, "A", 0, 0),
         ("A, blue", COLORS, "A", 0, 1),
         ("B, but A is as good", COLORS, "B", 0, 0),
+        ("b, c", COLORS, "B", 0, 0),
+        ("The answer is the dark green.", COLORS, "C", 0, 1),
         ("D, because it glows", COLORS, "D", 0, 0),
         ("a", COLORS, "A", 0, 1),
         ("Bob, because he waves", COLORS, "B", 0, 0),
