@@ -156,7 +156,7 @@ def lenient_accuracy(completion: str, gold: str, options: tuple[str, ...] = ()) 
     text = plain(text.rpartition("<answer>")[2].partition("</answer>")[0]).strip()
     said = []
     for word in ("answer", "(?<!not )(?:option|choice)"):
-        lead = rf"(?i)\b{word}\b(?:\s|:|\b(?:is|the|correct|answer|option|choice)\b)*"
+        lead = rf"(?i)\b{word}\b(?:\s|:|is\b|the\b)*"
         said += [text[found.end() :] for found in re.finditer(lead, text)][::-1]
     last = text[text.rfind("\n") + 1 :]
     if options:

@@ -762,9 +762,9 @@ def test_a_line_that_is_too_much_for_the_parser_is_refused_by_number(tmp_path, l
 def test_a_file_that_cannot_be_opened_is_refused_by_name(tmp_path, monkeypatch):
     path = write_rows(tmp_path, ROW)
     monkeypatch.setitem(
-        load_rows.__globals__, "open", lambda *_: (_ for _ in ()).throw(OSError(5, "I/O"))
+        load_rows.__globals__, "open", lambda *_: (_ for _ in ()).throw(OSError("I/O\nerror"))
     )
-    with pytest.raises(DataError, match=re.escape(f"{path}: cannot be read ([Errno 5] I/O)")):
+    with pytest.raises(DataError, match=re.escape(f"{path}: cannot be read (I/O)")):
         load_rows(path)
 
 
@@ -786,7 +786,7 @@ def hub_folder(tmp_path, monkeypatch):
     """A data set in the hub's layout; what the package keeps goes to the test's folder as well."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    folder = tmp_path / "longvideo-reason"
+    folder = tmp_path / "long@video"
     folder.mkdir()
     for split, rows in (("train", PUBLISHED), ("test", PUBLISHED[:1])):
         write_parquet(folder / "data" / f"{split}-00000-of-00001.parquet", rows)
@@ -910,6 +910,7 @@ def test_a_path_within_the_video_directory_may_be_written_in_any_way(tmp_path, m
     ):
         (one,) = load_rows(write_rows(tmp_path, ROW | {"videos": path}), "/media")
         assert one.media == (Medium("video", "/media/v.mp4"),)
+    assert load_rows(write_rows(tmp_path, ROW | {"videos": "..v.mp4"}))
     (tmp_path / "disk").mkdir()
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "link").symlink_to(tmp_path / "disk")
