@@ -2,27 +2,24 @@
 
     python report.py BEFORE.jsonl AFTER.jsonl --data ROWS.jsonl --num_frames 64 --out report.html
 
-An accuracy does not tell what a model does with a video; its answers beside the frames do. train.py
+An accuracy does not say what a model does with a video; its answers beside the frames do. train.py
 writes the page at the end of a run, the command above for one or two files that eval.py wrote.
 
-    rows + one or two lists of records (eval.record)     matched by problem_id
+    rows + one or two lists of records (eval.record)       matched by problem_id
       |                                  |
-      v  data.Frames, one video at once  v  verdict, change
-    a JPEG a video, frames side by side  JSON a question  ----> report.html  <---- table, curves
-      as a CSS rule that questions share   (all of the text)        (one file, no network)
+      v data.Frames, one video at a time v verdict, change
+    a JPEG a video, frames side by side  JSON a question  ---> report.html <--- table, curves
+      (a CSS rule that questions share)    (all of the text)    one file, no network
 
     verdict of the last run     right, wrong, failed (the question could not be asked)
-    change between two runs     mended, broken, both right, both wrong; failed counts as wrong
+    change between two runs     mended, broken, both right, both wrong; failed counts as not right
 
-Other systems keep answers as JSON lines, or as a table of a hosted dashboard, without the frames.
-Here the page opens from disk, years later and on a phone, and a link with its fragment
-(report.html#verdict=wrong&category=goal) is a view. What differs from a gallery of all frames:
-    - at most 64 frames of a video are shown, evenly chosen, and the page says of how many;
-    - the file has a limit (max_mb). Strips are given out evenly over category, verdict and change;
-      a question without one says so, and none is left out;
-    - all text enters the page as JSON and then as text nodes: an answer cannot become a tag.
-
-Beside it the pictures and the table that end a run: plot_curves, plot_frames, table.
+Other systems keep answers as JSON lines or in a hosted dashboard, without the frames. This page
+opens from disk, on a phone too, and its address is a view: report.html#verdict=wrong&category=goal.
+    - Of a video at most 64 frames are shown, evenly chosen; the page says of how many.
+    - The file has a limit (max_mb). Strips are dealt out evenly over category, verdict and change;
+      a question without one says so, and none is left out.
+    - All text enters the page as JSON, then as text nodes: an answer cannot become a tag.
 
 Check this file alone:  pytest tests/test_report.py   (drives a browser if there is one)
 """
@@ -32,6 +29,7 @@ import base64
 import html
 import io
 import json
+import operator
 import re
 import sys
 from collections import Counter
@@ -43,114 +41,96 @@ import data
 from data import DataError
 from grpo import chosen_letter
 
-# ------------------------------------------------------------------------- what the page is told
-
 
 def read_answers(path: str) -> list[dict]:
     """The records of a file that eval.py or train.py wrote, or a DataError that names the line."""
+    records = []
     try:
         with open(path, encoding="utf-8") as file:
-            records = [json.loads(line) for line in file]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: no file of answers, one JSON line each: {error}") from None
-    for number, r in enumerate(records, 1):
-        if not isinstance(r, dict) or not {"problem_id", "completion", "accuracy"} <= r.keys():
-            raise DataError(f"{path}:{number}: no problem_id, completion and accuracy; see eval.py")
+            for line in file:
+                r = json.loads(line)
+                records.append(r | {k: r[k] for k in ("problem_id", "completion", "accuracy")})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        where = f"{path}:{len(records) + 1}"
+        raise DataError(f"{where}: not an answer that eval.py wrote ({error!r})") from None
     return records
 
 
 def describe(example, record: dict) -> dict:
-    """One answer: verdict, reasoning and answer (or the raw text, if it has another form), and the
-    letter it names."""
+    """An answer: its verdict, its parts (or the raw text, if it has another form), its letter."""
     text, error = record["completion"], record.get("error", "")
     spans = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
-    said = spans[0] if len(spans) == 1 else "" if spans else text  # several spans name nothing
-    parts = re.fullmatch(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", text, re.DOTALL)
-    form = bool(parts) and len(spans) == 1
+    said = spans[0] if len(spans) == 1 else "" if spans else text  # several spans choose nothing
+    form = r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*"
+    parts = re.fullmatch(form, text, re.DOTALL) if len(spans) == 1 else None
     return {
         "verdict": "failed" if error else "right" if record["accuracy"] else "wrong",
-        "think": parts[1].strip() if form else "",
-        "answer": parts[2].strip() if form else "",
-        "raw": "" if form else text,
+        "think": parts[1].strip() if parts else "",
+        "answer": parts[2].strip() if parts else "",
+        "raw": "" if parts else text,
         "chosen": chosen_letter(said.strip(), example.options) if example.options else None,
         "lenient": bool(record.get("lenient") and not record["accuracy"]),
-        "tokens": record.get("tokens"),
+        "tokens": record.get("tokens", 0),
         "error": error,
     }
 
 
-def describe_all(examples: list, runs: dict, media: dict) -> list[dict]:
-    """One dict a question that was asked, in the order of the rows. media: Medium -> index."""
+def describe_all(examples: list, runs: dict, places: dict) -> list[dict]:
+    """A dict for each question that was asked, in the order of the rows. places: {Medium: index}.
+    turn: how many of the same category, verdict and change come before. DataError if a run has an
+    answer for which another one, or the rows, have no counterpart."""
     asked = {name: {r["problem_id"]: r for r in records} for name, records in runs.items()}
+    rows = {e.id: e for e in examples}
     for name, own in asked.items():
-        for other, theirs in (("the rows", {e.id: e for e in examples}), *asked.items()):
+        if len(own) < len(runs[name]):
+            raise DataError(f"{name}: a question is answered twice; give one evaluation's answers")
+        for other, theirs in {"the rows": rows, **asked}.items():
             if lost := [i for i in own if i not in theirs]:
-                raise DataError(f"{name}: question {lost[0]!r} is not in {other}: give the others")
-    questions = []
+                raise DataError(f"question {lost[0]!r} is in {name}, but not in {other}")
+    if not any(asked.values()):
+        raise DataError("there are no answers to report")
+    questions, turns = [], Counter()
     for e in (e for e in examples if all(e.id in own for own in asked.values())):
         answers = [describe(e, own[e.id]) for own in asked.values()]
-        was, now = answers[0]["verdict"] == "right", answers[-1]["verdict"] == "right"
+        was, now = (answers[i]["verdict"] == "right" for i in (0, -1))
         change = (("both wrong", "mended"), ("broken", "both right"))[was][now]
-        first, *lines = e.problem.splitlines()
-        if e.options:  # they are shown as a list
-            lines = [line for line in lines if not re.match(r"\(?[A-Z][.):]\s", line)]
-        questions.append({
-            "id": e.id, "category": e.category or "(none)", "problem": "\n".join([first, *lines]),
-            "options": e.options, "gold": e.answer, "media": [media[m] for m in e.media],
-            "verdict": answers[-1]["verdict"], "change": change if len(runs) > 1 else "",
-            "answers": answers,
+        option = r"\n\(?[A-Z][.):]\s.*" if e.options else "(?!)"  # options are shown as a list
+        group = {
+            "category": e.category or "(none)", "verdict": answers[-1]["verdict"],
+            "change": change if len(runs) > 1 else "",
+        }  # fmt: skip
+        questions.append(group | {
+            "id": e.id, "problem": re.sub(option, "", e.problem), "options": e.options,
+            "gold": e.answer, "media": [places[m] for m in e.media], "answers": answers,
+            "turn": turns[*group.values()],
         })  # fmt: skip
-    if not questions:
-        raise DataError("no answers: the report needs one at least")
+        turns[*group.values()] += 1
     return questions
 
 
-def count(questions: list[dict]) -> list[list[str]]:
-    """Accuracy of each run on all questions and by category, as the rows of a table."""
-    rows = []
-    for name in ["all", *sorted({q["category"] for q in questions})]:
-        own = [q for q in questions if name in ("all", q["category"])]
-        right = [sum(a["verdict"] == "right" for a in of) for of in zip(*(q["answers"] for q in own))]
-        shares = [f"{100 * n / len(own):.1f} %" for n in right]
-        rows.append([name, f"{len(own)}", *shares])
-    return rows
-
-
-def fair(questions: list[dict]) -> list[dict]:
-    """The questions in the order in which strips are given out: the first of each category, verdict
-    and change, then the second of each ..."""
-    seen, turns = Counter(), []
-    for q in questions:
-        group = q["category"], q["verdict"], q["change"]
-        turns.append(seen[group])
-        seen[group] += 1
-    return [questions[i] for i in np.argsort(turns, kind="stable")]
-
-
 def strip(medium, num_frames: int, height: int, most: int = 64) -> tuple[dict, str]:
-    """What the page shows of a medium, and the JPEG of its frames side by side in base64 ("": none,
-    a sound or an error). Large frames shrink to `height` pixels, a single one to 3 x as many."""
+    """What the page tells of a medium, and the JPEG of its frames side by side in base64 ("" for
+    sound and errors). Large frames shrink to `height` pixels, a single one to 3 times as many."""
     from PIL import Image
 
     try:
         if medium.kind == "audio":
             return {"seconds": round(len(data.load_audio(medium)) / 16000, 1)}, ""
-        frames = data.Frames(medium, num_frames)
+        frames, cells = data.Frames(medium, num_frames), []
         chosen = data.frame_indices(len(frames), most)
-        height *= 3 if len(chosen) == 1 else 1
-        cells = []
-        for i in chosen:  # one by one: 8,192 large frames do not fit in memory
-            cell = Image.fromarray(frames[i : i + 1][0])
-            cell.thumbnail((65535 // len(chosen), height))  # a JPEG is at most 65,535 pixels wide
+        # Of many frames only the chosen ones: thousands of large ones do not fit in memory.
+        some = frames[:] if len(chosen) == len(frames) else (frames[i : i + 1][0] for i in chosen)
+        for cell in map(Image.fromarray, some):
+            widest = 65535 // len(chosen)  # a JPEG has at most 65,535 pixels a side
+            cell.thumbnail((widest, height if len(chosen) > 1 else 3 * height))
             cells.append(np.asarray(cell))
     except DataError as error:
         return {"error": str(error)}, ""
+    tenths = (frames.times[chosen] * 10).round().astype(int).tolist()
+    times = [f"{t // 600:02d}:{t // 10 % 60:02d}.{t % 10}" for t in tenths]
+    times = times if medium.kind == "video" else [""]
     file, (h, w) = io.BytesIO(), cells[0].shape[:2]
-    Image.fromarray(np.concatenate(cells, axis=1)).save(file, "JPEG", quality=80)
-    seconds = frames.times[chosen]
-    times = [f"{int(t // 60):02d}:{t % 60:04.1f}" for t in (seconds * 10).round() / 10]
-    if medium.kind == "image":
-        times = [""]
+    Image.fromarray(np.concatenate(cells, axis=1)).save(file, "JPEG", quality=80, subsampling=0)
     look = {"times": times, "of": len(frames), "width": w, "height": h, "sound": medium.track}
     return look, base64.b64encode(file.getvalue()).decode()
 
@@ -159,23 +139,24 @@ def write_report(
     path, title: str, examples: list, runs: dict[str, list[dict]], num_frames: int, pictures=(),
     text: str = "", max_mb: float = 30.0, frame_height: int = 96,
 ) -> None:  # fmt: skip
-    """One HTML file. runs: {name: records}, one or two; pictures: {path of a PNG: what it shows};
-    text: a table of the run. Media that do not decode are shown as their error; DataError if the
-    runs answer different questions, or others than the examples."""
-    places = {m: i for i, m in enumerate(dict.fromkeys(m for e in examples for m in e.media))}
-    questions = describe_all(examples, runs, places)
-    looks = [{"name": Path(m.path).name, "kind": m.kind} for m in places]
-    uris = [(base64.b64encode(Path(p).read_bytes()).decode(), alt) for p, alt in dict(pictures).items()]
+    """The page. runs: {name: records}, one or two; pictures: {PNG file: what it shows}; text: a
+    table of the run. A medium that does not decode is shown as its error. DataError: describe_all.
+    """
+    media = list(dict.fromkeys(m for e in examples for m in e.media))
+    questions = describe_all(examples, runs, {m: i for i, m in enumerate(media)})
+    looks = [{"name": Path(m.path).name, "kind": m.kind} for m in media]
+    encode = lambda file: base64.b64encode(Path(file).read_bytes()).decode()  # noqa: E731
     page = {
-        "title": title, "runs": list(runs), "frames": num_frames, "text": text, "max_mb": max_mb,
-        "numbers": count(questions), "pictures": uris, "media": looks, "questions": questions,
+        "runs": list(runs), "frames": num_frames, "text": text, "max_mb": max_mb, "title": title,
+        "pictures": [[encode(file), alt] for file, alt in dict(pictures).items()],
+        "media": looks, "questions": questions,
     }  # fmt: skip
-    # ASCII with every < escaped: neither </script> nor <!-- nor half a character is in the file.
+    # ASCII, and no "<": neither </script> nor <!-- nor half a character is in the file.
     dump = lambda part: json.dumps(part).replace("<", "\\u003c")  # noqa: E731
-    media, rules, done = list(places), [], set()
-    room = max_mb * 1e6 - len(dump(page)) - len(PAGE) - len(html.escape(title))
-    for i in (i for q in fair(questions) for i in q["media"] if i not in done):
-        done.add(i)
+    head = html.escape(title).encode("ascii", "xmlcharrefreplace").decode()
+    room, rules = max_mb * 1e6 - len(PAGE.encode()) - len(head) - len(dump(page)), []
+    turn = operator.itemgetter("turn")
+    for i in dict.fromkeys(i for q in sorted(questions, key=turn) for i in q["media"]):
         look, jpeg = strip(media[i], num_frames, frame_height)
         rule = f".s{i}{{background-image:url(data:image/jpeg;base64,{jpeg})}}\n" if jpeg else ""
         room -= len(rule) + len(dump(look))
@@ -183,197 +164,178 @@ def write_report(
             break
         looks[i] |= look
         rules.append(rule)
-    parts = {"TITLE": html.escape(title), "RULES": "".join(rules), "DATA": dump(page)}
+    parts = {"TITLE": head, "RULES": "".join(rules), "DATA": dump(page)}
     Path(path).write_text(re.sub("@([A-Z]+)@", lambda m: parts[m[1]], PAGE), encoding="utf-8")
 
 
-# ---------------------------------------------------------------------------------------- the page
-
 PAGE = r"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>@TITLE@</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-:root { color-scheme: light dark; --ink: #1c2128; --soft: #57606a; --paper: #fff; --card: #f6f8fa;
-  --line: #d0d7de; --right: #116329; --wrong: #b42318; --failed: #7d4e00; --mark: #0550ae }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9aa5b1; --paper: #0d1117;
-  --card: #161b22; --line: #3d444d; --right: #56d364; --wrong: #ff8f85; --failed: #e3b341;
-  --mark: #79c0ff } }
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+:root { color-scheme: light dark; --ink: light-dark(#1c2128, #e6edf3);
+  --paper: light-dark(#fff, #0d1117); --card: light-dark(#f6f8fa, #161b22);
+  --line: light-dark(#d0d7de, #3d444d); --soft: light-dark(#57606a, #9aa5b1);
+  --mark: light-dark(#0550ae, #79c0ff); --right: light-dark(#116329, #56d364);
+  --wrong: light-dark(#b42318, #ff8f85); --failed: light-dark(#7d4e00, #e3b341) }
 * { box-sizing: border-box }
-body { margin: 0; display: grid; grid-template-columns: 15.5rem minmax(0, 1fr); color: var(--ink);
-  background: var(--paper); font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere }
+body { display: grid; grid-template-columns: 15rem minmax(0, 1fr); margin: 0; color: var(--ink);
+  background: var(--paper); font: 15px/1.45 system-ui, sans-serif; overflow-wrap: break-word }
 aside { position: sticky; top: 0; height: 100vh; overflow-y: auto; padding: 1rem;
-  border-right: 1px solid var(--line); background: var(--card) }
-main { padding: 1rem 1.5rem; max-width: 84rem }
-h1 { font-size: 1.4rem; margin: 0 } h2 { font-size: 1rem; margin: 0 0 .6rem }
-h3 { font-size: .85rem; margin: 0; color: var(--soft) }
-.soft, time, kbd { color: var(--soft); font-size: .85rem }
-.row { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; align-items: start }
-input { width: 100%; padding: .45rem; font: inherit; margin-bottom: .5rem }
-.chips { display: flex; flex-direction: column; gap: 2px; margin: .3rem 0 .9rem }
-.chips button { display: flex; justify-content: space-between; gap: .6rem; font: inherit;
-  padding: .2rem .5rem; border: 1px solid transparent; border-radius: 6px; color: var(--ink);
-  background: none; text-align: left; cursor: pointer }
-.chips button:hover { border-color: var(--line) }
-.chips [aria-pressed=true] { background: var(--mark); color: var(--paper) }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .8rem 0 }
-td, th { padding: .15rem .7rem; border-bottom: 1px solid var(--line); text-align: right }
-td:first-child, th:first-child { text-align: left }
-pre { font: 12px/1.4 ui-monospace, monospace; overflow-x: auto; margin: .8rem 0; max-width: 100% }
-.pictures img { max-width: 100%; max-height: 22rem; background: #fff; border-radius: 6px }
-article { border: 1px solid var(--line); border-radius: 8px; background: var(--card);
-  padding: .9rem 1rem; margin: 0 0 1rem; scroll-margin-top: .5rem }
+  background: var(--card); border: solid var(--line); border-width: 0 1px 0 0 }
+main { padding: 1rem 1.5rem 80vh; max-width: 90rem }
+header, .answers { display: flex; flex-wrap: wrap; gap: .5rem 2rem; align-items: start }
+h1, header > small, details { width: 100%; margin: 0 } h2 { font-size: 1rem; margin: 0 0 .5rem }
+h3 { font-size: .85rem; margin: .7rem 0 .2rem } h3, small { color: var(--soft); font-weight: 400 }
+[type=search] { width: 100%; padding: .4rem; font: inherit }
+[role=group] { display: flex; flex-direction: column; gap: 2px }
+button { display: flex; justify-content: space-between; gap: .6rem; padding: .15rem .5rem;
+  font: inherit; color: inherit; background: none; border: 1px solid var(--card);
+  border-radius: 6px; cursor: pointer }
+button[aria-pressed=true] { background: var(--mark); color: var(--paper) }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
+td, th { padding: .15rem .5rem; border-bottom: 1px solid var(--line); text-align: right }
+:is(td, th):first-child { text-align: left }
+pre { font: 12px/1.4 ui-monospace, monospace; flex: 1 1 22rem }
+img { max-width: 100%; max-height: 24rem; border-radius: 6px }
+article { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  padding: .8rem 1rem; margin: 1rem 0; scroll-margin-top: 8px }
 article:focus { outline: 3px solid var(--mark) }
-.strip { display: flex; gap: 3px; overflow-x: auto; list-style: none; margin: 0 0 .3rem;
-  padding: 0 0 .3rem }
-.all .strip { flex-wrap: wrap }
-.strip i { display: block; max-width: 78vw; print-color-adjust: exact;
-  -webkit-print-color-adjust: exact }
-.strip time { display: block; text-align: center; font-size: .68rem }
-.problem { white-space: pre-wrap; margin: .6rem 0 .4rem; font-weight: 600 }
-.options { margin: 0 0 .7rem; padding-left: 1.6rem }
-.tag { border: 1px solid; border-radius: 9px; padding: 0 .45rem; margin-left: .45rem;
-  font-size: .75rem; font-weight: 600; white-space: nowrap; color: var(--mark) }
-.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: .8rem }
-.answers section { border-left: 4px solid var(--line); padding-left: .7rem }
-.answers p { white-space: pre-wrap; margin: .1rem 0 .5rem; max-height: 22rem; overflow-y: auto }
-.right { --line: var(--right) } .wrong { --line: var(--wrong) } .failed { --line: var(--failed) }
-.right .tag.verdict { color: var(--right) } .wrong .tag.verdict { color: var(--wrong) }
-.failed .tag.verdict, .error { color: var(--failed) } .tag.gold { color: var(--right) }
-@media (max-width: 52rem) { body { display: block } main { padding: .8rem }
-  aside { position: static; height: auto; border: 0; border-bottom: 1px solid var(--line) }
-  .chips { flex-direction: row; flex-wrap: wrap } .chips button { border-color: var(--line) }
-  .keys { display: none } }
+.strip { display: flex; gap: 3px; overflow-x: auto; list-style: none; margin: 0; padding: 0 0 4px }
+body:has(#whole:checked) .strip { flex-wrap: wrap }
+i { display: block; max-width: 78vw; print-color-adjust: exact }
+time { display: block; text-align: center; font-size: .7rem; color: var(--soft) }
+pre, .problem, section p { white-space: pre-wrap; margin: 0 }
+.problem { margin: .5rem 0; font-weight: 600 }
+[type=A] { margin: 0 0 .7rem; padding-left: 1.6rem }
+b { border: 1px solid; border-radius: 9px; padding: 0 .45rem; margin-left: .4rem; font-size: .75rem;
+  color: var(--mark) }
+section { flex: 1 1 17rem; min-width: 0; border-left: 4px solid var(--tone); padding-left: .7rem }
+section p { max-height: 22rem; overflow-y: auto }
+.right { --tone: var(--right) } .wrong { --tone: var(--wrong) } .failed { --tone: var(--failed) }
+.verdict, .error { color: var(--tone) }
+@media (max-width: 50rem) { body { display: block } main { padding: .8rem } pre { font-size: 10px }
+  aside { position: static; height: auto } .keys { display: none } table { white-space: normal }
+  [role=group] { flex-flow: wrap } button { border-color: var(--line) } }
 @media print { body { display: block } aside { display: none } article { break-inside: avoid }
-  .strip { flex-wrap: wrap } .answers p { max-height: none } }
-</style><style>
-@RULES@</style></head>
-<body><aside aria-label="filters"></aside><main></main>
-<noscript>This page lists its questions with JavaScript; all of it is in this file.</noscript>
-<script type="application/json" id="data">@DATA@</script>
-<script>
+  main { padding: 0 } .strip { flex-wrap: wrap } section p { max-height: none } }
+</style><style>@RULES@</style></head><body><aside aria-label="filters">
+<label>search <input type="search" id="search"></label><p id="count" role="status"></p>
+<label><input type="checkbox" id="whole"> all frames at once</label><div id="filters"></div>
+<p class="keys"><small>keys: j k or → ← question, f all frames, / search</small></p></aside>
+<main><header></header><div id="list"></div><div id="end"></div></main>
+<noscript>The questions are listed by JavaScript; all of it is in this file.</noscript>
+<script type="application/json" id="data">@DATA@</script><script>
 "use strict"
-const D = JSON.parse(document.getElementById("data").textContent)
+const [data, search, count, whole, filters, list, end] = ["data", "search", "count", "whole",
+  "filters", "list", "end"].map(id => document.getElementById(id))
+const D = JSON.parse(data.textContent), all = D.questions
 // An element. Text always becomes a text node: nothing in an answer can become a tag.
-function h(tag, props, ...kids) {
+function h(tag, attributes, ...kids) {
   const e = document.createElement(tag)
-  for (const [name, value] of Object.entries(props)) e.setAttribute(name, value)
-  e.append(...kids.flat(2).filter(kid => kid !== "" && kid != null))
+  for (const name in attributes) e.setAttribute(name, attributes[name])
+  e.append(...kids.flat(2).filter(kid => kid))
   return e
 }
-const tag = (text, kind = "") => h("span", {class: "tag " + kind}, text)
 const MARKS = {right: "✓ right", wrong: "✗ wrong", failed: "! failed"}
+const badge = (text, kind = "") => h("b", {class: kind}, text)
 
-function strip(i) {  // the frames of medium i with their times, or why there are none
-  const m = D.media[i], named = m.kind + " " + m.name
-  if (m.error) return h("p", {class: "error"}, m.error)
-  if (m.seconds != null) return h("p", {class: "soft"}, `${named}, ${m.seconds} s of sound`)
-  if (!m.times) return h("p", {class: "soft"}, `${named}: no frames here, they would make this ` +
-    `file larger than ${D.max_mb} MB (--max_mb)`)
-  const n = m.times.length, tall = m.height * Math.max(1, Math.floor(96 / m.height))
-  const look = `width:${tall * m.width / m.height}px;aspect-ratio:${m.width}/${m.height};` +
-    `background-size:${n * 100}% 100%;image-rendering:${m.height < 96 ? "pixelated" : "auto"}`
-  const cells = m.times.map((t, at) => h("li", {}, h("i", {class: "s" + i, role: "img",
-    style: `${look};background-position:${n > 1 ? at / (n - 1) * 100 : 0}% 0`,
-    "aria-label": t ? "frame at " + t : named}), h("time", {"aria-hidden": true}, t)))
-  const many = m.kind === "image" ? "" : n < m.of ? `${n} of ${m.of} frames of ` : `${n} frames of `
-  return h("div", {}, h("ol", {class: "strip", tabindex: 0, "aria-label": many + named}, cells),
-    h("div", {class: "soft"}, many + named + (m.sound ? ", with its sound" : "")))
+function strip(m, i) {  // the frames of a medium with their times, or why there are none
+  let name = `${m.kind} ${m.name}`
+  if (m.error) return h("p", {class: "failed error"}, m.error)
+  if (m.seconds != null) return h("p", {}, `${name}, ${m.seconds} s of sound`)
+  if (!m.times) return h("p", {}, `${name}: left out, this file may have ${D.max_mb} MB (max_mb)`)
+  const n = m.times.length, scale = Math.max(1, Math.floor(96 / m.height))
+  const look = at => `width:${m.width * scale}px;aspect-ratio:${m.width}/${m.height};` +
+    `background-size:${n * 100}% 100%;background-position:${n > 1 && at / (n - 1) * 100}% 0;` +
+    `image-rendering:${scale > 1 ? "pixelated" : "auto"}`
+  const cells = m.times.map((t, at) => h("li", {}, h("i", {class: "s" + i, style: look(at),
+    role: "img", "aria-label": t ? "frame at " + t : name}), h("time", {"aria-hidden": true}, t)))
+  if (m.kind === "video") name = `${n < m.of ? n + " of " : ""}${m.of} frames of ${name}`
+  if (m.sound) name += ", with its sound"
+  return [h("ol", {class: "strip", tabindex: 0, "aria-label": name}, cells), h("small", {}, name)]
 }
-
 function answer(a, run) {
-  const part = (name, text) => text && [h("h3", {}, name), h("p", {tabindex: 0}, text)]
-  return h("section", {class: a.verdict}, h("h2", {}, run, tag(MARKS[a.verdict], "verdict")),
+  const part = (name, text) => text && [h("h3", {}, name), h("p", {}, text)]
+  return h("section", {class: a.verdict}, h("h2", {}, run, badge(MARKS[a.verdict], "verdict")),
     a.error && h("p", {class: "error"}, a.error),
-    a.lenient && h("p", {class: "soft"}, "right, but not in the form that the reward asks for"),
+    a.lenient && h("small", {}, "right, but not in the form that is rewarded"),
     part("reasoning", a.think), part("answer", a.answer),
-    part("answer, not as <think> ... </think> <answer> ... </answer>", a.raw),
-    a.tokens ? h("div", {class: "soft"}, `${a.tokens} tokens`) : "")
+    part("all of it, not of the form <think> </think> <answer> </answer>", a.raw),
+    a.tokens && h("small", {}, `${a.tokens} tokens`))
 }
-
 function card(q) {
-  const letters = q.options.map((_, i) => String.fromCharCode(65 + i))
+  const gold = badge("gold", "right verdict")
+  const option = (text, letter) => h("li", {}, text, letter === q.gold && gold,
+    q.answers.map((a, run) => a.chosen === letter && badge("chosen " + D.runs[run])))
   return h("article", {tabindex: -1, "aria-label": "question " + q.id, class: q.verdict},
-    h("h2", {}, q.id, tag(q.category), tag(q.change || MARKS[q.verdict], "verdict")),
-    q.media.map(strip), h("p", {class: "problem"}, q.problem),
-    h("ol", {type: "A", class: "options"}, q.options.map((text, i) => h("li", {}, text,
-      letters[i] === q.gold ? tag("gold", "gold") : "",
-      q.answers.map((a, run) => a.chosen === letters[i] ? tag("chosen " + D.runs[run]) : "")))),
-    q.options.length ? "" : h("p", {}, "gold: " + q.gold),
+    h("h2", {}, q.id, badge(q.category), badge(q.change || MARKS[q.verdict], "verdict")),
+    q.media.map(i => strip(D.media[i], i)), h("p", {class: "problem"}, q.problem),
+    !q.options.length ? h("p", {}, q.gold, gold) : h("ol", {type: "A"},
+      q.options.map((text, i) => option(text, String.fromCharCode(65 + i)))),
     h("div", {class: "answers"}, q.answers.map((a, run) => answer(a, D.runs[run]))))
 }
+const categories = [...new Set(all.map(q => q.category))].sort(), chips = []
+const changes = D.runs[1] && {change: ["mended", "broken", "both right", "both wrong"]}
+const groups = {verdict: Object.keys(MARKS), ...changes, category: categories}
+for (const q of all) q.hay = [q.id, q.category, q.problem, q.gold, ...q.options,
+  ...q.answers.flatMap(a => [a.think, a.answer, a.raw, a.error]),
+  ...q.media.map(i => D.media[i].name)].join("\n").toLowerCase()
+let view = {}, shown = []  // view: {verdict, change, category, words}, kept in the address
+const find = view => all.filter(q => Object.keys(groups).every(k => !view[k] || q[k] === view[k]) &&
+  (view.words || "").toLowerCase().split(/\s+/).every(word => q.hay.includes(word)))
 
-// The view is {verdict, change, category, q}; it is kept in the fragment: a link to it.
-const hay = new Map(D.questions.map(q => [q, JSON.stringify(Object.values({...q, media:
-  q.media.map(i => D.media[i].name)})).replace(/\\n/g, " ").toLowerCase()]))
-const hit = (q, view) => ["verdict", "change", "category"].every(k => !view[k] || q[k] === view[k])
-  && (view.q || "").toLowerCase().split(/\s+/).every(word => hay.get(q).includes(word))
-const groups = {verdict: ["right", "wrong", "failed"], category: D.numbers.slice(1).map(r => r[0])}
-if (D.runs.length > 1) groups.change = ["mended", "broken", "both right", "both wrong"]
-let view = {}, shown = [], drawn = 0
-const list = h("div", {}), end = h("div", {class: "soft"}), chips = []
-const status = h("p", {role: "status"})
-const search = h("input", {type: "search", id: "q", placeholder: "words, a name, an answer"})
-const go = change => { view = {...view, ...change}; draw() }
-
-function draw() {
-  history.replaceState(null, "", "#" + new URLSearchParams(
-    Object.entries(view).filter(([, value]) => value)))
-  shown = D.questions.filter(q => hit(q, view))
-  drawn = 0
+function go(next) {
+  view = next
+  history.replaceState(null, "", "#" + new URLSearchParams(Object.entries(view).filter(e => e[1])))
+  shown = find(view)
   list.replaceChildren()
   more()
-  if (search.value !== (view.q || "")) search.value = view.q || ""
-  status.textContent = `${shown.length} of ${D.questions.length} questions`
+  if (search.value !== (view.words || "")) search.value = view.words || ""
+  curves.open = !Object.values(view).some(value => value)  // else the questions are what to see
+  if (scrollY > list.offsetTop) list.scrollIntoView()
+  count.textContent = `${shown.length} of ${all.length} questions`
   for (const [chip, key, value] of chips) {
     chip.setAttribute("aria-pressed", (view[key] || "") === value)
-    chip.lastChild.textContent = D.questions.filter(q => hit(q, {...view, [key]: value})).length
+    chip.lastChild.textContent = find({...view, [key]: value}).length
   }
 }
 function more(n = 10) {  // cards are made as they are needed: 1,000 strips are slow
-  list.append(...shown.slice(drawn, drawn += n).map(card))
-  end.textContent = drawn < shown.length ? "..." : shown.length ? "" : "no question is like this"
+  const drawn = list.children.length
+  list.append(...shown.slice(drawn, drawn + n).map(card))
 }
-function step(by) {  // to the next card below, or the one above, of where the page is scrolled to
-  const cards = [...list.children], tops = cards.map(c => c.getBoundingClientRect().top - 8)
-  const own = cards.indexOf(document.activeElement)
-  const at = own >= 0 && tops[own] > -4 && tops[own] < innerHeight / 2 ? own + by
-    : by > 0 ? tops.findIndex(t => t > -4) : tops.findLastIndex(t => t < 4)
-  if (at + 3 > drawn) more()
-  if (!list.children[at]) return
-  list.children[at].focus({preventScroll: true})
-  list.children[at].scrollIntoView()
+function step(by) {  // to the first card below the top of the window, or the last one above
+  const tops = [...list.children].map(card => card.getBoundingClientRect().top)
+  const to = list.children[by > 0 ? tops.findIndex(t => t > 10) : tops.findLastIndex(t => t < 6)]
+  to?.focus({preventScroll: true})
+  to?.scrollIntoView()
 }
-
-document.querySelector("main").append(h("header", {}, h("h1", {}, D.title),
-  h("p", {class: "soft"}, `${D.questions.length} questions, ${D.frames} frames a video`),
-  h("div", {class: "row"}, h("table", {}, h("tr", {}, ["right answers", "questions", ...D.runs]
-    .map(name => h("th", {scope: "col"}, name))),
-    D.numbers.map(row => h("tr", {}, row.map(cell => h("td", {}, cell))))),
-    D.text && h("pre", {tabindex: 0}, D.text)),
-  h("p", {class: "row pictures"}, D.pictures.map(([png, alt]) =>
-    h("img", {src: "data:image/png;base64," + png, alt})))), list, end)
-document.querySelector("aside").append(...h("div", {}, h("label", {for: "q"}, "search"), search, status,
-  Object.entries(groups).map(([key, values]) => [h("h3", {}, key === "verdict" ?
-    D.runs.at(-1) : key), h("div", {class: "chips", role: "group", "aria-label": key},
-    ["", ...values].map(value => {
-      const chip = h("button", {type: "button"}, value || "all", h("span", {}, ""))
-      chip.onclick = () => go({[key]: value})
-      chips.push([chip, key, value])
-      return chip
-    }))]), h("p", {class: "soft keys"}, "keys: j k or → ← question, f all frames, / search")).childNodes)
-search.oninput = () => go({q: search.value})
+const curves = h("details", {}, D.pictures[0] && h("summary", {}, "curves"),
+  D.pictures.map(([png, alt]) => h("img", {src: "data:image/png;base64," + png, alt})))
+const right = (some, run) => some.filter(q => q.answers[run].verdict === "right").length
+const line = (name, some) => h("tr", {}, [name, some.length, ...D.runs.map((_, run) =>
+  (100 * right(some, run) / some.length).toFixed(1) + "\u00a0%")].map(text => h("td", {}, text)))
+document.querySelector("header").append(h("h1", {}, D.title),
+  h("small", {}, `${all.length} questions, ${D.frames} frames a video`),
+  h("table", {}, h("tr", {}, ["right answers", "questions", ...D.runs].map(s => h("th", {}, s))),
+    line("all", all), categories.map(name => line(name, all.filter(q => q.category === name)))),
+  h("pre", {}, D.text), curves)
+for (const key in groups) filters.append(h("h3", {}, key === "verdict" ? D.runs.at(-1) : key),
+  h("div", {role: "group", "aria-label": key}, ["", ...groups[key]].map(value => {
+    const chip = h("button", {}, value || "all", h("span", {}))
+    chip.onclick = () => go({...view, [key]: value})
+    chips.push([chip, key, value])
+    return chip
+  })))
+search.oninput = () => go({...view, words: search.value})
+search.onchange = () => search.blur()  // Enter: the keys work again
 onbeforeprint = () => more(shown.length)
-onhashchange = () => { view = Object.fromEntries(new URLSearchParams(location.hash.slice(1))); draw() }
-onkeydown = e => {
-  const typing = e.target === search, by = {j: 1, ArrowRight: 1, k: -1, ArrowLeft: -1}[e.key]
-  if (e.ctrlKey || e.metaKey || e.altKey || (typing && e.key !== "Escape")) return
-  if (e.key.startsWith("Arrow") && e.target.tabIndex === 0) return  // it scrolls a strip
-  if (by) step(by)
-  else if (e.key === "f") document.body.classList.toggle("all")
-  else if (e.key === "/") search.focus()
-  else if (e.key === "Escape") search.blur()
-  else return
+onhashchange = () => go(Object.fromEntries(new URLSearchParams(location.hash.slice(1))))
+const on = () => step(1), back = () => step(-1), keys = {j: on, ArrowRight: on, k: back,
+  ArrowLeft: back, f: () => whole.click(), "/": () => search.focus()}
+onkeydown = e => {  // in a strip the arrows scroll
+  const own = e.target === search || (e.target.matches(".strip") && e.key[1])
+  if (own || e.ctrlKey || e.metaKey || e.altKey || !keys[e.key]) return
   e.preventDefault()
+  keys[e.key]()
 }
 new IntersectionObserver(seen => seen[0].isIntersecting && more(), {rootMargin: "1500px"})
   .observe(end)
