@@ -59,7 +59,7 @@ def media(tmp_path_factory):
     root = tmp_path_factory.mktemp("media")
     frames = np.arange(0, 200, 2, dtype="u1")[:, None, None, None].repeat(120, 1).repeat(240, 2)
     write_video_with_audio(root / "long.mp4", frames.repeat(3, 3), 4, 25, 440)
-    small = frames[:9, :32, :48].repeat(3, 3)
+    small = frames[:9, :32, :64].repeat(3, 3)
     write_video_with_audio(root / "small.mp4", small, 4, 2, 440)
     Image.new("RGB", (900, 600), (200, 30, 30)).save(root / "red.png")
     write_wav(root / "tone.wav", 2.5)
@@ -85,7 +85,7 @@ def test_strips_are_the_frames_that_the_model_saw(media, tmp_path):
         seen, times = data.load_media(asked[int(name)].media[0], frames)
         chosen = data.frame_indices(len(seen), 64)
         assert len(look["times"]) == len(chosen) and look["of"] == len(seen)
-        (h, w), n = (96, 192) if name != "2" else (32, 48), len(chosen)
+        (h, w), n = (96, 192) if name != "2" else (32, 64), len(chosen)
         assert strip.shape == (h, n * w, 3) and (look["height"], look["width"]) == (h, w)
         cells = strip.reshape(h, n, w, 3).mean((0, 2, 3))
         np.testing.assert_allclose(cells, seen[chosen].mean((1, 2, 3)), atol=1.5)
@@ -350,7 +350,7 @@ def test_filters_keys_search_and_strips_work_in_a_browser(media, tmp_path):
     after[2] = answer("q2", EVIL, 0.0, lenient=1.0)
     after[13]["error"] = "gone"
     path, pictures = tmp_path / "r.html", {media / "red.png": EVIL}
-    write(path, asked, {"old": before, "new": after}, pictures=pictures, text=EVIL)
+    write(path, asked, {"old": before, "new": after}, 100, pictures=pictures, text=EVIL)
     path.write_text(path.read_text(encoding="utf-8") + DRIVE, encoding="utf-8")
     options = "--headless --no-sandbox --disable-gpu --no-first-run --disable-quic --disable-sync "
     options += "--disable-background-networking --disable-component-update --window-size=1280,900 "
@@ -370,10 +370,10 @@ def test_filters_keys_search_and_strips_work_in_a_browser(media, tmp_path):
     (old, first), (new, second) = out["runs"]
     assert old == "right" and first.startswith("old✓ rightreasoning") and first.endswith("7 tokens")
     assert new == "wrong" and second.startswith("new✗ wrongright, but") and EVIL in second
-    # 9 frames of 48 x 32 pixels are enlarged 3 times, 64 of 192 x 96 are not.
+    # 9 frames of 64 x 32 pixels are enlarged 3 times, 64 of 192 x 96 are not.
     (label, *cells), (many, *larger) = out["strips"]
-    assert label == "9 frames of video small.mp4" and many == "64 of 64 frames of video long.mp4"
-    assert cells[0] == [144, 96, "pixelated", 'url("data:image', "0% 0px", "frame at 00:00.0"]
+    assert label == "9 frames of video small.mp4" and many == "64 of 100 frames of video long.mp4"
+    assert cells[0] == [192, 96, "pixelated", 'url("data:image', "0% 0px", "frame at 00:00.0"]
     assert cells[1][4:] == ["100% 0px", "frame at 00:02.0"]
     assert larger[0][:3] == [192, 96, "auto"]
     # Filters, keys and words.
