@@ -29,7 +29,6 @@ import base64
 import html
 import io
 import json
-import operator
 import re
 import sys
 from collections import Counter
@@ -44,15 +43,14 @@ from grpo import chosen_letter
 
 def read_answers(path: str) -> list[dict]:
     """The records of a file that eval.py or train.py wrote, or a DataError that names the line."""
-    records = []
+    records, needed = [], ("problem_id", "completion", "accuracy")
     try:
         with open(path, encoding="utf-8") as file:
-            for line in file:
-                r = json.loads(line)
-                records.append(r | {k: r[k] for k in ("problem_id", "completion", "accuracy")})
+            for r in map(json.loads, file):
+                records.append(r | {name: r[name] for name in needed})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        where = f"{path}:{len(records) + 1}"
-        raise DataError(f"{where}: not an answer that eval.py wrote ({error!r})") from None
+        here = f"{path}:{len(records) + 1}"
+        raise DataError(f"{here}: not an answer that eval.py wrote ({error!r})") from None
     return records
 
 
@@ -65,14 +63,11 @@ def describe(example, record: dict) -> dict:
     parts = re.fullmatch(form, text, re.DOTALL) if len(spans) == 1 else None
     return {
         "verdict": "failed" if error else "right" if record["accuracy"] else "wrong",
-        "think": parts[1].strip() if parts else "",
-        "answer": parts[2].strip() if parts else "",
-        "raw": "" if parts else text,
-        "chosen": chosen_letter(said.strip(), example.options) if example.options else None,
+        "think": parts[1].strip() if parts else "", "answer": parts[2].strip() if parts else "",
+        "raw": "" if parts else text, "error": error, "tokens": record.get("tokens", 0),
         "lenient": bool(record.get("lenient") and not record["accuracy"]),
-        "tokens": record.get("tokens", 0),
-        "error": error,
-    }
+        "chosen": chosen_letter(said.strip(), example.options) if example.options else None,
+    }  # fmt: skip
 
 
 def describe_all(examples: list, runs: dict, places: dict) -> list[dict]:
@@ -94,11 +89,9 @@ def describe_all(examples: list, runs: dict, places: dict) -> list[dict]:
         answers = [describe(e, own[e.id]) for own in asked.values()]
         was, now = (answers[i]["verdict"] == "right" for i in (0, -1))
         change = (("both wrong", "mended"), ("broken", "both right"))[was][now]
+        group = {"category": e.category or "(none)", "verdict": answers[-1]["verdict"]}
+        group |= {"change": change if len(runs) > 1 else ""}
         option = r"\n\(?[A-Z][.):]\s.*" if e.options else "(?!)"  # options are shown as a list
-        group = {
-            "category": e.category or "(none)", "verdict": answers[-1]["verdict"],
-            "change": change if len(runs) > 1 else "",
-        }  # fmt: skip
         questions.append(group | {
             "id": e.id, "problem": re.sub(option, "", e.problem), "options": e.options,
             "gold": e.answer, "media": [places[m] for m in e.media], "answers": answers,
@@ -155,8 +148,8 @@ def write_report(
     dump = lambda part: json.dumps(part).replace("<", "\\u003c")  # noqa: E731
     head = html.escape(title).encode("ascii", "xmlcharrefreplace").decode()
     room, rules = max_mb * 1e6 - len(PAGE.encode()) - len(head) - len(dump(page)), []
-    turn = operator.itemgetter("turn")
-    for i in dict.fromkeys(i for q in sorted(questions, key=turn) for i in q["media"]):
+    dealt = sorted(questions, key=lambda q: q["turn"])
+    for i in dict.fromkeys(i for q in dealt for i in q["media"]):
         look, jpeg = strip(media[i], num_frames, frame_height)
         rule = f".s{i}{{background-image:url(data:image/jpeg;base64,{jpeg})}}\n" if jpeg else ""
         room -= len(rule) + len(dump(look))
@@ -289,7 +282,7 @@ function go(next) {
   shown = find(view)
   list.replaceChildren()
   more()
-  if (search.value !== (view.words || "")) search.value = view.words || ""
+  if (search.value !== view.words) search.value = view.words || ""
   curves.open = !Object.values(view).some(value => value)  // else the questions are what to see
   if (scrollY > list.offsetTop) list.scrollIntoView()
   count.textContent = `${shown.length} of ${all.length} questions`
@@ -299,8 +292,7 @@ function go(next) {
   }
 }
 function more(n = 10) {  // cards are made as they are needed: 1,000 strips are slow
-  const drawn = list.children.length
-  list.append(...shown.slice(drawn, drawn + n).map(card))
+  list.append(...shown.slice(list.children.length).slice(0, n).map(card))
 }
 function step(by) {  // to the first card below the top of the window, or the last one above
   const tops = [...list.children].map(card => card.getBoundingClientRect().top)
@@ -308,8 +300,9 @@ function step(by) {  // to the first card below the top of the window, or the la
   to?.focus({preventScroll: true})
   to?.scrollIntoView()
 }
-const curves = h("details", {}, D.pictures[0] && h("summary", {}, "curves"),
+const curves = h("details", {}, h("summary", {}, "curves"),
   D.pictures.map(([png, alt]) => h("img", {src: "data:image/png;base64," + png, alt})))
+curves.hidden = !D.pictures.length
 const right = (some, run) => some.filter(q => q.answers[run].verdict === "right").length
 const line = (name, some) => h("tr", {}, [name, some.length, ...D.runs.map((_, run) =>
   (100 * right(some, run) / some.length).toFixed(1) + "\u00a0%")].map(text => h("td", {}, text)))
@@ -333,12 +326,12 @@ const on = () => step(1), back = () => step(-1), keys = {j: on, ArrowRight: on, 
   ArrowLeft: back, f: () => whole.click(), "/": () => search.focus()}
 onkeydown = e => {  // in a strip the arrows scroll
   const own = e.target === search || (e.target.matches(".strip") && e.key[1])
-  if (own || e.ctrlKey || e.metaKey || e.altKey || !keys[e.key]) return
+  if (!keys[e.key] || own || e.ctrlKey || e.metaKey || e.altKey) return
   e.preventDefault()
   keys[e.key]()
 }
-new IntersectionObserver(seen => seen[0].isIntersecting && more(), {rootMargin: "1500px"})
-  .observe(end)
+const near = new IntersectionObserver(([e]) => e.isIntersecting && more(), {rootMargin: "1500px"})
+near.observe(end)
 onhashchange()
 </script></body></html>
 """
@@ -369,23 +362,17 @@ def table(summary: dict) -> str:
 
 def plot_curves(metrics: str, path: str) -> None:
     """The GRPO stage of metrics.jsonl as curves.png: thin = each step, thick = running mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     with open(metrics) as file:
         rows = [r for r in map(json.loads, file) if r["stage"] == "grpo"]
     panels = {
-        "reward": "mean reward",
-        "accuracy": "accuracy of sampled answers",
-        "length": "tokens an answer",
-        "clip_fraction": "clip fraction",
-        "mismatch_mean": "|log-prob sampler - trainer|",
-        "entropy": "entropy (nats a token)",
-    }
-    figure, axes = plt.subplots(2, 3, figsize=(11, 5.5), constrained_layout=True)
-    for axis, (name, title) in zip(axes.flat, panels.items()):
+        "reward": "mean reward", "accuracy": "accuracy of sampled answers",
+        "length": "tokens an answer", "clip_fraction": "clip fraction",
+        "mismatch_mean": "|log-prob sampler - trainer|", "entropy": "entropy (nats a token)",
+    }  # fmt: skip
+    figure = Figure((11, 5.5), layout="constrained")
+    for axis, (name, title) in zip(figure.subplots(2, 3).flat, panels.items()):
         x, y = [r["step"] for r in rows], [r[name] for r in rows]
         window = max(1, len(y) // 10)
         mean = [sum(y[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(y))]
@@ -403,19 +390,16 @@ def plot_curves(metrics: str, path: str) -> None:
             axis.set(title="clip fraction (0: on-policy)", ylim=(0, 1))
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def plot_frames(summary: dict, path: str) -> None:
     """Accuracy over the number of frames, with the controls as lines, as frames.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     grpo = summary["grpo"]
     frames = [int(n) for n in grpo["by_frames"]]
-    figure, axis = plt.subplots(figsize=(6.5, 5), constrained_layout=True)
+    figure = Figure((6.5, 5), layout="constrained")
+    axis = figure.subplots()
     values = [100 * v for v in grpo["by_frames"].values()]
     axis.plot(frames, values, "o-", color="#08519c", label="after GRPO")
     lines = {
@@ -433,7 +417,6 @@ def plot_frames(summary: dict, path: str) -> None:
     axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 # --------------------------------------------------------------------------------- command line

@@ -393,10 +393,11 @@ def test_filters_keys_search_and_strips_work_in_a_browser(media, tmp_path):
 
 
 def test_the_mismatch_axis_has_labels_whatever_the_values(tmp_path, monkeypatch):
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    seen = []
-    monkeypatch.setattr(plt, "close", lambda figure: seen.append(figure.axes[4]))
+    seen, save = [], Figure.savefig
+    keep = lambda figure, *a, **k: (save(figure, *a, **k), seen.append(figure.axes[4]))  # noqa: E731
+    monkeypatch.setattr(Figure, "savefig", keep)
     for low, high in ((0.0, 0.0), (2e-7, 6e-7), (0.01, 4.0)):
         names = "reward accuracy length clip_fraction mismatch_mean mismatch_max entropy".split()
         rows = [dict.fromkeys(names, low) | {"stage": "grpo", "step": i} for i in range(3)]
