@@ -199,7 +199,7 @@ time { display: block; text-align: center; font-size: .7rem; color: var(--soft) 
 pre, .problem, section p { white-space: pre-wrap; margin: 0 }
 .problem { margin: .5rem 0; font-weight: 600 }
 [type=A] { margin: 0 0 .7rem; padding-left: 1.6rem }
-b { border: 1px solid; border-radius: 9px; padding: 0 .45rem; margin-left: .4rem; font-size: .75rem;
+b { border: 1px solid; border-radius: 9px; padding: 0 .4rem; margin-left: .1rem; font-size: .75rem;
   color: var(--mark) }
 section { flex: 1 1 17rem; min-width: 0; border-left: 4px solid var(--tone); padding-left: .7rem }
 section p { max-height: 22rem; overflow-y: auto }
@@ -209,7 +209,8 @@ section p { max-height: 22rem; overflow-y: auto }
   aside { position: static; height: auto } .keys { display: none } table { white-space: normal }
   [role=group] { flex-flow: wrap } button { border-color: var(--line) } }
 @media print { body { display: block } aside { display: none } article { break-inside: avoid }
-  main { padding: 0 } .strip { flex-wrap: wrap } section p { max-height: none } }
+  main { padding: 0 } .strip { flex-wrap: wrap } i { max-width: 16mm }
+  section p { max-height: none } :root { color-scheme: light } }
 </style><style>@RULES@</style></head><body><aside aria-label="filters">
 <label>search <input type="search" id="search"></label><p id="count" role="status"></p>
 <label><input type="checkbox" id="whole"> all frames at once</label><div id="filters"></div>
@@ -229,7 +230,7 @@ function h(tag, attributes, ...kids) {
   return e
 }
 const MARKS = {right: "✓ right", wrong: "✗ wrong", failed: "! failed"}
-const badge = (text, kind = "") => h("b", {class: kind}, text)
+const badge = (text, kind = "") => [" ", h("b", {class: kind}, text)]
 
 function strip(m, i) {  // the frames of a medium with their times, or why there are none
   let name = `${m.kind} ${m.name}`

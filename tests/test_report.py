@@ -200,23 +200,26 @@ def test_the_page_needs_nothing_from_outside(media, tmp_path):
     assert shown == (media / "red.png").read_bytes()
 
 
-def test_the_file_stays_within_its_limit_and_keeps_every_question(media, tmp_path):
-    """Strips are dealt out evenly over category, verdict and change; no video is decoded for
-    nothing."""
+def test_the_file_stays_within_its_limit_and_keeps_every_question(tmp_path, monkeypatch):
+    """Strips are dealt out evenly over category, verdict and change; nothing more is decoded."""
     asked, answers = [], []
     for i in range(40):
         category = "rare" if i > 37 else "common"
-        medium = Medium("video", str(media / "long.mp4"), 20, (i / 10, 20 + i / 10))
+        noise = np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype="u1")
+        Image.fromarray(noise).save(tmp_path / f"{i}.png")
+        medium = Medium("image", str(tmp_path / f"{i}.png"))
         asked.append(question(str(i), [medium], category=category))
         answers.append(answer(str(i), right=float(i % 10 > 0)))
-    sizes, have = {}, {}
+    sizes, have, decoded, strip = {}, {}, [], report.strip
+    monkeypatch.setattr(report, "strip", lambda *a: decoded.append(a) or strip(*a))
     for max_mb in (0.001, 0.12, 30):
         path = tmp_path / "r.html"
         page = write(path, asked, {"a": answers}, max_mb=max_mb)
         sizes[max_mb] = path.stat().st_size
         assert len(page.questions) == 40 and page.data["max_mb"] == max_mb
         have[max_mb] = [q for q in page.questions.values() if "times" in page.look(q["id"])]
-        assert len(have[max_mb]) == len(page.strips)
+        assert len(have[max_mb]) == len(page.strips) and len(decoded) <= len(page.strips) + 1
+        decoded.clear()
     assert len(have[0.001]) == 0 and len(have[30]) == 40
     assert 0.08e6 < sizes[0.12] < 0.12e6 < sizes[30] and 4 <= len(have[0.12]) < 20
     groups = [(q["category"], q["verdict"]) for q in have[0.12]]
@@ -366,10 +369,12 @@ def test_filters_keys_search_and_strips_work_in_a_browser(media, tmp_path):
     assert out["linked"][3:] == [c.strip() for c in chips]
     # Text is text, however much it looks like something else.
     assert out["text"][0].count(EVIL) == 4 and out["text"][1:] == ["A run", 1]
-    assert out["options"] == ["red", f"{EVIL}goldchosen oldchosen new"]
+    assert out["options"] == ["red", f"{EVIL} gold chosen old chosen new"]
     (old, first), (new, second) = out["runs"]
-    assert old == "right" and first.startswith("old✓ rightreasoning") and first.endswith("7 tokens")
-    assert new == "wrong" and second.startswith("new✗ wrongright, but") and EVIL in second
+    assert (
+        old == "right" and first.startswith("old ✓ rightreasoning") and first.endswith("7 tokens")
+    )
+    assert new == "wrong" and second.startswith("new ✗ wrongright, but") and EVIL in second
     # 9 frames of 64 x 32 pixels are enlarged 3 times, 64 of 192 x 96 are not.
     (label, *cells), (many, *larger) = out["strips"]
     assert label == "9 frames of video small.mp4" and many == "64 of 100 frames of video long.mp4"
@@ -395,9 +400,8 @@ def test_filters_keys_search_and_strips_work_in_a_browser(media, tmp_path):
 def test_the_mismatch_axis_has_labels_whatever_the_values(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
-    seen, save = [], Figure.savefig
-    keep = lambda figure, *a, **k: (save(figure, *a, **k), seen.append(figure.axes[4]))  # noqa: E731
-    monkeypatch.setattr(Figure, "savefig", keep)
+    seen = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **how: seen.append(figure.axes[4]))
     for low, high in ((0.0, 0.0), (2e-7, 6e-7), (0.01, 4.0)):
         names = "reward accuracy length clip_fraction mismatch_mean mismatch_max entropy".split()
         rows = [dict.fromkeys(names, low) | {"stage": "grpo", "step": i} for i in range(3)]
