@@ -321,7 +321,7 @@ DRIVE = r"""<script>addEventListener("load", () => {
   out.all = cards()
   out.keys = ["j", "ArrowRight", "j", "k", "ArrowLeft"].map(key =>
     (press(key), name(document.activeElement)))
-  press("j", {}, search); press("j", {ctrlKey: true}); press("ArrowRight", {}, seen(".strip")[0])
+  press("j", {}, search); press("j", {ctrlKey: true}); press("ArrowRight", {}, list.querySelector(".strip"))
   out.ignored = name(document.activeElement)
   const wraps = () => getComputedStyle(document.querySelector(".strip")).flexWrap
   out.whole = [wraps(), press("f"), wraps(), press("f"), wraps()]
@@ -351,7 +351,7 @@ def test_filters_keys_search_and_strips_work_in_a_browser(media, tmp_path):
     before = [answer(f"q{i}", right=float(i < 4)) for i in range(14)]
     after = [answer(f"q{i}", right=float(i in (0, 1, 4, 5))) for i in range(14)]
     before[2] = answer("q2", f"<think>{EVIL}</think> <answer>B</answer>", 1.0, tokens=7)
-    after[2] = answer("q2", EVIL, 0.0, lenient=1.0)
+    after[2] = answer("q2", f"{EVIL} <answer>A</answer>", 0.0, lenient=1.0)
     after[13]["error"] = "gone"
     path, pictures = tmp_path / "r.html", {media / "red.png": EVIL}
     write(path, asked, {"old": before, "new": after}, 100, pictures=pictures, text=EVIL)
@@ -370,7 +370,7 @@ def test_filters_keys_search_and_strips_work_in_a_browser(media, tmp_path):
     assert out["linked"][3:] == [c.strip() for c in chips]
     # Text is text, however much it looks like something else.
     assert out["text"][0].count(EVIL) == 4 and out["text"][1:] == ["A run", 1]
-    assert out["options"] == ["red", f"{EVIL} gold chosen old chosen new"]
+    assert out["options"] == ["red chosen new", f"{EVIL} gold chosen old"]
     (old, first), (new, second) = out["runs"]
     assert (
         old == "right" and first.startswith("old ✓ rightreasoning") and first.endswith("7 tokens")
