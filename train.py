@@ -24,9 +24,11 @@ every stage. Its "images" and "base" stages stand for the pretrained model that 
 from. All other presets start from a published checkpoint (--model, a folder or a hub id) and skip
 what comes before; SFT runs if --sft_data names rows, the evaluation if --test_data does.
 
-Outputs (--output_dir): summary.json, metrics.jsonl, samples.jsonl, curves.png, frames.png, sft/
-and model/ (checkpoints in the published layout, with recipe.json for eval.py; init/ and base/ are
-the toy's before SFT), data/ (the toy's).
+Outputs (--output_dir): report.html (every test question with its frames, before and after RL),
+summary.json, metrics.jsonl, samples.jsonl, answers_before.jsonl, answers_after.jsonl, lost.jsonl
+(rows that --on_bad_video skip left out), curves.png, frames.png, sft/ and model/ (checkpoints in
+the published layout, with recipe.json for eval.py; init/ and base/ are the toy's before SFT),
+data/ (the toy's).
 Each metric is explained in METRICS.
 
 Check this file alone:  pytest tests/test_train.py
@@ -55,6 +57,7 @@ import data
 import eval as evaluation
 import grpo
 import mrsp
+import report
 import sft
 from data import DataError
 from decode import Loader
@@ -360,8 +363,8 @@ class Run:
     def start_logs(self) -> None:
         """Empty those of an earlier run, once nothing stands in the way of this one."""
         if self.rank == 0:
-            for name in ("metrics.jsonl", "samples.jsonl", "lost.jsonl"):
-                (self.out / name).write_text("")
+            for name in ("metrics", "samples", "lost", "answers_before", "answers_after"):
+                (self.out / f"{name}.jsonl").write_text("")
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -413,8 +416,10 @@ class Run:
             bar = self.bar(name, config.steps)
             sft.train(model, rows, config, seed, bar, log, self.lost)
 
-    def evaluate(self, model, engine, rows: list, name: str, num_frames=None, prefill="") -> dict:
-        """evaluation.evaluate with this run's ranks and a bar."""
+    def evaluate(
+        self, model, engine, rows: list, name: str, num_frames=None, prefill="", answers=None
+    ) -> dict:
+        """evaluation.evaluate with this run's ranks and a bar. answers: a .jsonl file for them."""
         with self.stage("eval"):
             engine.sync(model)
             engine.wake()
@@ -423,6 +428,8 @@ class Run:
                 rank=self.rank, world=self.world, bar=self.bar(f"eval {name}"),
             )  # fmt: skip
             engine.sleep()
+            for record in result["records"] if answers else ():
+                self.write(answers, record)
             return result
 
     def save(self, model, name: str) -> None:
@@ -717,7 +724,8 @@ def pipeline(run: Run, preset: Preset) -> dict:
     if test:
         chance = [1 / len(e.options) if e.options else 0.0 for e in test]
         found["chance"] = sum(chance) / len(test)
-        found["sft"] = both(run.evaluate(model, engine, test, "before GRPO"))
+        before = run.evaluate(model, engine, test, "before GRPO", answers="answers_before.jsonl")
+        found["sft"] = both(before)
     if toy:
         control = run.evaluate(model, engine, test, "control", prefill=c.careful_prefill)
         found["control"] = both(control)
@@ -725,7 +733,9 @@ def pipeline(run: Run, preset: Preset) -> dict:
     train_grpo(run, model, reference, engine, preset.grpo, rl)
     run.save(model, "model")
     if test:
-        found["grpo"] = both(run.evaluate(model, engine, test, "GRPO"))
+        found["grpo"] = both(
+            run.evaluate(model, engine, test, "GRPO", answers="answers_after.jsonl")
+        )
     if toy:
         counts = map(int, c.frame_counts.split(","))
         found["grpo"] |= {
@@ -887,11 +897,13 @@ def main(argv=None) -> dict | None:
     if run.rank == 0:
         summary["settings"] = {name: asdict(part) for name, part in vars(preset).items()}
         (run.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        evaluation.plot_curves(run.out / "metrics.jsonl", run.out / "curves.png")
+        report.plot_curves(run.out / "metrics.jsonl", run.out / "curves.png")
+        pictures = {run.out / "curves.png": "curves over the steps of GRPO"}
         if "by_frames" in summary.get("grpo", {}):
-            evaluation.plot_frames(summary, run.out / "frames.png")
+            report.plot_frames(summary, run.out / "frames.png")
+            pictures[run.out / "frames.png"] = "accuracy over the number of frames"
     if summary["questions"]:
-        run.say(f"\n{evaluation.table(summary)}\n")
+        run.say(f"\n{report.table(summary)}\n")
     run.say(f"Look at the pictures and samples.jsonl in {run.out}/, ask again with")
     rows, known = f" --data {preset.run.test_data or 'ROWS.jsonl'}", preset.recipe.data
     rows += f" --video_dir {preset.run.video_dir}" if preset.run.video_dir else ""
@@ -899,6 +911,15 @@ def main(argv=None) -> dict | None:
     run.say(f"    python eval.py --model {run.out}/model{rows}\nthen read mrsp.py and grpo.py.")
     if dist.is_initialized():
         dist.destroy_process_group()
+    if run.rank == 0 and summary["questions"]:  # last: no other rank waits while videos are decoded
+        files = {"before GRPO": "answers_before.jsonl", "after GRPO": "answers_after.jsonl"}
+        report.write_report(
+            run.out / "report.html", f"{run.out.name}: before and after GRPO",
+            data.load_rows(str(run.base / preset.run.test_data), preset.run.video_dir, []),
+            {name: report.read_answers(run.out / file) for name, file in files.items()},
+            preset.recipe.frames, pictures, report.table(summary),
+        )  # fmt: skip
+        run.say(f"Every question with its frames and answers: {run.out}/report.html")
     return summary
 
 

@@ -129,7 +129,7 @@ def wide_prompt(model, before, n, after, ahead=0, seed=0):
 
 # The processes of all tests are forked from one that has the slow imports done: 0.1 s, not 5 s.
 set_forkserver_preload(
-    ["torch.distributed.fsdp", "matplotlib.pyplot", "pytest"]
+    ["torch.distributed.fsdp", "matplotlib.figure", "pytest"]
     + [
         f"transformers.models.{name}.modeling_{name}"
         for name in ("qwen2", "qwen2_5_vl", "qwen3_vl", "siglip")

@@ -403,6 +403,14 @@ def test_the_whole_pipeline_runs_on_two_ranks_and_its_model_scores_the_same_agai
     )
     for name in ("curves.png", "frames.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
+    for name, stage in (("before", "sft"), ("after", "grpo")):
+        answers = [json.loads(line) for line in (out / f"answers_{name}.jsonl").open()]
+        assert len({a["problem_id"] for a in answers}) == len(answers) == 30
+        assert sum(a["accuracy"] for a in answers) / 30 == summary[stage]["accuracy"]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count("url(data:image/jpeg") == 6 and all(
+        f'"{a["problem_id"]}"' in page for a in answers
+    )
     kept = {file.name: file.stat().st_ino for file in (tmp_path / "c").iterdir()}
     command = [sys.executable, "eval.py", "--model", str(out / "model")]
     command += ["--cache_dir", str(tmp_path / "c")]
