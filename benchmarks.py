@@ -6,9 +6,8 @@
 Each benchmark has its own names for the same few things: a video's id, a question, its options, the
 right one, and the group that its accuracy is reported by. A function of ten lines maps ONE of its
 rows; from there on nothing is special: the same checks (errors name file, row and field), the same
-prompt (the recipe's, not the benchmark's official sentence), grading and table. Large harnesses have
-a class, a prompt and a parser of answers for each benchmark, so that two of their numbers differ in
-more than the questions.
+prompt (the recipe's, not the benchmark's own sentence), grading and table. Large harnesses have a
+class, a prompt and a parser of answers for each benchmark: their numbers differ in more than that.
 
     name              rows                                       reported by
     longvideo-reason  data.py's own format                       problem_type
@@ -20,7 +19,7 @@ more than the questions.
     activitynet-qa    test_q.json beside test_a.json, or lmms's  type of question; open: a judge
 
 Rows name a video by its id: its file is the one in --video_dir, or in a folder below, whose name
-without ending is that id. Two different files of that name are an error.
+without ending is that id. Two different files of one name are an error.
 
 VideoMME is reported with and without subtitles: with_subtitles() puts the lines that are spoken at
 the times of the FRAMES that the model sees in front of the question.
@@ -168,22 +167,23 @@ def read_table(path: str) -> list[dict]:
     return rows
 
 
-def find_videos(video_dir: str) -> dict[str, list[Path]]:
-    """{name without ending: its files} of a folder and those below."""
+def find_videos(video_dir: str) -> dict[str, Path]:
+    """{name without ending: file} of a folder and those below; DataError if two files differ."""
     found = {}
     for folder, _, names in os.walk(video_dir, followlinks=True):
-        for path in (Path(folder, name) for name in names):
+        for path in sorted(Path(folder, name) for name in names):
             if path.suffix.lower() in ENDINGS:
-                found.setdefault(path.stem, []).append(path)
+                one = found.setdefault(path.stem, path)
+                if not filecmp.cmp(one, path, shallow=False):
+                    raise DataError(f"{one} and {path} differ: which one is video {path.stem}?")
     return found
 
 
 def load(benchmark: str, path: str, video_dir: str | None, bad: list) -> list[Example]:
-    """The questions of a benchmark's published file. A row that is not as published is added to bad
-    as (where, message). A video that is not there becomes video_dir/ID.mp4: the caller looks.
+    """The questions of a benchmark's published file. A row that is not as published is appended to
+    bad as (where, message). A video that is not there becomes video_dir/ID.mp4: the caller looks.
 
-    Raises DataError for a file that is no table, an unknown layout (no row is good), or videos of
-    the same name that differ."""
+    Raises DataError for a file that is no table, or in which no row is good."""
     if BENCHMARKS[benchmark] is None:
         return data.load_rows(path, video_dir, bad)
     if video_dir is None:
@@ -196,24 +196,21 @@ def load(benchmark: str, path: str, video_dir: str | None, bad: list) -> list[Ex
         where = f"{path}: row {number}"
         try:
             row = BENCHMARKS[benchmark](published)
-            files = videos.get(row["videos"]) or videos.get(f"v_{row['videos']}")  # ActivityNet's
-            files = sorted(files or [Path(video_dir, f"{row['videos']}.mp4")])
-            for file in files[1:]:
-                if not filecmp.cmp(files[0], file, shallow=False):
-                    raise DataError(f"{files[0]} and {file} differ: which one is {row['videos']}?")
-            row["videos"] = str(files[0].relative_to(video_dir))
+            name = row["videos"]  # ActivityNet puts v_ before those of the files
+            file = videos.get(name) or videos.get(f"v_{name}") or Path(video_dir, f"{name}.mp4")
+            row["videos"] = str(file.relative_to(video_dir))
             example = data.parse_row(row, video_dir, where)
             if example.id in seen:
                 raise DataError(f"{where}: the id {example.id!r} occurs twice")
+            seen.add(example.id)
+            examples.append(example)
+        except DataError as error:
+            bad.append((where, str(error)))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            what = f"field {error} is missing" if type(error) is KeyError else str(error)
-            own = isinstance(error, DataError)
-            bad.append((where, what if own else f"{where} is not as {benchmark} has it: {what}"))
-            continue
-        seen.add(example.id)
-        examples.append(example)
+            what = f"field {error} is missing" if type(error) is KeyError else error
+            bad.append((where, f"{where} is not as {benchmark} has it: {what}"))
     if not examples:
-        raise DataError(f"{path}: no row is one of {benchmark}; {bad[0][1] if bad else 'empty'}")
+        raise DataError(f"{path}: no row of {benchmark} is good: {bad[0][1] if bad else 'empty'}")
     return examples
 
 

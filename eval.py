@@ -483,7 +483,9 @@ class Job:
     def settings(self) -> dict:
         """All that the answers depend on. Of weights the files' sizes and times: to read them all
         would take as long as to load them. Of media the names: their folder may move."""
-        free = "output out low high video_dir cache_dir on_missing rollout_tp rollout_max_len"
+        free = (
+            "frames output out low high video_dir cache_dir on_missing rollout_tp rollout_max_len"
+        )
         free = {*f"{free} rollout_memory max_tokens thinking".split()}
         digest = lambda x: hashlib.sha256(repr(x).encode()).hexdigest()[:16]  # noqa: E731
         name = lambda m: m._replace(path=Path(m.path).name)  # noqa: E731
@@ -573,6 +575,8 @@ def run(args) -> dict:
             f"answers to {args.benchmark} are free text, and a model has to judge them: start one "
             "(vllm serve MODEL --port 8000), and give --judge http://localhost:8000/v1"
         )
+    if args.subtitles and not any(Path(args.subtitles).glob("*.srt")):
+        raise DataError(f"--subtitles {args.subtitles}: no .srt files are there")
     job, results = Job(args, args.benchmark), {}
     chat = Chat(args.judge, args.judge_model) if args.judge else None
     if args.wrong_video:
