@@ -146,18 +146,9 @@ def ask(model, engine, examples, num_frames, sampling, n=1, seeds=None, prefill=
 
 
 def evaluate(
-    model,
-    engine,
-    examples: list,
-    num_frames: int | None = None,
-    prefill: str = "",
-    batch: int = 64,
-    rank: int = 0,
-    world: int = 1,
-    bar=iter,
-    before=None,
-    part: Path | None = None,
-) -> dict:
+    model, engine, examples: list, num_frames: int | None = None, prefill: str = "",
+    batch: int = 64, rank: int = 0, world: int = 1, bar=iter, before=None, part: Path | None = None,
+) -> dict:  # fmt: skip
     """Greedy answers to all examples. Returns, on every rank, summarise() of the records, and the
     records: one dict a question, in order. before: see ask; part: see deal."""
     recipe = model.recipe
@@ -201,19 +192,11 @@ def judge(chat: Chat, records, examples, thinking, rank=0, world=1, bar=iter, pa
     """The records with a model's verdicts on open answers that are not literally right. It is shown
     the last <answer> span, or what follows the thoughts; its yes is the lenient accuracy, and with
     exactly one span the strict one. No yes or no: wrong, and the record's error says so."""
-    todo, spans = (
-        [],
-        [
-            re.findall(r"<answer>(.*?)</answer>", graded(r["completion"], thinking), re.S)
-            for r in records
-        ],
-    )
-    said = [
-        s[-1] if s else r["completion"].rpartition("</think>")[2].partition("<think>")[0]
-        for s, r in zip(spans, records)
-    ]
+    seen, said, todo = [graded(r["completion"], thinking) for r in records], [], []
     for i, (e, r) in enumerate(zip(examples, records)):
-        if not (e.options or r["error"] or r["lenient"]) and said[i].strip():
+        behind = seen[i].rpartition("</think>")[2].partition("<think>")[0]
+        said.append((re.findall(r"<answer>(.*?)</answer>", behind, re.DOTALL) or [behind])[-1])
+        if said[i].strip() and not (e.options or r["error"] or r["lenient"]):
             todo.append(i)
 
     def verdict(i: int) -> dict:
@@ -226,7 +209,7 @@ def judge(chat: Chat, records, examples, thinking, rank=0, world=1, bar=iter, pa
         if word is None:
             return {"error": f"judge: neither yes nor no: {reply[:80]!r}"}
         right = float(word[1].lower() == "yes")
-        return {"accuracy": right * (len(spans[i]) == 1), "lenient": right}
+        return {"accuracy": right * accuracy_reward(seen[i], said[i]), "lenient": right}
 
     def work(start, end):
         with ThreadPoolExecutor(16) as threads:
@@ -291,11 +274,14 @@ def show(results: dict[int, dict], title: str) -> str:
             f"{len(r['errors'])} failed\n{'':26s}questions   strict %     95 %   lenient %     95 %"
         )
         for name, found in [("all", r), *r["categories"].items()]:
-            numbers = [
-                100 * x for k in ("accuracy", "lenient") for x in (found[k], *found[k + "_95"])
-            ]
+            shares = (
+                found["accuracy"],
+                *found["accuracy_95"],
+                found["lenient"],
+                *found["lenient_95"],
+            )
             row = "  {:24.24s}{:9d}{:11.1f}{:6.1f} -{:5.1f}{:10.1f}{:6.1f} -{:5.1f}"
-            lines.append(row.format(name, found["questions"], *numbers))
+            lines.append(row.format(name, found["questions"], *(100 * x for x in shares)))
         lines += [f"  counted as wrong: {name}: {message}" for name, message in r["errors"][:20]]
         lines += ["  ... the others are in result.json"] * (len(r["errors"]) > 20)
     if len(results) > 1:
@@ -423,7 +409,8 @@ def options(description: str) -> argparse.ArgumentParser:
     add("--batch", type=int, default=64, help="questions that are asked, and kept, together")
     add("--limit", type=int, help="a quick look: only so many questions, evenly spread")
     add("--on_missing", choices=("refuse", "wrong"), default="refuse",
-        help="media that are not there, or that the model does not take: stop, or count as wrong")  # fmt: skip
+        help="media that are not there, or that the model does not take: count as wrong?",
+    )  # fmt: skip
     return parser
 
 
@@ -438,9 +425,7 @@ class Job:
         length = look.recipe.max_tokens if args.max_tokens is None else args.max_tokens
         self.frames = args.frames or [look.recipe.num_frames]
         for n in self.frames:  # a ValueError if it is no number of frames
-            self.recipe = replace(
-                look.recipe, num_frames=n, max_tokens=length, thinking=thinking, data=""
-            )
+            self.recipe = replace(look.recipe, num_frames=n, max_tokens=length, thinking=thinking)
         self.source = args.data or look.recipe.data and os.path.join(args.model, look.recipe.data)
         if not self.source:
             raise DataError(f"{args.model}/recipe.json names no data; give --data FILE.jsonl")
@@ -470,32 +455,36 @@ class Job:
         if args.limit is not None:
             kept = {units[i] for i in frame_indices(len(units), args.limit)}
         self.examples = [e for e in rows if unit(e) in kept]
+        self.subtitles = vars(args).get("subtitles")
+        if self.subtitles and not any(Path(self.subtitles).glob("*.srt")):
+            raise DataError(f"--subtitles {self.subtitles}: no .srt files are there")
 
     def before(self, example: Example, num_frames: int) -> Example:
         """The question as it is asked, or why it cannot be; see ask."""
         if example.id in self.malformed:
             raise DataError(self.malformed[example.id])
-        folder = vars(self.args).get("subtitles")
-        if folder and example.media:
-            return benchmarks.with_subtitles(example, folder, num_frames)
+        if self.subtitles and example.media:
+            return benchmarks.with_subtitles(example, self.subtitles, num_frames)
         return example
 
     def settings(self) -> dict:
         """All that the answers depend on. Of weights the files' sizes and times: to read them all
         would take as long as to load them. Of media the names: their folder may move."""
         free = (
-            "frames output out low high video_dir cache_dir on_missing rollout_tp rollout_max_len"
-        )
-        free = {*f"{free} rollout_memory max_tokens thinking".split()}
+            "frames judge output out low high video_dir cache_dir on_missing rollout_tp rollout_max_len "
+            "rollout_memory max_tokens thinking"
+        ).split()
         digest = lambda x: hashlib.sha256(repr(x).encode()).hexdigest()[:16]  # noqa: E731
         name = lambda m: m._replace(path=Path(m.path).name)  # noqa: E731
         asked = [(e.id, e.problem, e.answer, [name(m) for m in e.media]) for e in self.examples]
         root = folder_of(self.args.model)
         files = sorted({*root.rglob("*.safetensors"), *root.rglob("config.json")})
         stats = [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        spoken = sorted(Path(self.subtitles).glob("*.srt")) if self.subtitles else ()
+        spoken = [(path.name, path.stat().st_size) for path in spoken]
         found = {k: v for k, v in vars(self.args).items() if k not in free} | asdict(self.recipe)
         found |= {"data": self.source, "rollout": self.kind, "weights": digest(stats)}
-        found |= {"num_frames": self.frames, "questions": digest((asked, self.malformed))}
+        found |= {"num_frames": self.frames, "questions": digest((asked, self.malformed, spoken))}
         return json.loads(json.dumps(found))
 
     def meet(self, folder: Path | None, name: str = "") -> None:
@@ -518,11 +507,8 @@ class Job:
             if not path.exists():
                 write(path, json.dumps(now, indent=2) + "\n")
             old = json.loads(path.read_text())
-            differ = [
-                f"{k} {old.get(k)!r} there, {now.get(k)!r} now"
-                for k in old | now
-                if old.get(k) != now.get(k)
-            ]
+            names = [name for name in old | now if old.get(name) != now.get(name)]
+            differ = [f"{n} {old.get(n)!r} there, {now.get(n)!r} now" for n in names]
         if differ := from_first(differ, self.world):
             raise DataError(
                 f"{self.folder} was begun with other settings ({'; '.join(differ)}): name another "
@@ -575,10 +561,9 @@ def run(args) -> dict:
             f"answers to {args.benchmark} are free text, and a model has to judge them: start one "
             "(vllm serve MODEL --port 8000), and give --judge http://localhost:8000/v1"
         )
-    if args.subtitles and not any(Path(args.subtitles).glob("*.srt")):
-        raise DataError(f"--subtitles {args.subtitles}: no .srt files are there")
     job, results = Job(args, args.benchmark), {}
     chat = Chat(args.judge, args.judge_model) if args.judge else None
+    args.judge_model = chat and chat.model  # the verdicts depend on it, not on where it is served
     if args.wrong_video:
         job.examples = swap_media(job.examples)
     if args.instruction:
@@ -628,51 +613,39 @@ def run_filter(args) -> dict:
 
     def work(start, end):
         seeds = [args.seed * 10**6 + i for i in range(start, end)]
-        how = sampling, args.n, seeds, "", job.before
-        answers = ask(*job.asked, rows[start:end], recipe.num_frames, *how)
-        return [rate(e, a, recipe.thinking) for e, a in zip(rows[start:end], answers)]
+        how, rates = (sampling, args.n, seeds, "", job.before), []
+        for e, found in zip(rows[start:end], ask(*job.asked, rows[start:end], job.frames[0], *how)):
+            failed, gold = isinstance(found, Exception), (e.answer, e.options)
+            texts = [] if failed else [graded(a.text, recipe.thinking) for a in found]
+            share = sum(accuracy_reward(t, *gold) for t in texts) / args.n
+            rate = {"problem_id": e.id, "category": e.category, "pass_rate": share}
+            rates.append(rate | {"error": str(found) if failed else ""})
+        return rates
 
     def sample():
         how = job.rank, job.world, job.asked[1].tp, job.bar("pass rates"), job.folder / "rates"
         return deal(len(rows), args.batch, work, *how)
 
-    rates, counts, kept = job.lines("rates.jsonl", sample), Counter(), {}
-    for r in rates:
+    def fate(r):
         low, high = r["pass_rate"] <= args.low, r["pass_rate"] >= args.high
-        what = "failed" if r["error"] else "too hard" if low else "too easy" if high else "kept"
-        counts[what] += 1
-        if what == "kept":
-            kept[r["problem_id"]] = r["pass_rate"]
+        return "failed" if r["error"] else "too hard" if low else "too easy" if high else "kept"
+
+    rates, kept = job.lines("rates.jsonl", sample), []
+    counts, of = dict(Counter(map(fate, rates))), {r["problem_id"]: r for r in rates}
     if job.rank == 0:
-        found = (
-            parse_line(row, where) if isinstance(row, bytes) else row
-            for where, row in read_rows(job.source)
-        )
-        write_lines(
-            args.out,
-            [
-                row | {"pass_rate": kept.pop(str(row["problem_id"]))}
-                for row in found
-                if str(row.get("problem_id")) in kept
-            ],
-        )
-        print(
-            "".join(f"failed: {r['problem_id']}: {r['error']}\n" for r in rates if r["error"]),
-            end="",
-        )
-        print(f"{len(rates)} rows: {dict(counts)}, in {args.out}; all rates in {job.folder}/")
+        for where, row in read_rows(job.source):
+            if where not in job.malformed:
+                row = parse_line(row, where) if isinstance(row, bytes) else row
+                rate = of.get(str(row["problem_id"]))  # None: left out by --limit
+                if rate and fate(rate) == "kept":
+                    kept.append(row | {"pass_rate": rate["pass_rate"]})
+        write_lines(args.out, kept)
+        for r in rates:
+            if r["error"]:
+                print(f"failed: {r['problem_id']}: {r['error']}")
+        print(f"{len(rates)} rows: {counts}, in {args.out}; all rates in {job.folder}/")
     job.part()
-    return dict(counts)
-
-
-def rate(example: Example, answers, thinking: bool) -> dict:
-    """The pass rate of one question: the share of its answers that are right (strict)."""
-    found = {"problem_id": example.id, "category": example.category}
-    if isinstance(answers, Exception):
-        return found | {"answers": 0, "pass_rate": 0.0, "error": str(answers)}
-    gold = example.answer, example.options
-    right = [accuracy_reward(graded(a.text, thinking), *gold) for a in answers]
-    return found | {"answers": len(right), "pass_rate": sum(right) / len(right), "error": ""}
+    return counts
 
 
 def main(argv=None) -> dict:

@@ -430,7 +430,7 @@ def server(monkeypatch):
 
 def open_rows(toy, folder, answers):
     """Open questions, one for each of (gold, what the Oracle says)."""
-    (row, *_) = lines(toy / "test.jsonl")
+    row = lines(toy / "test.jsonl")[0] | {"data_type": "text", "videos": ""}
     rows = [
         row
         | {
@@ -461,6 +461,7 @@ ANSWERS = [  # gold, completion, the judge's reply, strict, lenient, the record'
     ("a cat", "<think> x </think> <answer> tail </answer>", 500, 0.0, 0.0, "500"),
     ("a cat", "<think> x </think> <answer> paw </answer>", "yesterday", 0.0, 0.0, "neither yes"),
     ("a cat", "<think> on and on", None, 0.0, 0.0, ""),
+    ("a cat", "<think> x </think> <answer> <answer> puss </answer>", "yes", 0.0, 1.0, ""),
 ]
 
 
@@ -479,7 +480,9 @@ def test_open_answers_are_judged_by_what_they_mean(toy, saved, server, monkeypat
         q for q, reply in replies.items() if reply is not None
     }
     assert any("Given answer: puss\n" in q and "Reference answer: a cat" in q for q in server.asked)
-    assert (result["accuracy"], result["lenient"]) == (2 / 9, 4 / 9) and len(result["errors"]) == 3
+    assert (result["accuracy"], result["lenient"]) == (2 / 10, 5 / 10) and len(
+        result["errors"]
+    ) == 3
     assert "counted as wrong: q6: judge: " in capsys.readouterr().out
 
 
@@ -515,7 +518,7 @@ def test_filter_keeps_what_is_right_at_times(toy, saved, tmp_path, monkeypatch, 
     rows = lines(toy / "rl.jsonl")[:6]
     rows[4]["videos"] = "videos/gone.mp4"
     rows[2]["note"] = "kept as it is"
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + "{}\n")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + "{\n{}\n")
     said = []
     for row, right in zip(rows, [4, 1, 3, 0, None, 4]):  # right answers, of 4
         if right is not None:
@@ -525,14 +528,14 @@ def test_filter_keeps_what_is_right_at_times(toy, saved, tmp_path, monkeypatch, 
     argv = ["--model", str(saved), "--data", str(tmp_path / "rows.jsonl"), "--video_dir", str(toy)]
     argv += ["--out", str(tmp_path / "hard.jsonl"), "--n", "4", "--on_missing", "wrong"]
     found = evaluation.filter_main(argv)
-    assert found == {"too easy": 2, "kept": 2, "too hard": 1, "failed": 2}
+    assert found == {"too easy": 2, "kept": 2, "too hard": 1, "failed": 3}
     kept = lines(tmp_path / "hard.jsonl")
     assert kept == [rows[1] | {"pass_rate": 0.25}, rows[2] | {"pass_rate": 0.75}]
     rates = lines(tmp_path / "hard_rates/rates.jsonl")
-    assert [r["pass_rate"] for r in rates] == [1.0, 0.25, 0.75, 0.0, 0.0, 1.0, 0.0]
-    assert "gone.mp4" in rates[4]["error"] and "problem_id" in rates[6]["error"]
+    assert [r["pass_rate"] for r in rates] == [1.0, 0.25, 0.75, 0.0, 0.0, 1.0, 0.0, 0.0]
+    assert "gone.mp4" in rates[4]["error"] and "JSON" in rates[6]["error"]
     text = capsys.readouterr().out
-    assert text.count("failed: ") == 2 and f"failed: {rows[4]['problem_id']}: " in text
+    assert text.count("failed: ") == 3 and f"failed: {rows[4]['problem_id']}: " in text
     # other limits: nothing is asked again
     monkeypatch.setattr(evaluation, "make_engine", None)
     assert evaluation.filter_main([*argv, "--low", "0.5"])["kept"] == 1
