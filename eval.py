@@ -471,8 +471,8 @@ class Job:
         """All that the answers depend on. Of weights the files' sizes and times: to read them all
         would take as long as to load them. Of media the names: their folder may move."""
         free = (
-            "frames judge output out low high video_dir cache_dir on_missing rollout_tp rollout_max_len "
-            "rollout_memory max_tokens thinking"
+            "frames judge output out low high video_dir cache_dir on_missing rollout_tp "
+            "rollout_max_len rollout_memory max_tokens thinking"
         ).split()
         digest = lambda x: hashlib.sha256(repr(x).encode()).hexdigest()[:16]  # noqa: E731
         name = lambda m: m._replace(path=Path(m.path).name)  # noqa: E731
