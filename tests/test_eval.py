@@ -298,6 +298,39 @@ def test_killed_and_begun_again_gives_the_same_bytes(killed, again, saved, tmp_p
     assert contents(folder) == contents(tmp_path / "whole")
 
 
+def test_a_batch_is_kept_behind_a_torn_line(tmp_path):
+    done, part = [], tmp_path / "x"
+
+    def work(start, end, stop=9):
+        if start >= stop:
+            raise KeyboardInterrupt
+        done.append(start)
+        return [{"item": i} for i in range(start, end)]
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.deal(7, 2, lambda *batch: work(*batch, stop=2), part=part)
+    file = tmp_path / "x.0.part"
+    file.write_text(file.read_text().rstrip()[:-1])
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.deal(7, 2, lambda *batch: work(*batch, stop=4), part=part)
+    found = evaluation.deal(7, 2, work, part=part)
+    assert done == [0, 0, 2, 4, 6] and found == [{"item": i} for i in range(7)]
+
+
+def test_neighbours_that_share_an_engine_do_the_same_batches(tmp_path, monkeypatch):
+    """Four ranks, two engines; the first rank of each keeps what they did."""
+    monkeypatch.setattr(evaluation.dist, "broadcast_object_list", lambda box, src: None)
+    monkeypatch.setattr(evaluation.dist, "all_gather_object", lambda parts, mine: parts.clear())
+    done = {rank: [] for rank in range(4)}
+    for rank in done:
+        work = lambda a, z, rank=rank: done[rank].append((a, z)) or [{}] * (z - a)  # noqa: E731
+        evaluation.deal(11, 3, work, rank, 4, 2, part=tmp_path / "x")
+        for path in tmp_path.glob("x.0.part"):
+            path.rename(tmp_path / "y.0.part")  # or rank 0's would be taken as done before
+    assert done == {0: [(0, 3), (6, 9)], 1: [(0, 3), (6, 9)], 2: [(3, 6), (9, 11)]} | {3: done[2]}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.2.part", "y.0.part"]
+
+
 def test_a_finished_evaluation_is_printed_again_without_loading_weights(saved, monkeypatch, capsys):
     argv = ["--model", str(saved), "--output", str(saved / "out")]
     first, before = evaluation.main(argv), contents(saved / "out")
