@@ -118,7 +118,7 @@ def named_letter(text: str, options: tuple[str, ...]) -> str | None:
     ['B', 'B', None, None, None]
     """
     text = re.sub(r"^\(?[a-z]\b", lambda first: first[0].upper(), text.strip())
-    behind = r"\s*[).,:;–-]+(?=\s|$)|\s+(?=because\b|is (?:the )?(?:correct|right)\b)"
+    behind = r"\s*[).,:;–-]+(?=\s|$)|\s*\n|\s+(?=because\b|is (?:the )?(?:correct|right)\b)"
     reason = re.match(rf"\(?([A-Z])(?:{behind})\s*(.*)", text)
     letter = chosen_letter(text, options)
     if letter or not reason or reason[1] not in map(chr, range(65, 65 + len(options))):
@@ -150,7 +150,7 @@ def lenient_accuracy(completion: str, gold: str, options: tuple[str, ...] = ()) 
         return 1.0
 
     def plain(text: str) -> str:
-        return re.sub(r"\\text|[*_`$'\"‘’“”{}[\]]", "", text.replace(r"\boxed", " answer "))
+        return re.sub(r"\\text|[*_`$'\"‘’“”{}]", "", text.replace(r"\boxed", " answer "))
 
     text = completion.rpartition("</think>")[2].partition("<think>")[0]
     text = plain(text.rpartition("<answer>")[2].partition("</answer>")[0]).strip()
