@@ -221,7 +221,7 @@ def read_srt(path: str) -> list[tuple[float, float, str]]:
     """(start, end, text) of each subtitle: seconds, and text in one line without its tags."""
     text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     clock, found = r"(\d+):(\d+):(\d+)[,.](\d+)", []
-    for block in re.split(r"\n\s*\n", text.replace("\r", "")):
+    for block in re.split(r"\n\s*\n", text):
         times = re.search(f"{clock} *--> *{clock}.*", block)
         if times is None:
             continue

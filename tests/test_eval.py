@@ -576,6 +576,17 @@ def test_filter_keeps_what_is_right_at_times(toy, saved, tmp_path, monkeypatch, 
     assert len(data.load_rows(str(tmp_path / "hard.jsonl"), str(toy))) == 1
 
 
+def test_seeds_stay_with_their_questions_when_one_cannot_be_asked(toy, model):
+    rows = data.load_rows(str(toy / "test.jsonl"))[:4]
+    rows[1] = replace(rows[1], media=(data.Medium("video", str(toy / "gone.mp4")),))
+    engine, seen = Oracle(model, lambda p: "B"), []
+    generate = engine.generate
+    engine.generate = lambda *args: seen.append(args[3]) or generate(*args)
+    found = evaluation.ask(model, engine, rows, 4, None, 2, [10, 11, 12, 13])
+    assert seen == [[10, 12, 13]] and isinstance(found[1], data.DataError)
+    assert [len(answers) for i, answers in enumerate(found) if i != 1] == [2, 2, 2]
+
+
 def test_pass_rates_do_not_depend_on_ranks_or_interruptions(saved, toy, tmp_path):
     """The real engine at temperature 2, killed as two ranks, gone on with as one."""
     argv = ["--model", str(saved), "--video_dir", str(toy), "--n", "6", "--temperature", "2"]
