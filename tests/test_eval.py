@@ -531,7 +531,9 @@ def test_verdicts_are_kept_when_the_judge_goes_away(toy, saved, server, monkeypa
         evaluation.main(argv)
     del server.asked[:]
     server.reply = lambda text: "no"
-    result = evaluation.main(argv)
+    argv[argv.index("--judge") + 1] = server.url.replace("localhost", "127.0.0.1")  # it moved
+    result = evaluation.main([*argv, "--judge_model", "wise"])
+    assert json.loads((saved / "out/settings.json").read_text())["judge_model"] == "wise"
     assert len(server.asked) == 130 - 64 and len(made) == 1 + 1 and not made[1].prompts
     assert result["lenient"] == 1 / 130 and result["records"][3]["accuracy"] == 1.0
 
