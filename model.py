@@ -496,10 +496,10 @@ class MultiModal(nn.Module):
             times = self.times.get((medium, num_frames), ())
             return Media(medium.kind, kept(medium.kind, look), times, track)
 
-    def frame_times(self, medium: Medium, num_frames: int | Rate | None = None, name="") -> list:
-        """When the frames that the model sees of a medium are shown, in seconds."""
-        with self.loader.open(medium, num_frames or self.recipe.frames, name) as frames:
-            return frames.times.tolist()
+    def frame_times(self, medium: Medium, num_frames: int | Rate, name="") -> np.ndarray:
+        """When the frames that the model sees of a medium are shown: (F,) seconds."""
+        with self.loader.open(medium, num_frames, name) as frames:
+            return frames.times
 
     def measure(self, medium: Medium, num_frames: int | Rate, name="") -> Media:
         """What perceive() would give, on the device "meta": its shape, from the file's alone."""
