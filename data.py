@@ -7,7 +7,7 @@ from the hub or its downloaded folder@test, .parquet and .jsonl files. A row is 
     problem        question, then its options one a line: "Which ...?\\nA. red\\nB. blue"
     data_type      "video" (or "image", "audio", "text")
     problem_type   category: temporal, goal, plot, spatial
-    reasoning      the chain of thought that SFT learns from; may be null
+    reasoning      the chain of thought that SFT learns from; without SFT "" or null will do
     videos         path of the media file, within a video directory; "" for text
     answer         "<answer>B</answer>"
 
@@ -94,7 +94,7 @@ class Example:
     category: str
     media: tuple[Medium, ...]
     data_type: str
-    response: str  # what SFT trains on
+    response: str  # what SFT trains on; "" without reasoning
 
 
 # ---------------------------------------------------------------------------------------- rows
@@ -181,8 +181,9 @@ def parse_row(row: dict, video_dir: str, where: str = "row") -> Example:
             raise DataError(f"{name}: answer {answer!r} is no letter of its {len(options)} options")
     if response is None:
         think = (row["reasoning"] or "").strip()
-        think = think if "<think>" in think else f"<think> {think} </think>"
-        response = f"{think} <answer> {answer} </answer>"
+        if think and "<think>" not in think:
+            think = f"<think> {think} </think>"
+        response = f"{think} <answer> {answer} </answer>" if think else ""
     return Example(
         id=str(row["problem_id"]),
         problem=row["problem"],

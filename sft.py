@@ -36,6 +36,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import get_cosine_schedule_with_warmup
 
 import mrsp
+from data import DataError
 from model import ModelError
 
 
@@ -81,6 +82,16 @@ def group_rows(examples, texts: int) -> list[list]:
     for example in examples:  # as a Medium has its segment and num_frames, these are shared too
         by_media.setdefault(example.media, []).append(example)
     return [rows[i : i + texts] for rows in by_media.values() for i in range(0, len(rows), texts)]
+
+
+def check_rows(rows: list) -> None:
+    """DataError for a row that there is nothing to learn from."""
+    for e in rows:
+        if not e.response:
+            raise DataError(
+                f"question {e.id}: field 'reasoning' is empty, so SFT has nothing to learn: leave "
+                "such rows out, or give them a reasoning or a response"
+            )
 
 
 def batches(items: list, size: int, steps: int, seed: int):
@@ -182,6 +193,7 @@ def train(model, rows, config: SFTConfig, seed=0, bar=iter, log=None, lost=None)
     the steps, log(step, metrics) takes loss, grad_norm, lr and tokens (see train.METRICS). lost: a
     dict that takes {id: message} of rows whose media do not decode; None: that is an error."""
     mesh = model.mesh
+    check_rows(rows)
     groups, opts = group_rows(rows, config.texts), optimizers(model, config, seed)
     trained = [p for p in model.parameters() if p.requires_grad]
     warm, frames = round(config.steps * config.warmup), model.recipe.frames

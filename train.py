@@ -765,7 +765,10 @@ def prepare(preset: Preset, world: int) -> tuple[list[str], list[str]]:
             )
         for path in filter(None, (c.data, preset.sft.data, c.test_data)):
             bad = [] if c.on_bad_video == "skip" else None
-            rows += data.load_rows(path, c.video_dir, bad)
+            found = data.load_rows(path, c.video_dir, bad)
+            if path == preset.sft.data:
+                sft.check_rows(found)
+            rows += found
     except (DataError, RolloutError) as error:
         lacks.append(str(error))
     if world % c.sp:

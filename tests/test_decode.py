@@ -17,6 +17,7 @@ from test_data import medium, numbered_frames, numbers_of
 
 import data
 import decode
+import sft
 import train
 from data import DataError, Rate
 from model import VILA
@@ -274,6 +275,10 @@ def test_training_and_evaluation_go_on_without_the_hostile_files(
     assert all(row["row"] in row["error"] for row in listed)
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     assert [m["stage"] for m in metrics] == ["sft"] * 3 + ["grpo"] * 3
+    batches = sft.batches(list(expected), 8, 3, 0)
+    assert (
+        sum(m["lost_rows"] for m in metrics[3:]) == sum(n in lost for b in batches for n in b) > 0
+    )
     assert summary["questions"] == len(rows)
 
 

@@ -146,6 +146,9 @@ def test_a_good_row_becomes_what_it_says(good):
     assert one.id == str(row["problem_id"]) and one.problem == row["problem"]
     assert (one.options, one.answer) == (options, answer)
     assert one.media == tuple(Medium(row["data_type"], f"/media/{path}") for path in paths)
+    if not (row["reasoning"] or "").strip():
+        assert one.response == ""
+        return
     assert f"<answer> {answer} </answer>" in one.response
     assert accuracy_reward(one.response, one.answer, one.options) == 1 or "<answer>" in (
         row["reasoning"] or ""

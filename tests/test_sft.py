@@ -159,3 +159,59 @@ def test_a_template_whose_beginning_depends_on_thinking_is_refused(toy, model):
     sft.to_branches(model, rows, media)
     with pytest.raises(ModelError, match="use --sft_texts 1"):
         sft.to_branches(model, [rows[0], bare], media)
+
+
+def test_a_row_without_reasoning_is_refused(toy, model):
+    rows = rows_of(toy)
+    rows[3] = replace(rows[3], response="")
+    before = model.llm.lm_head.weight.clone()
+    with pytest.raises(data.DataError, match=f"question {rows[3].id}: field 'reasoning' is empty"):
+        run(model, rows, SFTConfig(steps=1, groups=1, train="llm"))
+    assert torch.equal(before, model.llm.lm_head.weight)
+
+
+def test_groups_whose_media_do_not_decode_are_left_out_and_all_their_rows_listed(toy, model):
+    """The step is that of the batch without them, in both ways to the features."""
+    rows = rows_of(toy)
+    groups = sft.group_rows(rows, 99)
+    gone = (data.Medium("video", str(toy / "gone.mp4")),)
+    bad = [replace(e, media=gone) for e in groups[0]]
+    kept = [e for group in groups[1:] for e in group]
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    for train in ("llm", "all"):
+        config = SFTConfig(steps=1, groups=len(groups), texts=99, train=train, warmup=0.0)
+        found = []
+        for given, n, lost in ((bad + kept, len(groups), {}), (kept, len(groups) - 1, None)):
+            model.load_state_dict(state)
+            config = replace(config, groups=n)
+            found.append(run(model, given, config, lost=lost)[0])
+            if lost is not None:
+                assert set(lost) == {e.id for e in bad} and "gone.mp4" in lost[bad[0].id]
+        assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-5)
+        assert found[0]["tokens"] == found[1]["tokens"]
+        model.load_state_dict(state)
+        with pytest.raises(data.DataError, match="gone.mp4: no such file"):
+            run(model, bad + kept, replace(config, groups=len(groups)))
+
+
+def one_rank_loses_all(rank, toy, state):
+    """Two groups, a rank each; that of one rank does not decode: both step on the other's."""
+    model = VILA.from_pretrained(toy / "init")
+    groups = sft.group_rows(rows_of(toy), 99)
+    gone = (data.Medium("video", str(toy / "gone.mp4")),)
+    rows = groups[0] + [replace(e, media=gone) for e in groups[1]]
+    config, lost = SFTConfig(steps=1, groups=2, texts=99, train="llm", warmup=0.0, lr=1e-2), {}
+    model.mesh = mrsp.make_mesh(1, "auto", 4, 2)
+    (metrics,) = run(model, rows, config, lost=lost)
+    assert metrics["tokens"] > 0
+    assert torch.equal(model.state_dict()[KEY], state)
+
+
+KEY = "policy.llm.model.layers.0.mlp.up_proj.weight"
+
+
+def test_a_rank_that_loses_its_share_steps_with_the_others(toy, model):
+    groups = sft.group_rows(rows_of(toy), 99)
+    config = SFTConfig(steps=1, groups=1, texts=99, train="llm", warmup=0.0, lr=1e-2)
+    run(model, groups[0], config)
+    run_ranks(one_rank_loses_all, 2, toy, model.state_dict()[KEY].clone())
