@@ -540,7 +540,10 @@ def run(args) -> dict:
                 "after": runs["answers"],
             }
         text, page = show(results, title), job.folder / "report.html"
-        write_report(page, title, rows, runs, job.frames[n], (), text, args.report_mb)
+        done = "asked" in vars(job)  # what hung once is not tried again
+        loader = job.asked[0].loader if done else Loader(1, args.decode_seconds)
+        how = {"text": text, "max_mb": args.report_mb, "loader": loader}
+        write_report(page, title, rows, runs, job.frames[n], **how)
         print(f"every question with its frames: {page}")
     return results[n] | {"by_frames": {n: r["accuracy"] for n, r in results.items()}}
 

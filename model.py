@@ -451,7 +451,7 @@ class MultiModal(nn.Module):
         on all ranks of the group, if one of them cannot decode its share."""
         self.check_taken(medium, name)
 
-        def agreed(decode):  # on all ranks, or none
+        def agreed(decode):  # on all ranks, or none; each calls this equally often
             value = error = None
             try:
                 value = decode()
@@ -470,10 +470,16 @@ class MultiModal(nn.Module):
 
         with ExitStack() as stack:
             file = functools.partial(self.loader.open, medium, num_frames, name)
-            frames = functools.cache(lambda: agreed(lambda: stack.enter_context(file())))
+            frames = functools.cache(lambda: stack.enter_context(file()))
+            known = medium, num_frames
+
+            def times():  # another rank may have them already, from an evaluation
+                if known not in self.times:
+                    self.times[known] = frames().times
+                return self.times[known]
 
             def look():  # each rank of the group decodes and encodes its share
-                size, error = self.fit(medium.kind, *frames().shape[:3]), None
+                size, error = self.fit(medium.kind, *agreed(frames).shape[:3]), None
 
                 def encode(at: range) -> Tensor:
                     nonlocal error
@@ -490,11 +496,9 @@ class MultiModal(nn.Module):
 
             if medium.kind == "audio":
                 return Media("audio", kept("audio", hear))
-            if self.timed and (medium, num_frames) not in self.times:
-                self.times[medium, num_frames] = frames().times
+            when = agreed(times) if self.timed else ()
             track = kept("audio", hear) if medium.track else None
-            times = self.times.get((medium, num_frames), ())
-            return Media(medium.kind, kept(medium.kind, look), times, track)
+            return Media(medium.kind, kept(medium.kind, look), when, track)
 
     def frame_times(self, medium: Medium, num_frames: int | Rate, name="") -> np.ndarray:
         """When the frames that the model sees of a medium are shown: (F,) seconds."""

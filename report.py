@@ -132,11 +132,11 @@ def strip(loader, medium, num_frames, height: int, most: int = 64) -> tuple[dict
 
 def write_report(
     path, title: str, examples: list, runs: dict[str, list[dict]], num_frames, pictures=(),
-    text: str = "", max_mb: float = 30.0, frame_height: int = 96,
+    text: str = "", max_mb: float = 30.0, frame_height: int = 96, loader: Loader | None = None,
 ) -> None:  # fmt: skip
     """The page. runs: {name: records}, one or two; pictures: {PNG file: what it shows}; text: a
-    table of the run. A medium that does not decode is shown as its error. DataError: describe_all.
-    """
+    table of the run; loader: opens the media, and is closed. A medium that does not decode is shown
+    as its error. DataError: describe_all."""
     media = list(dict.fromkeys(m for e in examples for m in e.media))
     how_many = f"{num_frames} frames a video"
     if isinstance(num_frames, data.Rate):
@@ -152,7 +152,7 @@ def write_report(
     # ASCII, and no "<": neither </script> nor <!-- nor half a character is in the file.
     dump = lambda part: json.dumps(part).replace("<", "\\u003c")  # noqa: E731
     head = html.escape(title).encode("ascii", "xmlcharrefreplace").decode()
-    loader = Loader(1)
+    loader = loader or Loader(1)
     room, rules = max_mb * 1e6 - len(PAGE.encode()) - len(head) - len(dump(page)), []
     dealt = sorted(questions, key=lambda q: q["turn"])
     for i in dict.fromkeys(i for q in dealt for i in q["media"]):

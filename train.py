@@ -687,7 +687,7 @@ def pipeline(run: Run, preset: Preset) -> dict:
     run.start_logs()
     model.recipe = preset.recipe
     model.cache = mrsp.EmbeddingCache(c.cache_dir, max_disk_bytes=int(c.cache_gb * 2**30))
-    model.loader = Loader(c.decode_ahead, c.decode_seconds)
+    model.loader = run.loader = Loader(c.decode_ahead, c.decode_seconds)
     heads = model.llm.config.num_attention_heads, model.llm.config.num_key_value_heads
     try:
         model.mesh = mrsp.make_mesh(c.sp, c.sp_attention, *heads)
@@ -920,7 +920,7 @@ def main(argv=None) -> dict | None:
             run.out / "report.html", f"{run.out.name}: before and after GRPO",
             data.load_rows(str(run.base / preset.run.test_data), preset.run.video_dir, []),
             {name: report.read_answers(run.out / file) for name, file in files.items()},
-            preset.recipe.frames, pictures, report.table(summary),
+            preset.recipe.frames, pictures, report.table(summary), loader=run.loader,
         )  # fmt: skip
         run.say(f"Every question with its frames and answers: {run.out}/report.html")
     return summary

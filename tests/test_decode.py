@@ -379,6 +379,11 @@ def both_ranks_fail_alike(rank, folder, checkpoint):
     model, group = VILA.from_pretrained(checkpoint), dist.group.WORLD
     good = data.Example("good", "", (), "", "", (medium(f"{folder}/good.mp4"),), "video", "")
     whole = model.features(good, 6)[0].features
+    model.timed = True
+    if rank == 0:
+        model.features(good, 7)  # alone, as in an evaluation: it knows the times now
+    model.cache.memory.clear()
+    assert len(model.features(good, 7, group)[0].times) == 7
     for fails in (0, 1):
         for where in ("open_video", "get"):
             model.cache.memory.clear()  # the files are alike
