@@ -72,7 +72,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 import mrsp
-from data import DataError, Example, Frames, Medium, Rate, load_audio, named_errors
+from data import DataError, Example, Frames, Medium, Rate, named_errors
 from decode import Loader
 
 AttentionInterface.register("mrsp", mrsp.mrsp_attention)
@@ -520,13 +520,15 @@ class MultiModal(nn.Module):
         """What perceive() would give, on the device "meta": its shape, from the file's alone."""
         self.check_taken(medium, name)
         track = None
-        if medium.kind == "audio" or medium.track:
-            samples = len(load_audio(medium, name=name))
-            track = torch.empty(self.heard(samples), self.media_width, device="meta")
-        if medium.kind == "audio":
-            return Media("audio", track)
-        frames = Frames(medium, num_frames, name)
-        return self.blank(medium.kind, *frames.shape[:3], frames.times)._replace(track=track)
+        with named_errors(medium, medium.kind, name):
+            if medium.kind == "audio" or medium.track:
+                samples = len(self.loader.sound(medium, name=name))
+                track = torch.empty(self.heard(samples), self.media_width, device="meta")
+            if medium.kind == "audio":
+                return Media("audio", track)
+            with self.loader.open(medium, num_frames, name) as frames:
+                seen = self.blank(medium.kind, *frames.shape[:3], frames.times)
+            return seen._replace(track=track)
 
     def blank(self, kind: str, frames: int, height: int, width: int, times) -> Media:
         """Features without values, on the device "meta", of frames of this size."""

@@ -785,14 +785,17 @@ def prepare(preset: Preset, world: int) -> tuple[list[str], list[str]]:
         )
     try:
         model = load(c.model, weights=False)
-        model.recipe = recipe
+        model.recipe, model.loader = recipe, Loader(min(c.decode_ahead, 1), c.decode_seconds)
         for e in rows:
             model.check_question(e)
         lines, lacks_memory = memory_plan(preset, model, world, sampler)
         lacks += lacks_memory
         if rows and not gone:
             first = rows[0]
-            media = [model.measure(m, recipe.frames, first.id) for m in first.media]
+            try:
+                media = [model.measure(m, recipe.frames, first.id) for m in first.media]
+            finally:
+                model.loader.close()
             prompt = model.build_prompt(first, media, recipe.thinking)
             length, most = len(prompt.ids) + recipe.max_tokens, preset.rollout.max_len
             if sampler == "vllm" and most and length > most:
@@ -805,7 +808,8 @@ def prepare(preset: Preset, world: int) -> tuple[list[str], list[str]]:
                 f"positions up to {int(prompt.positions.max())}:\n{prompt.text}"
             )
     except (DataError, ModelError) as error:
-        lacks.append(f"--model {error}" if model is None else str(error))
+        skipped = c.on_bad_video == "skip" and getattr(error, "question", "")
+        (lines if skipped else lacks).append(f"--model {error}" if model is None else str(error))
     return lines, lacks
 
 
