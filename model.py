@@ -54,7 +54,6 @@ Check this file alone:  pytest tests/test_model.py tests/test_qwen.py tests/test
 import functools
 import json
 import math
-import os
 import re
 import sys
 from contextlib import ExitStack, suppress
