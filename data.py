@@ -456,11 +456,12 @@ def read_header(path: str) -> tuple[int, float, int]:
         height, width = stream.codec_context.height, stream.codec_context.width
         if height * width > MAX_PIXELS:
             raise DataError(f"frames of {width} x {height} pixels: more than {MAX_PIXELS:,}")
-        length = container.duration
         if stream.duration is not None:
-            length = stream.duration * stream.time_base * av.time_base
+            length = float(stream.duration * stream.time_base)
+        else:  # Matroska: the time of its end
+            length = (container.duration or 0) / av.time_base - start_of(stream)
         frame = next(container.decode(stream), None)
-        return stream.frames, float(length or 0) / av.time_base, frame.rotation if frame else 0
+        return stream.frames, length, frame.rotation if frame else 0
 
 
 def load_audio(medium: Medium, rate: int = 16000, name: str = "") -> np.ndarray:

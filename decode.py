@@ -44,6 +44,7 @@ class Worker:
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe)
         self.limit, self.uses, self.thread = limit, 0, ThreadPoolExecutor(1)
+        self.late = threading.Event()
 
     def ask(self, *request) -> Future:
         """Of the reply, or DataError, TimeoutError, ChildProcessError; requests queue up."""
@@ -51,8 +52,7 @@ class Worker:
         return self.last
 
     def _ask(self, request: tuple):
-        late = threading.Event()
-        timer = threading.Timer(self.limit, lambda: late.set() or self.process.kill())
+        timer = threading.Timer(self.limit, lambda: self.late.set() or self.process.kill())
         timer.start()
         try:
             pickle.dump(request, self.process.stdin)
@@ -61,7 +61,7 @@ class Worker:
         except (EOFError, OSError, pickle.UnpicklingError):
             self.process.kill()
             code = self.process.wait()
-            if late.is_set():
+            if self.late.is_set():  # by this request, or one before it
                 raise TimeoutError(f"the decoder gave nothing within {self.limit:g} s") from None
             raise ChildProcessError(f"the decoder crashed (exit status {code})") from None
         finally:
@@ -84,7 +84,7 @@ class Loader:
 
     def __init__(self, ahead: int = 0, limit: float = 120.0, uses: int = 200):
         self.limit, self.uses, self.slots = limit, uses, ahead
-        self.idle, self.started, self.plan, self.failed = [], {}, iter(()), {}
+        self.idle, self.busy, self.started, self.plan, self.failed = [], set(), {}, iter(()), {}
         self.threads = ThreadPoolExecutor(max(ahead, 1))
 
     def __deepcopy__(self, memo) -> "Loader":
@@ -94,17 +94,17 @@ class Loader:
     def open(self, medium: Medium, num_frames: int | Rate, name: str = ""):
         """Frames of a medium, for the time of the block. Images are opened here: nothing hangs. A
         file that failed fails again at once, whoever asks."""
-        if medium in self.failed:
-            said, asked = self.failed[medium]
-            error = DataError(said.replace(f"(question {asked})", f"(question {name})"))
-            error.question = name
-            raise error
-        try:
-            with self._opened(medium, num_frames, name) as frames:
-                yield frames
-        except DataError as error:
-            self.failed[medium] = str(error), name
-            raise
+        if medium not in self.failed:
+            try:
+                with self._opened(medium, num_frames, name) as frames:
+                    yield frames
+                return
+            except DataError as failed:
+                self.failed[medium] = str(failed), failed.question
+        said, asked = self.failed[medium]  # of the question it was planned for, or asked first
+        error = DataError(said.replace(f"(question {asked})", f"(question {name})"))
+        error.question = name
+        raise error
 
     @contextmanager
     def _opened(self, medium: Medium, num_frames, name: str):
@@ -141,8 +141,10 @@ class Loader:
         self._start()
 
     def close(self) -> None:
-        """End all workers."""
+        """End all workers, whatever they do."""
         self.plan = iter(())
+        for worker in list(self.busy):
+            worker.process.kill()  # who waits for it gets an error, and frees it
         for future in self.started.values():
             self._drop(future)
         self.started = {}
@@ -152,7 +154,7 @@ class Loader:
 
     def _start(self) -> None:
         while len(self.started) < self.slots and (job := next(self.plan, None)):
-            if job[:2] not in self.started:
+            if job[:2] not in self.started and job[0] not in self.failed:
                 self.started[job[:2]] = self.threads.submit(self._open, *job)
 
     def _open(self, medium: Medium, num_frames, name: str, first=None) -> Frames:
@@ -167,11 +169,16 @@ class Loader:
             raise
 
     def _worker(self) -> Worker:
-        with suppress(IndexError):
-            return self.idle.pop()
-        return Worker(self.limit)
+        try:
+            while (worker := self.idle.pop()).process.poll() is not None:
+                worker.close()  # killed from outside, while it had nothing to do
+        except IndexError:
+            worker = Worker(self.limit)
+        self.busy.add(worker)
+        return worker
 
     def _free(self, worker: Worker) -> None:
+        self.busy.discard(worker)
         worker.uses += 1
         if not worker.last.done() or worker.process.poll() is not None or worker.uses >= self.uses:
             worker.close()  # busy with what nobody wants any more, dead, or old

@@ -54,10 +54,9 @@ Check this file alone:  pytest tests/test_model.py tests/test_qwen.py tests/test
 import functools
 import json
 import math
-import os
 import re
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -72,7 +71,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 import mrsp
-from data import DataError, Example, Frames, Medium, Rate, load_audio
+from data import DataError, Example, Frames, Medium, Rate, named_errors
 from decode import Loader
 
 AttentionInterface.register("mrsp", mrsp.mrsp_attention)
@@ -393,25 +392,29 @@ class MultiModal(nn.Module):
         for e in examples:
             for m in e.media:
                 names.setdefault(m, e.id)
-        self.loader.ahead(
-            (m, frames, name, first)
-            for m, name in names.items()
-            if m.kind == "video" and self.key(m, frames) not in self.cache
-        )
+
+        def wanted():
+            for m, name in names.items():
+                with suppress(OSError):  # who wants it will say so
+                    if m.kind == "video" and self.key(m, frames) not in self.cache:
+                        yield m, frames, name, first
+
+        self.loader.ahead(wanted())
 
     def usable(self, examples: list, see, lost: dict | None) -> tuple[list, list]:
         """see(examples), a list, without the examples whose media do not decode: what is left of
-        examples, and what see() gave for it. lost: takes {id: message} of the others, the same on
-        all ranks of a sequence; None: the DataError is raised."""
-        examples = [e for e in examples if not lost or e.id not in lost]
+        examples, and what see() gave for it. lost: takes {example: message} of the others, the same
+        on all ranks of a sequence; None: the DataError is raised."""
+        examples = [e for e in examples if not lost or e not in lost]
         while True:
             try:
                 return examples, see(examples)
             except DataError as error:
-                if lost is None or error.question not in {e.id for e in examples}:
+                failed = [e for e in examples if e.id == error.question]
+                if lost is None or not failed:
                     raise
-                lost[error.question] = str(error)
-                examples = [e for e in examples if e.id != error.question]
+                lost.update(dict.fromkeys(failed, str(error)))
+                examples = [e for e in examples if e not in lost]
                 if self.mesh.sp_rank == 0:
                     print(f"left out: {error}", file=sys.stderr, flush=True)
 
@@ -439,12 +442,11 @@ class MultiModal(nn.Module):
             )
 
     def key(self, medium: Medium, num_frames: int | Rate, kind: str | None = None) -> str:
-        """The cache's name for what is seen of a medium, or (kind audio) heard."""
+        """The cache's name for what is seen of a medium, or (kind audio) heard; OSError."""
         kind = kind or medium.kind
         taken = medium.num_frames or num_frames, medium.segment, self.recipe.max_pixels
         taken = taken if kind != "audio" else (medium.segment,)
-        content = mrsp.file_hash(medium.path) if os.path.isfile(medium.path) else medium.path
-        return mrsp.media_key(content, self.encoder_hash(), kind, *taken)
+        return mrsp.media_key(mrsp.file_hash(medium.path), self.encoder_hash(), kind, *taken)
 
     def perceive(self, medium, num_frames: int | Rate, name="", group=None, cached=False) -> Media:
         """One medium of question `name`, seen or heard; cached: kept, and found again. DataError,
@@ -454,7 +456,8 @@ class MultiModal(nn.Module):
         def agreed(decode):  # on all ranks, or none; each calls this equally often
             value = error = None
             try:
-                value = decode()
+                with named_errors(medium, medium.kind, name):
+                    value = decode()
             except DataError as failed:
                 error = failed
             mrsp.agree(error, group)
@@ -463,10 +466,16 @@ class MultiModal(nn.Module):
         def kept(kind: str, compute) -> Tensor:
             if not cached:
                 return compute()
-            return self.cache.get(self.key(medium, num_frames, kind), compute, group)
+            key = agreed(lambda: self.key(medium, num_frames, kind))
+            return self.cache.get(key, compute, group)
+
+        def listen():
+            sound = self.loader.sound(medium, name=name)
+            self.heard(len(sound))  # it is long enough
+            return sound
 
         def hear():
-            return self.hear(agreed(lambda: self.loader.sound(medium, name=name)), group)
+            return self.hear(agreed(listen), group)
 
         with ExitStack() as stack:
             file = functools.partial(self.loader.open, medium, num_frames, name)
@@ -479,17 +488,18 @@ class MultiModal(nn.Module):
                 return self.times[known]
 
             def look():  # each rank of the group decodes and encodes its share
-                size, error = self.fit(medium.kind, *agreed(frames).shape[:3]), None
+                size = agreed(lambda: self.fit(medium.kind, *frames().shape[:3]))
+                error, weight = None, next(self.projector.parameters())
 
                 def encode(at: range) -> Tensor:
                     nonlocal error
                     try:
                         return self.encode(frames(), size, at, kind=medium.kind)
                     except DataError as failed:  # the others wait for features of this shape
-                        error, blank = failed, self.blank(medium.kind, len(at), *size, ()).features
-                        return torch.zeros_like(blank, device=weight.device, dtype=weight.dtype)
+                        error, tokens = failed, self.seen(size, medium.kind)
+                        shape = -(-len(at) // self.together), *tokens, self.media_width
+                        return torch.zeros(shape, device=weight.device, dtype=weight.dtype)
 
-                weight = next(self.projector.parameters())
                 found = mrsp.encode_parallel(encode, range(len(frames())), group, self.together)
                 mrsp.agree(error, group)
                 return found
@@ -509,13 +519,15 @@ class MultiModal(nn.Module):
         """What perceive() would give, on the device "meta": its shape, from the file's alone."""
         self.check_taken(medium, name)
         track = None
-        if medium.kind == "audio" or medium.track:
-            samples = len(load_audio(medium, name=name))
-            track = torch.empty(self.heard(samples), self.media_width, device="meta")
-        if medium.kind == "audio":
-            return Media("audio", track)
-        frames = Frames(medium, num_frames, name)
-        return self.blank(medium.kind, *frames.shape[:3], frames.times)._replace(track=track)
+        with named_errors(medium, medium.kind, name):
+            if medium.kind == "audio" or medium.track:
+                samples = len(self.loader.sound(medium, name=name))
+                track = torch.empty(self.heard(samples), self.media_width, device="meta")
+            if medium.kind == "audio":
+                return Media("audio", track)
+            with self.loader.open(medium, num_frames, name) as frames:
+                seen = self.blank(medium.kind, *frames.shape[:3], frames.times)
+            return seen._replace(track=track)
 
     def blank(self, kind: str, frames: int, height: int, width: int, times) -> Media:
         """Features without values, on the device "meta", of frames of this size."""

@@ -191,7 +191,7 @@ def train(model, rows, config: SFTConfig, seed=0, bar=iter, log=None, lost=None)
     """Train model in place on rows (Examples with a response). Every rank calls this with the same
     rows; of each batch the ranks of one sequence (model.mesh) take every dp-th group. bar wraps
     the steps, log(step, metrics) takes loss, grad_norm, lr and tokens (see train.METRICS). lost: a
-    dict that takes {id: message} of rows whose media do not decode; None: that is an error."""
+    dict that takes {row: message} of those whose media do not decode; None: that is an error."""
     mesh = model.mesh
     check_rows(rows)
     groups, opts = group_rows(rows, config.texts), optimizers(model, config, seed)
@@ -221,21 +221,19 @@ def train(model, rows, config: SFTConfig, seed=0, bar=iter, log=None, lost=None)
             soon = [group[0] for group in mine + dealt(plan[step + 1])]
             model.ahead(soon, frames, mesh.sp_group)
         seen, media = model.usable([group[0] for group in mine], see, lost)
-        for group in [
-            g for g in mine if g[0] not in seen
-        ]:  # rows that share media share their fate
+        for group in [g for g in mine if g[0] not in seen]:  # they share media, and their fate
             mine.remove(group)
-            lost.update((e.id, lost[group[0].id]) for e in group)
+            lost.update(dict.fromkeys(group, lost[group[0]]))
         parts = [to_branches(model, g, m) for g, m in zip(mine, media)]
         count = sum(len(b) - c for _, bs, cs in parts for b, c in zip(bs, cs))
-        total, loss = max(mrsp.all_sum(torch.tensor(count)).item() // mesh.sp, 1), 0.0
+        tokens, loss = mrsp.all_sum(torch.tensor(count)).item() // mesh.sp, 0.0
         each = max(1, -(-len(parts) // config.micro_batches))
         micro = [mrsp.pack(*zip(*parts[i : i + each])) for i in range(0, len(parts), each)]
         while model.sharded and len(micro) < config.micro_batches:
             micro.append(None)  # every rank gathers parameters equally often
         for packed in micro:
             logp, _ = model(packed or model.idle())
-            part = -logp.sum() / total * (packed is not None)
+            part = -logp.sum() / max(tokens, 1) * (packed is not None)
             # the graph of the tower's features serves all parts
             part.backward(retain_graph=config.train != "llm")
             loss += part.item()
@@ -243,7 +241,7 @@ def train(model, rows, config: SFTConfig, seed=0, bar=iter, log=None, lost=None)
         norm = mrsp.clip_gradients(trained, config.grad_clip)
         loss = mrsp.all_sum(torch.tensor(loss, dtype=torch.float64)).item() / mesh.sp
         if log:
-            metrics = {"loss": loss, "grad_norm": norm, "tokens": total}
+            metrics = {"loss": loss, "grad_norm": norm, "tokens": tokens}
             log(step, metrics | {"lr": schedules[0].get_last_lr()[0]})
         for optimizer, scheduler in zip(opts, schedules):
             optimizer.step()

@@ -358,7 +358,9 @@ class Run:
             except OSError as error:
                 raise DataError(f"--{name}: {error}") from None
         self.seconds, self.started = defaultdict(float), time.time()
-        self.lost = {} if config.on_bad_video == "skip" else None  # {question: why it is left out}
+        # {row: why it is left out}; by its Example, as another file may have the same ids.
+        self.lost = {} if config.on_bad_video == "skip" else None
+        self.loader = Loader(config.decode_ahead, config.decode_seconds)
 
     def start_logs(self) -> None:
         """Empty those of an earlier run, once nothing stands in the way of this one."""
@@ -403,8 +405,8 @@ class Run:
         if self.world > 1:
             found = [None] * self.world
             dist.all_gather_object(found, self.lost or {})
-        every = {k: v for part in found for k, v in part.items()}
-        for row, message in sorted(every.items()):
+        every = {row: message for part in found for row, message in part.items()}
+        for row, message in sorted((getattr(row, "id", row), m) for row, m in every.items()):
             self.write("lost.jsonl", {"row": row, "error": message})
         return len(every)
 
@@ -447,7 +449,7 @@ def grpo_step(
 ) -> tuple[dict, dict]:  # fmt: skip
     """One rollout batch and its updates. batch: the global list of Examples; of each update's share
     the ranks of one sequence (model.mesh) take every dp-th together. soon: the next batch. lost:
-    takes {id: message} of rows whose media do not decode; None: that is an error. Returns the
+    takes {row: message} of those whose media do not decode; None: that is an error. Returns the
     step's metrics (equal on all ranks) and one decoded sample of this rank."""
     trained, mesh = [p for p in model.parameters() if p.requires_grad], model.mesh
     sums, clock = defaultdict(float), time.time()  # sums of this rank, added up at the end
@@ -463,7 +465,7 @@ def grpo_step(
     # Stage 1 of MR-SP; rows that cannot be seen are left out.
     examples, prompts = model.usable([e for share in shares for _, e in share], see, lost)
     sums["lost_rows"] = sum(map(len, shares)) - len(examples)
-    shares = [[(i, e) for i, e in share if not lost or e.id not in lost] for share in shares]
+    shares = [[(i, e) for i, e in share if not lost or e not in lost] for share in shares]
     seeds = [(seed * 10**6 + step) * 10**6 + i for share in shares for i, _ in share]
     sums["seconds_encode"], clock = time.time() - clock, time.time()
     recipe, limits = model.recipe, (config.temperature, config.top_p)
@@ -565,7 +567,7 @@ def grpo_step(
     if examples:
         e = examples[0]
         sample = {"step": step, "problem_id": e.id, "question": e.problem, "answer": e.answer}
-        frames = e.media and e.media[0].num_frames or model.recipe.num_frames
+        frames = e.media and e.media[0].num_frames or model.recipe.frames
         sample |= {"num_frames": frames, "prompt": prompts[0].text}
         sample["responses"] = [{"text": a.text} | g for a, g in zip(answers[0], graded[0])]
     cache = model.cache
@@ -650,8 +652,8 @@ def train_grpo(run: Run, model, reference, engine, config: GRPOConfig, rows: lis
             run.write("metrics.jsonl", {"stage": "grpo", "step": step} | metrics)
             bar.set_postfix(accuracy=round(metrics["accuracy"], 2), length=round(metrics["length"]))
             if step % run.config.show_every == 0 or step + 1 == config.steps:
-                run.write("samples.jsonl", sample)
                 if sample and run.rank == 0:  # show the data: one question and one of its answers
+                    run.write("samples.jsonl", sample)
                     first = sample["responses"][0]
                     asked = " / ".join(sample["question"].splitlines())
                     tqdm.write(f"step {step}: {asked} -> {first['text']} reward {first['reward']}")
@@ -687,7 +689,7 @@ def pipeline(run: Run, preset: Preset) -> dict:
     run.start_logs()
     model.recipe = preset.recipe
     model.cache = mrsp.EmbeddingCache(c.cache_dir, max_disk_bytes=int(c.cache_gb * 2**30))
-    model.loader = run.loader = Loader(c.decode_ahead, c.decode_seconds)
+    model.loader = run.loader
     heads = model.llm.config.num_attention_heads, model.llm.config.num_key_value_heads
     try:
         model.mesh = mrsp.make_mesh(c.sp, c.sp_attention, *heads)
@@ -744,7 +746,6 @@ def pipeline(run: Run, preset: Preset) -> dict:
             "wrong_video": score(evaluation.swap_media(test), "wrong video"),
         }
     engine.close()
-    model.loader.close()
     found["lost"] = run.list_lost()
     return found | {"seconds": run.seconds | {"total": time.time() - run.started}}
 
@@ -784,14 +785,17 @@ def prepare(preset: Preset, world: int) -> tuple[list[str], list[str]]:
         )
     try:
         model = load(c.model, weights=False)
-        model.recipe = recipe
+        model.recipe, model.loader = recipe, Loader(min(c.decode_ahead, 1), c.decode_seconds)
         for e in rows:
             model.check_question(e)
         lines, lacks_memory = memory_plan(preset, model, world, sampler)
         lacks += lacks_memory
         if rows and not gone:
             first = rows[0]
-            media = [model.measure(m, recipe.frames, first.id) for m in first.media]
+            try:
+                media = [model.measure(m, recipe.frames, first.id) for m in first.media]
+            finally:
+                model.loader.close()
             prompt = model.build_prompt(first, media, recipe.thinking)
             length, most = len(prompt.ids) + recipe.max_tokens, preset.rollout.max_len
             if sampler == "vllm" and most and length > most:
@@ -804,7 +808,8 @@ def prepare(preset: Preset, world: int) -> tuple[list[str], list[str]]:
                 f"positions up to {int(prompt.positions.max())}:\n{prompt.text}"
             )
     except (DataError, ModelError) as error:
-        lacks.append(f"--model {error}" if model is None else str(error))
+        skipped = c.on_bad_video == "skip" and getattr(error, "question", "")
+        (lines if skipped else lacks).append(f"--model {error}" if model is None else str(error))
     return lines, lacks
 
 
@@ -897,6 +902,9 @@ def main(argv=None) -> dict | None:
     except (DataError, ModelError, RolloutError) as error:
         # Before there is a run all ranks say the same: the first of them is enough.
         sys.exit(f"error: {error}" if run or int(os.environ.get("RANK", 0)) == 0 else 1)
+    finally:
+        if run:  # or the exit would wait for a decoder that hangs
+            run.loader.close()
     if run.rank == 0:
         summary["settings"] = {name: asdict(part) for name, part in vars(preset).items()}
         (run.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

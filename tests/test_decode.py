@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from fractions import Fraction
 
@@ -11,12 +12,14 @@ import av
 import numpy as np
 import psutil
 import pytest
+import zoo
 from conftest import run_ranks, write_video_with_audio, write_wav
 from PIL import Image
 from test_data import medium, numbered_frames, numbers_of
 
 import data
 import decode
+import mrsp
 import sft
 import train
 from data import DataError, Rate
@@ -104,6 +107,16 @@ def test_times_of_a_variable_frame_rate_are_those_of_the_file(tmp_path, ending):
     assert numbers_of(inside).tolist() == [30, 31, 32, 33, 34]
     by_number = data.load_media(medium(path), 3)[0]
     assert numbers_of(by_number).tolist() == [0, 29, 59]
+
+
+@pytest.mark.parametrize("ending", ("mp4", "mkv"))
+def test_a_file_that_starts_late_is_whole(tmp_path, ending):
+    """A recording that was joined in: Matroska tells when it ends, not how long it is."""
+    pts = 5000 + np.arange(30) * 100
+    path = write_video(tmp_path / f"v.{ending}", numbered_frames(30), pts=pts)
+    frames, times = data.load_media(medium(path), 30)
+    assert numbers_of(frames).tolist() == list(range(30))
+    assert times == pytest.approx(np.arange(30) / 10)
 
 
 @pytest.mark.parametrize("turn", (90, 180, 270))
@@ -291,7 +304,7 @@ def test_the_first_bad_video_ends_a_run_that_does_not_skip(directory, hostile, t
         model.usable(rows, see, None)
     lost = {}
     left, prompts = model.usable(rows, see, lost)
-    assert left == rows[:1] and len(prompts) == 1 and list(lost) == ["cut.mp4"]
+    assert left == rows[:1] and len(prompts) == 1 and list(lost) == rows[1:]
     assert model.usable(rows[1:], see, lost) == ([], [])  # it is not opened again
 
 
@@ -310,6 +323,98 @@ def test_a_hanging_child_is_killed_and_another_one_goes_on(directory, hostile):
     assert len(seen(loader, medium(folder / "good.mp4"))[0]) == 4
     assert loader.idle[0].process.pid != first.pid
     loader.close()
+
+
+def test_closing_ends_a_child_that_hangs(directory, hostile):
+    """Or the exit of a run that failed would wait for it."""
+    loader = decode.Loader(ahead=1, limit=600)
+    loader.ahead([(medium(directory[0] / "hangs.mp4"), 4, "q", lambda shape: slice(0, 2))])
+    (future,) = loader.started.values()
+    while not loader.busy:
+        time.sleep(0.01)
+    loader.close()
+    assert isinstance(future.exception(timeout=60), DataError) and not loader.busy
+
+
+def test_a_child_that_died_idle_is_not_blamed_on_the_next_file(directory, loader):
+    good = [medium(directory[0] / "good.mp4", segment=(0, end)) for end in (1.0, 2.0)]
+    seen(loader, good[0])
+    loader.idle[0].process.kill()
+    loader.idle[0].process.wait()
+    assert len(seen(loader, good[1])[0]) == 4
+
+
+def test_who_asks_for_a_planned_file_is_named_and_it_is_not_planned_again(directory, loader):
+    plan = [
+        (medium(directory[0] / name), 4, "planned", lambda shape: slice(0, 2))
+        for name in ("cut.mp4", "good.mp4")
+    ]
+    loader.ahead(plan)
+    with pytest.raises(DataError, match="question asks") as error:
+        with loader.open(plan[0][0], 4, "asks"):
+            pass
+    assert error.value.question == "asks" and "planned" not in str(error.value)
+    loader.ahead(plan)
+    assert [m for m, _ in loader.started] == [plan[1][0]]
+
+
+def test_a_child_that_was_late_is_so_for_each_request(directory, hostile):
+    loader = decode.Loader(ahead=1, limit=4)
+    with pytest.raises(DataError, match="gave nothing within 4 s"):
+        with loader.open(medium(directory[0] / "late.mp4"), 4) as frames:
+            frames.ask(slice(0, 2))
+            frames[0:3]
+    loader.close()
+
+
+def test_rows_of_one_id_in_two_files_are_not_taken_for_each_other(directory, toy, model):
+    row, lost = data.load_rows(str(toy / "rl.jsonl"))[0], {}
+    bad, good = (replace(row, media=(medium(directory[0] / n),)) for n in ("cut.mp4", "good.mp4"))
+    see = lambda examples: [model.prompt(e, 4) for e in examples]  # noqa: E731
+    assert model.usable([bad], see, lost) == ([], [])
+    assert model.usable([good], see, lost)[0] == [good] and list(lost) == [bad]
+
+
+def test_a_disk_that_fails_costs_the_row(directory, toy, model, monkeypatch):
+    row = data.load_rows(str(toy / "rl.jsonl"))[0]
+    monkeypatch.setattr(mrsp, "file_hash", lambda path: open("/proc/self/mem").read(1))
+    model.loader = decode.Loader(1)
+    model.ahead([row])
+    with pytest.raises(DataError, match=f"{row.media[0].path}.*{row.id}.*Input/output") as error:
+        model.features(row, 4)
+    assert error.value.question == row.id
+
+
+def test_media_that_a_family_cannot_take_cost_the_row(tmp_path):
+    write_wav(tmp_path / "short.wav", 0.01)
+    Image.fromarray(np.zeros((1, 300, 3), np.uint8)).save(tmp_path / "line.png")
+    model = zoo.build("omni")
+    for name, kind, said in (
+        ("short.wav", "audio", "too short to be heard"), ("line.png", "image", "than 200 times")
+    ):  # fmt: skip
+        bad = data.Example("q7", "", (), "", "", (medium(tmp_path / name, kind),), kind, "")
+        with pytest.raises(DataError, match=f"{name}.*question q7.*{said}") as error:
+            model.features(bad, 4)
+        assert error.value.question == "q7"
+
+
+@pytest.mark.parametrize("name, said", (("crashes", "exit status -6"), ("cut", "decode as")))
+def test_a_first_row_that_does_not_decode_refuses_no_run_that_skips(
+    directory, hostile, toy, tmp_path, name, said
+):
+    row = json.loads((toy / "rl.jsonl").read_text().splitlines()[0]) | {"videos": f"{name}.mp4"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    for how in ("error", "skip"):
+        preset = train.parse_options(
+            ["--preset", "qwen2.5-vl-7b", "--model", str(toy / "init"), "--sp", "1", "--data"]
+            + [str(tmp_path / "rows.jsonl"), "--video_dir", str(directory[0]), "--on_bad_video"]
+            + [how, "--decode_seconds", "4", "--recipe_max_tokens", "4", "--recipe_num_frames", "4"]
+        )
+        lines, lacks = train.prepare(preset, 1)
+        assert [said in "\n".join(part) for part in (lines, lacks)] == [
+            how == "skip",
+            how != "skip",
+        ]
 
 
 def test_files_are_opened_ahead_a_few_at_a_time(tmp_path):
@@ -402,6 +507,31 @@ def both_ranks_fail_alike(rank, folder, checkpoint):
             assert said[0] == said[1]
             model.cache.memory.clear()
             assert (model.features(good, 6, group)[0].features - whole).abs().max() < 1e-6
+
+
+def shares_fail_alike(rank, folder):
+    """Where the size of a share of the frames is not that of all of them (Qwen3-VL), and where the
+    first look at a file fails on one rank."""
+    import torch.distributed as dist
+
+    model, group = zoo.build("qwen3-vl"), dist.group.WORLD
+    fail = lambda *a: data.Frames(medium("gone"), 1)[:]  # noqa: E731
+    for kind, name in (("video", "good.mp4"), ("image", "i.png")):
+        example = data.Example("q", "", (), "", "", (medium(f"{folder}/{name}", kind),), kind, "")
+        for where, failing in (("pieces", fail), ("shape", property(fail))):
+            with pytest.MonkeyPatch.context() as patch:
+                if rank == 0:
+                    patch.setattr(data.Frames, where, failing)
+                with pytest.raises(DataError, match="gone"):
+                    model.features(example, 12, group)
+            model.loader.failed.clear()
+        assert model.features(example, 12, group)
+
+
+def test_shares_of_a_sequence_fail_together(tmp_path):
+    write_mp4(str(tmp_path / "good.mp4"), numbered_frames(30))
+    Image.fromarray(numbered_frames(3)[2]).save(tmp_path / "i.png")
+    run_ranks(shares_fail_alike, 2, str(tmp_path))
 
 
 def test_ranks_of_a_sequence_fail_together(toy, tmp_path):
