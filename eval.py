@@ -396,7 +396,8 @@ class Job:
 
     def settings(self) -> dict:
         """All that the answers depend on. Of weights the files' sizes and times: to read them all
-        would take as long as to load them. Of media the names: their folder may move."""
+        would take as long as to load them. Of media names and sizes: their folder may move, but
+        answers to one that was not there, or cut off, are not those to what came instead."""
         free = (
             "frames fps max_frames judge output out low high video_dir cache_dir on_missing "
             "rollout_tp rollout_max_len rollout_memory max_tokens thinking decode_ahead "
@@ -404,6 +405,8 @@ class Job:
         ).split()
         digest = lambda x: hashlib.sha256(repr(x).encode()).hexdigest()[:16]  # noqa: E731
         name = lambda m: m._replace(path=Path(m.path).name)  # noqa: E731
+        media = dict.fromkeys(m.path for e in self.examples for m in e.media)
+        sizes = [os.path.getsize(path) if os.path.isfile(path) else -1 for path in media]
         asked = [(e.id, e.problem, e.answer, [name(m) for m in e.media]) for e in self.examples]
         root = folder_of(self.args.model)
         files = sorted({*root.rglob("*.safetensors"), *root.rglob("config.json")})
@@ -415,6 +418,7 @@ class Job:
         found |= {
             "num_frames": list(self.frames),
             "questions": digest((asked, self.malformed, spoken)),
+            "media": digest(sizes),
         }
         return json.loads(json.dumps(found))
 
@@ -502,7 +506,12 @@ def run(args) -> dict:
     if args.instruction:
         ask_for = f"\n{args.instruction}"
         job.examples = [replace(e, problem=e.problem + ask_for) for e in job.examples]
-    name, rows = args.benchmark or Path(job.source).stem, job.examples
+    name, rows, runs = args.benchmark or Path(job.source).stem, job.examples, {}
+    if args.before:  # of the last number of frames, as the report
+        path = args.before / f"answers_{[*job.frames][-1]}.jsonl"
+        runs["before"] = read_answers(path)
+        if {r["problem_id"] for r in runs["before"]} != {e.id for e in rows}:
+            raise DataError(f"--before: {path} has the answers to other questions")
     job.meet(args.output, name)
     ranks = job.rank, job.world
 
@@ -533,12 +542,7 @@ def run(args) -> dict:
         print(f"{show(results, title)}\nanswers and result.json are in {job.folder}/", flush=True)
     job.part()
     if job.rank == 0 and args.report_mb > 0:  # of the last number of frames
-        runs = {"answers": results[n]["records"]}
-        if args.before:
-            runs = {
-                "before": read_answers(args.before / f"answers_{n}.jsonl"),
-                "after": runs["answers"],
-            }
+        runs["after" if runs else "answers"] = results[n]["records"]
         text, page = show(results, title), job.folder / "report.html"
         done = "asked" in vars(job)  # what hung once is not tried again
         loader = job.asked[0].loader if done else Loader(1, args.decode_seconds)
@@ -552,6 +556,10 @@ def run_filter(args) -> dict:
     """Keeps the rows that the model answers rightly at times: of those always right or always wrong
     GRPO learns nothing (the paper drops both, by 10 answers of the base model)."""
     job = Job(args)
+    if args.out.is_dir() or os.path.realpath(args.out) == os.path.realpath(job.source):
+        raise DataError(f"--out {args.out}: give the name of a new file")
+    if args.low >= args.high:
+        raise DataError(f"--low {args.low:g} --high {args.high:g}: no row lies between them")
     if len(job.frames) > 1:
         raise DataError("--frames: a pass rate is for one number of frames")
     frames = job.recipe.frames
@@ -561,11 +569,11 @@ def run_filter(args) -> dict:
 
     def work(start, end):
         seeds = [args.seed * 10**6 + i for i in range(start, end)]
-        how, rates = (sampling, args.n, seeds, "", job.before), []
+        how, rates = (sampling, args.answers, seeds, "", job.before), []
         for e, found in zip(rows[start:end], ask(*job.asked, rows[start:end], frames, *how)):
             failed, gold = isinstance(found, Exception), (e.answer, e.options)
             texts = [] if failed else [graded(a.text, recipe.thinking) for a in found]
-            share = sum(accuracy_reward(t, *gold) for t in texts) / args.n
+            share = sum(accuracy_reward(t, *gold) for t in texts) / args.answers
             rate = {"problem_id": e.id, "category": e.category, "pass_rate": share}
             rates.append(rate | {"error": str(found) if failed else ""})
         return rates
@@ -618,7 +626,7 @@ def filter_main(argv=None) -> dict:
     parser = options("Pass rates of rows; keeps those that are neither too easy nor too hard.")
     add = parser.add_argument
     add("--out", type=Path, required=True, help="file (.jsonl) of the rows that are kept")
-    add("--n", type=int, default=10, help="sampled answers a question")
+    add("--answers", type=int, default=10, help="sampled for a question")
     add("--low", type=float, default=0.0, help="keep a row if more than this share is right")
     add("--high", type=float, default=1.0, help="and less than this")
     add("--temperature", type=float, default=1.0, help="of sampling")
@@ -629,8 +637,11 @@ def filter_main(argv=None) -> dict:
 
 def guarded(function, args) -> dict:
     try:
+        for name in ("batch", "limit", "answers", "decode_seconds"):
+            if (value := vars(args).get(name)) is not None and value <= 0:
+                raise DataError(f"--{name} {value}: give a number above 0")
         return function(args)
-    except (ValueError, RolloutError, ServerError) as error:  # DataError, ModelError, bad options
+    except (ValueError, OSError, RolloutError, ServerError) as error:  # DataError, ModelError ...
         # Before they have met all ranks say the same: the first of them is enough.
         first = int(os.environ.get("RANK", 0)) == 0 or dist.is_initialized()
         sys.exit(f"error: {error}" if first else 1)
