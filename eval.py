@@ -137,9 +137,11 @@ def ask(model, engine, examples, num_frames, sampling, n=1, seeds=None, prefill=
     for i, example in enumerate(examples):
         try:
             asked = before(example, num_frames) if before else example
-            prompts.append(model.prompt(asked, num_frames, prefill))
+            prompt = model.prompt(asked, num_frames, prefill)
+            engine.check_fits(prompt, sampling)  # else it would refuse the whole batch
+            prompts.append(prompt)
             rows.append(i)
-        except (DataError, ModelError) as error:
+        except (DataError, ModelError, RolloutError) as error:
             found[i] = error
     seeds = seeds and [seeds[i] for i in rows]
     for i, answers in zip(rows, engine.generate(prompts, n, sampling, seeds) if rows else []):

@@ -18,7 +18,7 @@ import data
 import eval as evaluation
 from data import Rate
 from model import VILA
-from rollout import Response, TorchEngine
+from rollout import Response, RolloutError, TorchEngine
 
 
 def lines(path):
@@ -54,6 +54,9 @@ class Oracle:
         pass
 
     close = sync
+
+    def check_fits(self, prompt, sampling, name=""):
+        pass
 
 
 def oracle(monkeypatch, answer):
@@ -228,6 +231,20 @@ def test_a_question_that_cannot_be_asked_counts_as_wrong(toy, model):
     ((name, message),) = found["errors"]
     assert name == rows[1].id and "control token" in message
     assert found["questions"] == 3 and found["records"][1]["accuracy"] == 0.0
+
+
+def test_a_prompt_that_is_too_long_for_the_engine_counts_as_wrong_alone(toy, model):
+    rows = data.load_rows(str(toy / "test.jsonl"))[:3]
+    engine, turns = Oracle(model, lambda p: f"<answer>{rows[0].answer}</answer>"), iter(range(3))
+
+    def check_fits(prompt, sampling):
+        if next(turns) == 1:
+            raise RolloutError("9 tokens exceed the engine's 8")
+
+    engine.check_fits = check_fits
+    result = evaluation.evaluate(model, engine, rows)
+    assert result["errors"] == [(rows[1].id, "9 tokens exceed the engine's 8")]
+    assert result["records"][0]["accuracy"] == 1 and len(engine.prompts) == 2
 
 
 def test_in_non_thinking_mode_the_bare_completion_is_the_answer(toy, model):
