@@ -182,6 +182,21 @@ def test_files_that_are_no_tables_of_the_benchmark_are_errors(videos, tmp_path):
             benchmarks.load(name, path, folder and str(folder), [])
 
 
+@pytest.mark.parametrize(
+    "name, file, table",
+    [
+        ("videomme", "t.json", {"data": [VIDEOMME]}),
+        ("videomme", "t.json", None),
+        ("perceptiontest", "t.json", {"video_10": {"mc_question": [{"question": "?"}]}}),
+        ("activitynet-qa", "test_q.json", [{"question": "?"}]),
+    ],
+)
+def test_a_file_of_another_structure_is_one_error(name, file, table, videos, tmp_path):
+    path = write(tmp_path / file, table)
+    with pytest.raises(DataError, match=f"{file} is no table as {name} has it"):
+        benchmarks.load(name, path, str(videos), [])
+
+
 def test_two_files_of_one_name_must_be_the_same(videos, tmp_path):
     path, bad = (
         write(tmp_path / "t.json", [VIDEOMME, VIDEOMME | {"videoID": "x", "question_id": "x"}]),
