@@ -48,6 +48,7 @@ import torch
 import torch.distributed as dist
 
 import benchmarks
+import data
 from build import Chat, ReplyError, ServerError
 from data import DataError, Example, Rate, frame_indices, load_rows, parse_line, read_rows
 from decode import Loader
@@ -62,14 +63,16 @@ def swap_media(examples: list) -> list:
     """The wrong-media control: every question about the media that stand half the set away among
     those of the same kinds, with their segments; each medium's num_frames stay. Text questions
     have none, and stay."""
-    sets, swap, swapped = {}, {}, []
+    sets, swap, swapped, paths = {}, {}, [], lambda own: tuple(m.path for m in own)
     keys = [tuple(m._replace(num_frames=None) for m in e.media) for e in examples]
     for media in dict.fromkeys(keys):
         sets.setdefault(tuple((m.kind, m.track) for m in media), []).append(media)
     for kinds, media in sets.items():
-        if kinds and len({tuple(m.path for m in own) for own in media}) == 1:
+        files = {path: i for i, path in enumerate(dict.fromkeys(map(paths, media)))}
+        if kinds and len(files) == 1:
             kind = "+".join(kind for kind, _ in kinds)
             raise DataError(f"the wrong-{kind} control needs questions about at least two of them")
+        media.sort(key=lambda own: files[paths(own)])  # else half the set away may be the same one
         swap |= {m: media[(i + len(media) // 2) % len(media)] for i, m in enumerate(media)}
     for e, key in zip(examples, keys):
         media = [new._replace(num_frames=m.num_frames) for new, m in zip(swap[key], e.media)]
@@ -376,7 +379,7 @@ class Job:
                 "wrong with --on_missing wrong"
             )
         self.malformed = dict(bad)
-        rows += [Example(where, "", (), "", "malformed row", (), "", "") for where, _ in bad]
+        rows += map(data.stand_in, self.malformed)
         units = list(dict.fromkeys(map(unit, rows)))
         self.of, kept = len(units), set(units)
         if args.limit is not None:

@@ -11,6 +11,7 @@ import pytest
 
 import benchmarks
 import data
+import decode
 import eval as evaluation
 from data import DataError
 
@@ -292,6 +293,17 @@ def test_the_command_line_asks_a_benchmark_with_subtitles(toy, model, tmp_path, 
         argv[argv.index("--subtitles") + 1] = str(tmp_path / folder)
         with pytest.raises(SystemExit, match=f"error: .*{folder}: no .srt files"):
             evaluation.main(argv)
+
+
+def test_subtitles_of_one_video_open_it_once_more(toy, model, monkeypatch):
+    rows, opened = [e for e in data.load_rows(str(toy / "test.jsonl"))], []
+    rows = [e for e in rows if e.media == rows[0].media]
+    real = decode.Loader.open
+    monkeypatch.setattr(decode.Loader, "open", lambda *how: opened.append(1) or real(*how))
+    for e in rows:
+        assert len(model.frame_times(e.media[0], 3, e.id)) == 3
+        model.prompt(e, 3)
+    assert len(rows) > 2 and len(opened) == 2
 
 
 def test_a_vnbench_question_counts_only_if_all_its_shuffles_are_right(

@@ -117,6 +117,14 @@ def test_the_wrong_video_control_keeps_kinds_apart_and_takes_the_other_ones_segm
             assert new.path.endswith({"video": ".mp4", "image": ".png"}[b.data_type])
 
 
+def test_the_wrong_video_is_no_other_segment_of_the_right_one():
+    media = [data.Medium("video", f"/{'abc'[i % 3]}", None, (i, i + 1)) for i in range(12)]
+    rows = [data.Example(str(i), "", (), "", "", (m,), "video", "") for i, m in enumerate(media)]
+    swapped = [e.media[0] for e in evaluation.swap_media(rows)]
+    assert all(old.path != new.path for old, new in zip(media, swapped))
+    assert sorted(swapped) == sorted(media)
+
+
 def test_the_wrong_media_control_exchanges_all_media_of_a_question():
     """Half the set away among the distinct ones with the same kinds: a sound stays a sound."""
     sets = ["v1", "v2 i1", "v1", "v3 i2", "v2", "", "v1 a1", "v3", "v4 i1", "v2 a1", "v5+", "v6+"]
