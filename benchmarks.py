@@ -176,7 +176,8 @@ def find_videos(video_dir: str) -> dict[str, Path]:
         for path in sorted(Path(folder, name) for name in names):
             if path.suffix.lower() in ENDINGS:
                 one = found.setdefault(path.stem, path)
-                if one != path and not filecmp.cmp(one, path, shallow=False):
+                same = one.samefile(path) or filecmp.cmp(one, path, shallow=False)
+                if not same:
                     raise DataError(f"{one} and {path} differ: which one is video {path.stem}?")
     return found
 

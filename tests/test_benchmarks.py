@@ -217,6 +217,13 @@ def test_two_files_of_one_name_must_be_the_same(videos, tmp_path):
         benchmarks.load("videomme", path, str(videos), bad)
 
 
+def test_a_link_to_a_folder_of_videos_does_not_make_them_read(videos, monkeypatch):
+    (videos / "all").symlink_to(videos / "part 1")
+    monkeypatch.setattr(benchmarks.filecmp, "cmp", None)
+    found = benchmarks.find_videos(str(videos))
+    assert {path.name for path in found.values()} == {case[2] for case in CASES.values()}
+
+
 def test_a_video_that_is_not_there_is_left_to_the_caller(videos, tmp_path):
     next(videos.rglob("fFjv93ACGo8.mp4")).unlink()
     (e,) = benchmarks.load("videomme", write(tmp_path / "t.json", [VIDEOMME]), str(videos), [])
