@@ -174,10 +174,9 @@ def find_videos(video_dir: str) -> dict[str, Path]:
     found = {}
     for folder, _, names in os.walk(video_dir, followlinks=True):
         for path in sorted(Path(folder, name) for name in names):
-            if path.suffix.lower() in ENDINGS:
+            if path.suffix.lower() in ENDINGS and path.is_file():  # links may lead nowhere
                 one = found.setdefault(path.stem, path)
-                same = one.samefile(path) or filecmp.cmp(one, path, shallow=False)
-                if not same:
+                if not (one.samefile(path) or filecmp.cmp(one, path, shallow=False)):
                     raise DataError(f"{one} and {path} differ: which one is video {path.stem}?")
     return found
 

@@ -219,6 +219,7 @@ def test_two_files_of_one_name_must_be_the_same(videos, tmp_path):
 
 def test_a_link_to_a_folder_of_videos_does_not_make_them_read(videos, monkeypatch):
     (videos / "all").symlink_to(videos / "part 1")
+    (videos / "86CxyhFV9MI.mp4").symlink_to(videos / "gone")
     monkeypatch.setattr(benchmarks.filecmp, "cmp", None)
     found = benchmarks.find_videos(str(videos))
     assert {path.name for path in found.values()} == {case[2] for case in CASES.values()}
