@@ -174,9 +174,9 @@ def find_videos(video_dir: str) -> dict[str, Path]:
     found = {}
     for folder, _, names in os.walk(video_dir, followlinks=True):
         for path in sorted(Path(folder, name) for name in names):
-            if path.suffix.lower() in ENDINGS:
+            if path.suffix.lower() in ENDINGS and path.is_file():  # links may lead nowhere
                 one = found.setdefault(path.stem, path)
-                if one != path and not filecmp.cmp(one, path, shallow=False):
+                if not (one.samefile(path) or filecmp.cmp(one, path, shallow=False)):
                     raise DataError(f"{one} and {path} differ: which one is video {path.stem}?")
     return found
 
@@ -190,10 +190,15 @@ def load(benchmark: str, path: str, video_dir: str | None, bad: list) -> list[Ex
         return data.load_rows(path, video_dir, bad)
     if video_dir is None:
         raise DataError(f"{benchmark} names videos by their ids: give their folder as --video_dir")
-    rows, videos, examples, seen = read_table(path), find_videos(video_dir), [], set()
-    if benchmark == "activitynet-qa" and path.endswith("_q.json"):
-        answers = {a["question_id"]: a for a in read_table(path.removesuffix("q.json") + "a.json")}
-        rows = [q | answers.get(q["question_id"], {}) for q in rows]
+    videos, examples, seen = find_videos(video_dir), [], set()
+    try:
+        rows = list(read_table(path))
+        if benchmark == "activitynet-qa" and path.endswith("_q.json"):
+            answers = read_table(path.removesuffix("q.json") + "a.json")
+            answers = {a["question_id"]: a for a in answers}
+            rows = [q | answers.get(q["question_id"], {}) for q in rows]
+    except (LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is no table as {benchmark} has it: {error!r}") from None
     for number, published in enumerate(rows, 1):
         where = f"{path}: row {number}"
         try:

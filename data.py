@@ -196,6 +196,11 @@ def parse_row(row: dict, video_dir: str, where: str = "row") -> Example:
     )
 
 
+def stand_in(where: str) -> Example:
+    """Counts in place of a malformed row."""
+    return Example(where, "", (), "", "malformed row", (), "", "")
+
+
 def read_rows(path: str):
     """Yields (where, row) for each row of a source that load_rows takes. where: what errors call
     the row. row: a dict, or for a .jsonl file still its line, in bytes."""

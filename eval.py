@@ -48,6 +48,7 @@ import torch
 import torch.distributed as dist
 
 import benchmarks
+import data
 from build import Chat, ReplyError, ServerError
 from data import DataError, Example, Rate, frame_indices, load_rows, parse_line, read_rows
 from decode import Loader
@@ -62,14 +63,16 @@ def swap_media(examples: list) -> list:
     """The wrong-media control: every question about the media that stand half the set away among
     those of the same kinds, with their segments; each medium's num_frames stay. Text questions
     have none, and stay."""
-    sets, swap, swapped = {}, {}, []
+    sets, swap, swapped, paths = {}, {}, [], lambda own: tuple(m.path for m in own)
     keys = [tuple(m._replace(num_frames=None) for m in e.media) for e in examples]
     for media in dict.fromkeys(keys):
         sets.setdefault(tuple((m.kind, m.track) for m in media), []).append(media)
     for kinds, media in sets.items():
-        if kinds and len({tuple(m.path for m in own) for own in media}) == 1:
+        files = {path: i for i, path in enumerate(dict.fromkeys(map(paths, media)))}
+        if kinds and len(files) == 1:
             kind = "+".join(kind for kind, _ in kinds)
             raise DataError(f"the wrong-{kind} control needs questions about at least two of them")
+        media.sort(key=lambda own: files[paths(own)])  # else half the set away may be the same one
         swap |= {m: media[(i + len(media) // 2) % len(media)] for i, m in enumerate(media)}
     for e, key in zip(examples, keys):
         media = [new._replace(num_frames=m.num_frames) for new, m in zip(swap[key], e.media)]
@@ -137,9 +140,11 @@ def ask(model, engine, examples, num_frames, sampling, n=1, seeds=None, prefill=
     for i, example in enumerate(examples):
         try:
             asked = before(example, num_frames) if before else example
-            prompts.append(model.prompt(asked, num_frames, prefill))
+            prompt = model.prompt(asked, num_frames, prefill)
+            engine.check_fits(prompt, sampling)  # else it would refuse the whole batch
+            prompts.append(prompt)
             rows.append(i)
-        except (DataError, ModelError) as error:
+        except (DataError, ModelError, RolloutError) as error:
             found[i] = error
     seeds = seeds and [seeds[i] for i in rows]
     for i, answers in zip(rows, engine.generate(prompts, n, sampling, seeds) if rows else []):
@@ -374,7 +379,7 @@ class Job:
                 "wrong with --on_missing wrong"
             )
         self.malformed = dict(bad)
-        rows += [Example(where, "", (), "", "malformed row", (), "", "") for where, _ in bad]
+        rows += map(data.stand_in, self.malformed)
         units = list(dict.fromkeys(map(unit, rows)))
         self.of, kept = len(units), set(units)
         if args.limit is not None:
@@ -396,7 +401,8 @@ class Job:
 
     def settings(self) -> dict:
         """All that the answers depend on. Of weights the files' sizes and times: to read them all
-        would take as long as to load them. Of media the names: their folder may move."""
+        would take as long as to load them. Of media names and sizes: their folder may move, but
+        answers to one that was not there, or cut off, are not those to what came instead."""
         free = (
             "frames fps max_frames judge output out low high video_dir cache_dir on_missing "
             "rollout_tp rollout_max_len rollout_memory max_tokens thinking decode_ahead "
@@ -404,6 +410,8 @@ class Job:
         ).split()
         digest = lambda x: hashlib.sha256(repr(x).encode()).hexdigest()[:16]  # noqa: E731
         name = lambda m: m._replace(path=Path(m.path).name)  # noqa: E731
+        media = dict.fromkeys(m.path for e in self.examples for m in e.media)
+        sizes = [os.path.getsize(path) if os.path.isfile(path) else -1 for path in media]
         asked = [(e.id, e.problem, e.answer, [name(m) for m in e.media]) for e in self.examples]
         root = folder_of(self.args.model)
         files = sorted({*root.rglob("*.safetensors"), *root.rglob("config.json")})
@@ -415,6 +423,7 @@ class Job:
         found |= {
             "num_frames": list(self.frames),
             "questions": digest((asked, self.malformed, spoken)),
+            "media": digest(sizes),
         }
         return json.loads(json.dumps(found))
 
@@ -502,7 +511,12 @@ def run(args) -> dict:
     if args.instruction:
         ask_for = f"\n{args.instruction}"
         job.examples = [replace(e, problem=e.problem + ask_for) for e in job.examples]
-    name, rows = args.benchmark or Path(job.source).stem, job.examples
+    name, rows, runs = args.benchmark or Path(job.source).stem, job.examples, {}
+    if args.before:  # of the last number of frames, as the report
+        path = args.before / f"answers_{[*job.frames][-1]}.jsonl"
+        runs["before"] = read_answers(path)
+        if {r["problem_id"] for r in runs["before"]} != {e.id for e in rows}:
+            raise DataError(f"--before: {path} has the answers to other questions")
     job.meet(args.output, name)
     ranks = job.rank, job.world
 
@@ -533,12 +547,7 @@ def run(args) -> dict:
         print(f"{show(results, title)}\nanswers and result.json are in {job.folder}/", flush=True)
     job.part()
     if job.rank == 0 and args.report_mb > 0:  # of the last number of frames
-        runs = {"answers": results[n]["records"]}
-        if args.before:
-            runs = {
-                "before": read_answers(args.before / f"answers_{n}.jsonl"),
-                "after": runs["answers"],
-            }
+        runs["after" if runs else "answers"] = results[n]["records"]
         text, page = show(results, title), job.folder / "report.html"
         done = "asked" in vars(job)  # what hung once is not tried again
         loader = job.asked[0].loader if done else Loader(1, args.decode_seconds)
@@ -552,6 +561,10 @@ def run_filter(args) -> dict:
     """Keeps the rows that the model answers rightly at times: of those always right or always wrong
     GRPO learns nothing (the paper drops both, by 10 answers of the base model)."""
     job = Job(args)
+    if args.out.is_dir() or os.path.realpath(args.out) == os.path.realpath(job.source):
+        raise DataError(f"--out {args.out}: give the name of a new file")
+    if args.low >= args.high:
+        raise DataError(f"--low {args.low:g} --high {args.high:g}: no row lies between them")
     if len(job.frames) > 1:
         raise DataError("--frames: a pass rate is for one number of frames")
     frames = job.recipe.frames
@@ -561,11 +574,11 @@ def run_filter(args) -> dict:
 
     def work(start, end):
         seeds = [args.seed * 10**6 + i for i in range(start, end)]
-        how, rates = (sampling, args.n, seeds, "", job.before), []
+        how, rates = (sampling, args.answers, seeds, "", job.before), []
         for e, found in zip(rows[start:end], ask(*job.asked, rows[start:end], frames, *how)):
             failed, gold = isinstance(found, Exception), (e.answer, e.options)
             texts = [] if failed else [graded(a.text, recipe.thinking) for a in found]
-            share = sum(accuracy_reward(t, *gold) for t in texts) / args.n
+            share = sum(accuracy_reward(t, *gold) for t in texts) / args.answers
             rate = {"problem_id": e.id, "category": e.category, "pass_rate": share}
             rates.append(rate | {"error": str(found) if failed else ""})
         return rates
@@ -618,7 +631,7 @@ def filter_main(argv=None) -> dict:
     parser = options("Pass rates of rows; keeps those that are neither too easy nor too hard.")
     add = parser.add_argument
     add("--out", type=Path, required=True, help="file (.jsonl) of the rows that are kept")
-    add("--n", type=int, default=10, help="sampled answers a question")
+    add("--answers", type=int, default=10, help="sampled for a question")
     add("--low", type=float, default=0.0, help="keep a row if more than this share is right")
     add("--high", type=float, default=1.0, help="and less than this")
     add("--temperature", type=float, default=1.0, help="of sampling")
@@ -629,8 +642,11 @@ def filter_main(argv=None) -> dict:
 
 def guarded(function, args) -> dict:
     try:
+        for name in ("batch", "limit", "answers", "decode_seconds"):
+            if (value := vars(args).get(name)) is not None and value <= 0:
+                raise DataError(f"--{name} {value}: give a number above 0")
         return function(args)
-    except (ValueError, RolloutError, ServerError) as error:  # DataError, ModelError, bad options
+    except (ValueError, OSError, RolloutError, ServerError) as error:  # DataError, ModelError ...
         # Before they have met all ranks say the same: the first of them is enough.
         first = int(os.environ.get("RANK", 0)) == 0 or dist.is_initialized()
         sys.exit(f"error: {error}" if first else 1)

@@ -512,8 +512,11 @@ class MultiModal(nn.Module):
 
     def frame_times(self, medium: Medium, num_frames: int | Rate, name="") -> np.ndarray:
         """When the frames that the model sees of a medium are shown: (F,) seconds."""
-        with self.loader.open(medium, num_frames, name) as frames:
-            return frames.times
+        known = medium, num_frames
+        if known not in self.times:
+            with self.loader.open(medium, num_frames, name) as frames:
+                self.times[known] = frames.times
+        return self.times[known]
 
     def measure(self, medium: Medium, num_frames: int | Rate, name="") -> Media:
         """What perceive() would give, on the device "meta": its shape, from the file's alone."""

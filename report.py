@@ -451,9 +451,11 @@ def main(argv=None) -> None:
         if len(args.answers) > 2:
             raise DataError("give one or two files of answers")
         runs = {name: read_answers(path) for name, path in zip(names, args.answers)}
+        rows = data.load_rows(args.data, args.video_dir, bad := [])
+        rows += [data.stand_in(where) for where, _ in bad]  # they are among the answers, too
         write_report(
-            args.out, args.title, data.load_rows(args.data, args.video_dir), runs,
-            args.num_frames, max_mb=args.max_mb, frame_height=args.frame_height,
+            args.out, args.title, rows, runs, args.num_frames, max_mb=args.max_mb,
+            frame_height=args.frame_height,
         )  # fmt: skip
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")

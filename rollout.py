@@ -164,6 +164,9 @@ class TorchEngine:
 
     wake = close = sleep
 
+    def check_fits(self, prompt, sampling: Sampling, name: str = "") -> None:
+        pass  # there is no limit but memory
+
     @torch.inference_mode()
     def generate(self, prompts, n: int, sampling: Sampling, seeds=None) -> list[list[Response]]:
         """n answers to each prompt. seeds: one int a prompt (default 0, 1, ...)."""
@@ -552,6 +555,20 @@ class VLLMEngine:
             self.llm.wake_up([part])
         self.sleeping.remove(part)
 
+    def check_fits(self, prompt, sampling: Sampling, name: str = "") -> None:
+        """RolloutError for a prompt that is too long."""
+        # Positions may run ahead of tokens (few frames of a long video): the table ends there.
+        for what, length, most in (
+            ("tokens", len(prompt.ids), self.max_len),
+            ("positions", int(prompt.positions.max()) + 1, self.table),
+        ):
+            if length + sampling.max_tokens > most:
+                raise RolloutError(
+                    f"{name}{length} {what} and an answer of {sampling.max_tokens} exceed the "
+                    f"engine's {most}: take fewer frames, shorter answers or a larger "
+                    "--rollout_max_len"
+                )
+
     @torch.no_grad()
     def generate(self, prompts, n: int, sampling: Sampling, seeds=None) -> list[list[Response]]:
         """n answers to each prompt. seeds: one int a prompt (default 0, 1, ...). The ranks of one
@@ -564,17 +581,7 @@ class VLLMEngine:
                 f"the engine cannot sample: {self.blocked or 'it sleeps: call wake()'}"
             )
         for i, prompt in enumerate(prompts):
-            # Positions may run ahead of tokens (few frames of a long video): the table ends there.
-            for what, length, most in (
-                ("tokens", len(prompt.ids), self.max_len),
-                ("positions", int(prompt.positions.max()) + 1, self.table),
-            ):
-                if length + sampling.max_tokens > most:
-                    raise RolloutError(
-                        f"prompt {i}: {length} {what} and an answer of {sampling.max_tokens} "
-                        f"exceed the engine's {most}: take fewer frames, shorter answers or a "
-                        "larger --rollout_max_len"
-                    )
+            self.check_fits(prompt, sampling, f"prompt {i}: ")
         from vllm import SamplingParams
 
         params = [

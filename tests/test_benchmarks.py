@@ -11,6 +11,7 @@ import pytest
 
 import benchmarks
 import data
+import decode
 import eval as evaluation
 from data import DataError
 
@@ -182,6 +183,21 @@ def test_files_that_are_no_tables_of_the_benchmark_are_errors(videos, tmp_path):
             benchmarks.load(name, path, folder and str(folder), [])
 
 
+@pytest.mark.parametrize(
+    "name, file, table",
+    [
+        ("videomme", "t.json", {"data": [VIDEOMME]}),
+        ("videomme", "t.json", None),
+        ("perceptiontest", "t.json", {"video_10": {"mc_question": [{"question": "?"}]}}),
+        ("activitynet-qa", "test_q.json", [{"question": "?"}]),
+    ],
+)
+def test_a_file_of_another_structure_is_one_error(name, file, table, videos, tmp_path):
+    path = write(tmp_path / file, table)
+    with pytest.raises(DataError, match=f"{file} is no table as {name} has it"):
+        benchmarks.load(name, path, str(videos), [])
+
+
 def test_two_files_of_one_name_must_be_the_same(videos, tmp_path):
     path, bad = (
         write(tmp_path / "t.json", [VIDEOMME, VIDEOMME | {"videoID": "x", "question_id": "x"}]),
@@ -199,6 +215,14 @@ def test_two_files_of_one_name_must_be_the_same(videos, tmp_path):
         DataError, match="fFjv93ACGo8.* and .*fFjv93ACGo8.* differ: which one is video fFjv"
     ):
         benchmarks.load("videomme", path, str(videos), bad)
+
+
+def test_a_link_to_a_folder_of_videos_does_not_make_them_read(videos, monkeypatch):
+    (videos / "all").symlink_to(videos / "part 1")
+    (videos / "86CxyhFV9MI.mp4").symlink_to(videos / "gone")
+    monkeypatch.setattr(benchmarks.filecmp, "cmp", None)
+    found = benchmarks.find_videos(str(videos))
+    assert {path.name for path in found.values()} == {case[2] for case in CASES.values()}
 
 
 def test_a_video_that_is_not_there_is_left_to_the_caller(videos, tmp_path):
@@ -277,6 +301,17 @@ def test_the_command_line_asks_a_benchmark_with_subtitles(toy, model, tmp_path, 
         argv[argv.index("--subtitles") + 1] = str(tmp_path / folder)
         with pytest.raises(SystemExit, match=f"error: .*{folder}: no .srt files"):
             evaluation.main(argv)
+
+
+def test_subtitles_of_one_video_open_it_once_more(toy, model, monkeypatch):
+    rows, opened = [e for e in data.load_rows(str(toy / "test.jsonl"))], []
+    rows = [e for e in rows if e.media == rows[0].media]
+    real = decode.Loader.open
+    monkeypatch.setattr(decode.Loader, "open", lambda *how: opened.append(1) or real(*how))
+    for e in rows:
+        assert len(model.frame_times(e.media[0], 3, e.id)) == 3
+        model.prompt(e, 3)
+    assert len(rows) > 2 and len(opened) == 2
 
 
 def test_a_vnbench_question_counts_only_if_all_its_shuffles_are_right(

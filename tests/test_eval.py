@@ -18,7 +18,7 @@ import data
 import eval as evaluation
 from data import Rate
 from model import VILA
-from rollout import Response, TorchEngine
+from rollout import Response, RolloutError, TorchEngine
 
 
 def lines(path):
@@ -54,6 +54,9 @@ class Oracle:
         pass
 
     close = sync
+
+    def check_fits(self, prompt, sampling, name=""):
+        pass
 
 
 def oracle(monkeypatch, answer):
@@ -112,6 +115,14 @@ def test_the_wrong_video_control_keeps_kinds_apart_and_takes_the_other_ones_segm
             assert (new.path, new.segment) in where
             assert (new.path, new.segment) != (old.path, old.segment)
             assert new.path.endswith({"video": ".mp4", "image": ".png"}[b.data_type])
+
+
+def test_the_wrong_video_is_no_other_segment_of_the_right_one():
+    media = [data.Medium("video", f"/{'abc'[i % 3]}", None, (i, i + 1)) for i in range(12)]
+    rows = [data.Example(str(i), "", (), "", "", (m,), "video", "") for i, m in enumerate(media)]
+    swapped = [e.media[0] for e in evaluation.swap_media(rows)]
+    assert all(old.path != new.path for old, new in zip(media, swapped))
+    assert sorted(swapped) == sorted(media)
 
 
 def test_the_wrong_media_control_exchanges_all_media_of_a_question():
@@ -192,6 +203,16 @@ def test_the_report_shows_another_evaluation_beside(saved):
     assert '"runs": ["before", "after"]' in page and page.count("data:image/jpeg") == 4
 
 
+def test_what_stands_beside_is_looked_at_before_anything_is_asked(saved, monkeypatch):
+    argv = ["--model", str(saved), "--report_mb", "0", "--output"]
+    evaluation.main([*argv, str(saved / "a"), "--limit", "3"])
+    monkeypatch.setattr(evaluation, "make_engine", None)
+    for folder, message in (("none", "none/answers_5.jsonl:1: not an answer"), ("a", "other ques")):
+        with pytest.raises(SystemExit, match=message):
+            evaluation.main([*argv, str(saved / "b"), "--before", str(saved / folder)])
+    assert not (saved / "b").exists()
+
+
 def test_command_line_errors_are_one_line(toy, tmp_path):
     init = ["--model", str(toy / "init")]
     for argv, message in (
@@ -201,6 +222,9 @@ def test_command_line_errors_are_one_line(toy, tmp_path):
         ([*init, "--data", "nothing.jsonl"], "nothing.jsonl: no such file"),
         ([*init, "--benchmark", "activitynet-qa"], "vllm serve MODEL.*--judge http"),
         ([*init, "--rollout_tp", "2", *data_of(toy, tmp_path)], "rollout_tp is vLLM's"),
+        ([*init, "--batch", "-1"], "--batch -1: give a number above 0"),
+        ([*init, "--limit", "0"], "--limit 0: give a number above 0"),
+        ([*init, "--data", str(toy / "test.jsonl"), "--output", "/dev/null/x"], "Not a directory"),
     ):
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
             evaluation.main(argv)
@@ -215,6 +239,20 @@ def test_a_question_that_cannot_be_asked_counts_as_wrong(toy, model):
     ((name, message),) = found["errors"]
     assert name == rows[1].id and "control token" in message
     assert found["questions"] == 3 and found["records"][1]["accuracy"] == 0.0
+
+
+def test_a_prompt_that_is_too_long_for_the_engine_counts_as_wrong_alone(toy, model):
+    rows = data.load_rows(str(toy / "test.jsonl"))[:3]
+    engine, turns = Oracle(model, lambda p: f"<answer>{rows[0].answer}</answer>"), iter(range(3))
+
+    def check_fits(prompt, sampling):
+        if next(turns) == 1:
+            raise RolloutError("9 tokens exceed the engine's 8")
+
+    engine.check_fits = check_fits
+    result = evaluation.evaluate(model, engine, rows)
+    assert result["errors"] == [(rows[1].id, "9 tokens exceed the engine's 8")]
+    assert result["records"][0]["accuracy"] == 1 and len(engine.prompts) == 2
 
 
 def test_in_non_thinking_mode_the_bare_completion_is_the_answer(toy, model):
@@ -401,6 +439,11 @@ def test_a_folder_of_other_settings_is_refused_by_naming_them(saved, toy, tmp_pa
     with pytest.raises(SystemExit, match=r"other settings \(questions '\w+' there, '\w+' now\)"):
         evaluation.main(argv)
     rows.write_text(text)
+    video = data.load_rows(str(rows))[0].media[0].path
+    os.rename(video, tmp_path / "gone.mp4")
+    with pytest.raises(SystemExit, match=r"other settings \(media '\w+' there, '\w+' now\)"):
+        evaluation.main([*argv, "--on_missing", "wrong"])
+    (tmp_path / "gone.mp4").rename(video)
     os.utime(next(saved.rglob("*.safetensors")), (1, 1))
     with pytest.raises(SystemExit, match=r"other settings \(weights '\w+' there, '\w+' now\)"):
         evaluation.main(argv)
@@ -600,7 +643,7 @@ def test_filter_keeps_what_is_right_at_times(toy, saved, tmp_path, monkeypatch, 
     said = iter(said)
     oracle(monkeypatch, lambda text: next(said))
     argv = ["--model", str(saved), "--data", str(tmp_path / "rows.jsonl"), "--video_dir", str(toy)]
-    argv += ["--out", str(tmp_path / "hard.jsonl"), "--n", "4", "--on_missing", "wrong"]
+    argv += ["--out", str(tmp_path / "hard.jsonl"), "--answers", "4", "--on_missing", "wrong"]
     found = evaluation.filter_main(argv)
     assert found == {"too easy": 2, "kept": 2, "too hard": 1, "failed": 3}
     kept = lines(tmp_path / "hard.jsonl")
@@ -617,6 +660,33 @@ def test_filter_keeps_what_is_right_at_times(toy, saved, tmp_path, monkeypatch, 
     assert len(data.load_rows(str(tmp_path / "hard.jsonl"), str(toy))) == 1
 
 
+def test_filter_does_not_begin_with_what_cannot_end_well(saved, toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "make_engine", None)
+    rows = tmp_path / "rows.jsonl"
+    shutil.copy(toy / "rl.jsonl", rows)
+    out, argv = str(tmp_path / "o.jsonl"), ["--model", str(saved), "--data", str(rows)]
+    for other, message in (
+        (["--out", str(tmp_path / "videos/../rows.jsonl")], "rows.jsonl: give .* a new file"),
+        (["--out", str(tmp_path)], "give the name of a new file"),
+        (["--out", out, "--low", "0.5", "--high", "0.5"], "--low 0.5 --high 0.5: no row"),
+        (["--out", out, "--answers", "0"], "--answers 0: give"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            evaluation.filter_main([*argv, "--video_dir", str(toy), *other])
+    assert rows.read_bytes() == (toy / "rl.jsonl").read_bytes()
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ""] == ["rows.jsonl"]
+
+
+def test_torchrun_passes_the_options_of_the_filter_on(monkeypatch):
+    """It reads all options itself first: one that begins several of its own is an error there."""
+    from torch.distributed.run import get_args_parser
+
+    monkeypatch.setattr(evaluation, "guarded", lambda function, args: vars(args))
+    given = evaluation.filter_main(["--model", "m", "--out", "o"])
+    argv = [part for name in given for part in (f"--{name}", "1")]
+    assert get_args_parser().parse_args(["data.py", "filter", *argv]).training_script == "data.py"
+
+
 def test_seeds_stay_with_their_questions_when_one_cannot_be_asked(toy, model):
     rows = data.load_rows(str(toy / "test.jsonl"))[:4]
     rows[1] = replace(rows[1], media=(data.Medium("video", str(toy / "gone.mp4")),))
@@ -630,7 +700,7 @@ def test_seeds_stay_with_their_questions_when_one_cannot_be_asked(toy, model):
 
 def test_pass_rates_do_not_depend_on_ranks_or_interruptions(saved, toy, tmp_path):
     """The real engine at temperature 2, killed as two ranks, gone on with as one."""
-    argv = ["--model", str(saved), "--video_dir", str(toy), "--n", "6", "--temperature", "2"]
+    argv = ["--model", str(saved), "--video_dir", str(toy), "--answers", "6", "--temperature", "2"]
     argv += ["--data", str(toy / "test.jsonl"), "--thinking", "false", "--max_tokens", "1", "--out"]
     found = evaluation.filter_main([*argv, str(tmp_path / "one.jsonl")])
     two = [*argv, str(tmp_path / "two.jsonl"), "--batch", "3"]

@@ -272,6 +272,19 @@ def test_the_command_line_writes_the_page_of_one_or_two_files(toy, tmp_path, cap
         assert page.questions[rows[0].id]["answers"][0]["raw"] == "\u2028é"
 
 
+def test_a_malformed_row_that_counted_as_wrong_is_a_question_of_the_page(toy, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((toy / "test.jsonl").read_text().partition("\n")[0] + "\n{\n")
+    said = [answer(data.load_rows(str(rows), str(toy), [])[0].id, "x"), answer(f"{rows}:2", "")]
+    said[1] |= {"accuracy": 0.0, "error": "not JSON"}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in said))
+    argv = [str(tmp_path / "a.jsonl"), "--data", str(rows), "--video_dir", str(toy)]
+    report.main([*argv, "--num_frames", "2", "--out", str(tmp_path / "r.html")])
+    page = Page(tmp_path / "r.html")
+    assert list(page.questions) == [r["problem_id"] for r in said]
+    assert page.questions[f"{rows}:2"]["verdict"] == "failed"
+
+
 def test_command_line_errors_are_one_line(toy, tmp_path):
     good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
     line = json.dumps(answer("x")) + "\n"
