@@ -415,7 +415,7 @@ def open_video(path: str, how: int | Rate, segment=None):
     # weaker witness (sound may be longer): for files that count no frames.
     if total < 0.98 * declared or (not declared and stamps[-1, 1] < 0.9 * seconds - 1):
         found = f"{total} frames of {declared}, {stamps[-1, 1]:.1f} s of {seconds:.1f} s"
-        raise DataError(f"the file is cut off: {found}")
+        raise DataError(f"the file is cut off, or was trimmed without encoding: {found}")
     times = np.arange(total) / fps  # exact, where the rate is constant ...
     if np.abs(stamps[:, 0] - stamps[0, 0] - times).max() > 0.5 / fps:  # ... and it is not
         times = stamps[:, 0] - stamps[0, 0]

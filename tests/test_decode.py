@@ -201,7 +201,7 @@ def broken(folder):
     return {
         "good.mp4": 4, "zero.mp4": "file is empty.*download it again", "good.webm": 4,
         "text.mp4": "Invalid data found", "noise.mp4": "does not decode as video",
-        "cut.mp4": "does not decode as video", "cut.webm": "cut off: .* s of .* s",
+        "cut.mp4": "does not decode as video", "cut.webm": "cut off, .* s of .* s",
         "garbage.mp4": "does not decode as video", "one.mp4": 1,
         "sound.mp4": "no video stream", "huge.mkv": "8200 x 8200 pixels: more than",
         "hangs.mp4": "gave nothing within 4 s", "variable.mkv": 4,
