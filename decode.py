@@ -62,7 +62,8 @@ class Worker:
             self.process.kill()
             code = self.process.wait()
             if self.late.is_set():  # by this request, or one before it
-                raise TimeoutError(f"the decoder gave nothing within {self.limit:g} s") from None
+                said = f"the decoder gave nothing within {self.limit:g} s (--decode_seconds)"
+                raise TimeoutError(said) from None
             raise ChildProcessError(f"the decoder crashed (exit status {code})") from None
         finally:
             timer.cancel()

@@ -575,6 +575,7 @@ def run_filter(args) -> dict:
     def work(start, end):
         seeds = [args.seed * 10**6 + i for i in range(start, end)]
         how, rates = (sampling, args.answers, seeds, "", job.before), []
+        job.asked[0].ahead(rows[start:end], frames)
         for e, found in zip(rows[start:end], ask(*job.asked, rows[start:end], frames, *how)):
             failed, gold = isinstance(found, Exception), (e.answer, e.options)
             texts = [] if failed else [graded(a.text, recipe.thinking) for a in found]

@@ -244,7 +244,8 @@ def train(model, rows, config: SFTConfig, seed=0, bar=iter, log=None, lost=None)
             metrics = {"loss": loss, "grad_norm": norm, "tokens": tokens}
             log(step, metrics | {"lr": schedules[0].get_last_lr()[0]})
         for optimizer, scheduler in zip(opts, schedules):
-            optimizer.step()
+            if tokens:  # else all rows were left out: no step of momentum and decay alone
+                optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
     merge_adapters(model)

@@ -556,7 +556,8 @@ def grpo_step(
             check_mismatch(sums, config)
         mrsp.all_reduce_gradients(trained)
         norm = mrsp.clip_gradients(trained, config.grad_clip)
-        optimizer.step()
+        if totals[0]:  # else all its rows were left out: no step of momentum and decay alone
+            optimizer.step()
         optimizer.zero_grad()
         sums["grad_norm"] += norm / len(updates)
     sums["seconds_train"], clock = time.time() - clock, time.time()
@@ -643,13 +644,14 @@ def train_grpo(run: Run, model, reference, engine, config: GRPOConfig, rows: lis
     )
     with run.stage("grpo"):
         plan = [*sft.batches(rows, config.prompts, config.steps, seed), []]
-        bar = run.bar("grpo", config.steps)(range(config.steps))
+        bar, seen = run.bar("grpo", config.steps)(range(config.steps)), 0
         for step in bar:
             metrics, sample = grpo_step(
                 model, reference, engine, optimizer, plan[step], step, config, seed,
                 plan[step + 1], run.lost,
             )  # fmt: skip
             run.write("metrics.jsonl", {"stage": "grpo", "step": step} | metrics)
+            seen += metrics["prompt_tokens"]
             bar.set_postfix(accuracy=round(metrics["accuracy"], 2), length=round(metrics["length"]))
             if step % run.config.show_every == 0 or step + 1 == config.steps:
                 if sample and run.rank == 0:  # show the data: one question and one of its answers
@@ -657,6 +659,8 @@ def train_grpo(run: Run, model, reference, engine, config: GRPOConfig, rows: lis
                     first = sample["responses"][0]
                     asked = " / ".join(sample["question"].splitlines())
                     tqdm.write(f"step {step}: {asked} -> {first['text']} reward {first['reward']}")
+    if not seen:
+        raise DataError("GRPO had no row to learn from: all were left out, as said above")
     sft.merge_adapters(model)
 
 

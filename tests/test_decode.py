@@ -538,3 +538,25 @@ def test_ranks_of_a_sequence_fail_together(toy, tmp_path):
     for name in ("good", *(f"bad{i}{w}" for i in (0, 1) for w in ("open_video", "get"))):
         write_mp4(str(tmp_path / f"{name}.mp4"), numbered_frames(12)[:, :32, :32])
     run_ranks(both_ranks_fail_alike, 2, str(tmp_path), str(toy / "init"))
+
+
+def test_a_run_whose_rows_are_all_left_out_is_an_error(directory, toy, tmp_path, model):
+    folder, _ = directory
+    row = {"problem_id": "x", "problem": "Which?\nA. red\nB. blue", "data_type": "video",
+           "problem_type": "x", "reasoning": "seen", "answer": "<answer>A</answer>"}  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row | {"videos": "cut.mp4"}) + "\n")
+    rows = str(tmp_path / "rows.jsonl")
+    arguments = [
+        "--preset", "qwen2.5-vl-7b", "--model", str(toy / "init"), "--data", rows, "--video_dir",
+        str(folder), "--sp", "1", "--fsdp", "false", "--dtype", "float32", "--rollout", "torch",
+        "--on_bad_video", "skip", "--grpo_steps", "2", "--grpo_prompts", "2", "--recipe_num_frames",
+        "4", "--grpo_update_prompts", "2", "--output_dir", str(tmp_path / "run"), "--cache_dir",
+        str(tmp_path / "cache"),
+    ]  # fmt: skip
+    with pytest.raises(SystemExit, match="GRPO had no row to learn from"):
+        train.main(arguments)
+    gone, rows = (medium(folder / "cut.mp4"),), data.load_rows(str(toy / "sft.jsonl"))
+    rows = [replace(r, media=gone) for r in rows]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    sft.train(model, rows, sft.SFTConfig(steps=2, groups=1, train="llm", weight_decay=0.1), lost={})
+    assert all(v.equal(before[k]) for k, v in model.state_dict().items())
