@@ -115,7 +115,9 @@ class Loader:
         if (medium, num_frames) in self.started:
             while (found := next(iter(self.started))) != (medium, num_frames):
                 self._drop(self.started.pop(found))  # planned before this one, and not wanted
-            frames = self.started.pop(found).result()
+            coming = self.started.pop(found)
+            self._start()  # the next one is opened while this one is looked at
+            frames = coming.result()
         else:
             frames = self._open(medium, num_frames, name)
         try:

@@ -434,12 +434,13 @@ def test_files_are_opened_ahead_a_few_at_a_time(tmp_path):
     assert asked == ["a", "b"]
     with loader.open(medium(tmp_path / "a.mp4"), 4) as frames:
         assert frames.asked == slice(0, 2) and frames[0:2].shape[0] == 2
+        assert asked == ["a", "b", "c"]  # while this one is looked at
     assert asked == ["a", "b", "c"]
     with loader.open(medium(tmp_path / "e.mp4"), 4) as frames:  # not planned for now
         assert len(frames[:]) == 4
     with loader.open(medium(tmp_path / "c.mp4"), 4) as frames:  # without b
         waiting = {os.path.basename(m.path) for m, _ in loader.started}
-        assert waiting <= {"d.mp4"} and len(frames[0:2]) == 2
+        assert waiting == {"d.mp4", "e.mp4"} and len(frames[0:2]) == 2
     assert "b.mp4" not in {os.path.basename(m.path) for m, _ in loader.started}
     pids = [f.result().worker.process for f in loader.started.values()]
     pids += [w.process for w in loader.idle]
