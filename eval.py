@@ -345,7 +345,7 @@ class Job:
         look = load(args.model, weights=False)
         thinking = {"true": True, "false": False}.get(args.thinking, look.recipe.thinking)
         length = look.recipe.max_tokens if args.max_tokens is None else args.max_tokens
-        if args.fps and args.frames:
+        if args.fps is not None and args.frames:
             raise DataError("--frames or --fps? give one of them")
         most = look.recipe.max_frames if args.max_frames is None else args.max_frames
         fps = args.fps if args.fps is not None or args.frames else look.recipe.fps
@@ -355,7 +355,7 @@ class Job:
                 look.recipe, num_frames=n, fps=fps, max_frames=most, max_tokens=length,
                 thinking=thinking,
             )  # fmt: skip
-            self.frames[f"{fps:g}fps" if fps else n] = self.recipe.frames
+            self.frames[n if fps is None else f"{fps:g}fps"] = self.recipe.frames
         self.source = args.data or look.recipe.data and os.path.join(args.model, look.recipe.data)
         if not self.source:
             raise DataError(f"{args.model}/recipe.json names no data; give --data FILE.jsonl")

@@ -113,7 +113,8 @@ class Recipe:
 
     def __post_init__(self):
         counts = min(self.num_frames, self.max_tokens, self.max_pixels or 1, self.max_frames)
-        if counts < 1 or "{problem}" not in self.template or (self.fps or 1) <= 0:
+        rate = self.fps is None or 0 < self.fps < math.inf
+        if counts < 1 or "{problem}" not in self.template or not rate:
             raise ValueError(
                 "need num_frames, max_tokens, max_pixels, max_frames >= 1, fps > 0, and {problem} "
                 f"in template: {self}"
@@ -122,7 +123,7 @@ class Recipe:
     @property
     def frames(self) -> int | Rate:
         """How many frames are taken from a video."""
-        return Rate(self.fps, self.max_frames) if self.fps else self.num_frames
+        return self.num_frames if self.fps is None else Rate(self.fps, self.max_frames)
 
 
 class Media(NamedTuple):

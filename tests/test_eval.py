@@ -191,8 +191,9 @@ def test_frames_can_be_a_rate_up_to_so_many(saved, capsys, monkeypatch):
         assert list(map(str, found["by_frames"])) == [name]
     with pytest.raises(SystemExit, match="--frames or --fps"):
         evaluation.main(["--model", str(saved), "--fps", "1", "--frames", "8"])
-    with pytest.raises(SystemExit, match="fps > 0"):
-        evaluation.main(["--model", str(saved), "--fps", "-1"])
+    for fps in ("-1", "0", "nan", "inf"):  # 0 is not "no rate given"
+        with pytest.raises(SystemExit, match="fps > 0"):
+            evaluation.main(["--model", str(saved), "--fps", fps])
 
 
 def test_the_report_shows_another_evaluation_beside(saved):
