@@ -531,7 +531,10 @@ def test_an_engine_in_bfloat16_follows_a_policy_in_float32(stand):
         engine.sync(model)
         out = engine.generate(prompts, 4, SAMPLINGS[0])
         assert 1e-5 < gap(model, prompts, out) < 0.3
-        found = engine.llm.apply_model(lambda m: {p.dtype for p in m.parameters()})[0]
+        # Of the weights: where vLLM packs a layer (AMX), its bias is kept in float32.
+        found = engine.llm.apply_model(
+            lambda m: {p.dtype for name, p in m.named_parameters() if not name.endswith("bias")}
+        )[0]
         assert found == {torch.bfloat16}
     finally:
         engine.close()
