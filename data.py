@@ -26,7 +26,7 @@ Other fields are not read.
 
 F frames, H x W pixels, S samples. Which frames: so many, by VILA's rule linspace(0, N - 1, F),
 truncated; or a Rate, frames a second. Times are those of the file, also where its rate varies.
-A run decodes in child processes, which may hang or crash: decode.py.
+A run decodes in child processes, which may hang or crash: kit/decode.py.
 
 What other systems do: a video that does not decode is replaced by another one under the same
 question, or dropped. Here bad input is a DataError that names the row or the file, and the caller
@@ -41,7 +41,6 @@ import json
 import os
 import re
 import string
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -401,6 +400,26 @@ class Frames:
             return reply.result()
 
 
+class Opener:
+    """Opens media in this process. A run has kit/decode.Loader in its place, with the same methods:
+    that one decodes in child processes, ahead of the model."""
+
+    @contextmanager
+    def open(self, medium: Medium, num_frames: int | Rate, name: str = ""):
+        """Frames of a medium, for the time of the block."""
+        yield Frames(medium, num_frames, name)
+
+    def sound(self, medium: Medium, rate: int = 16000, name: str = "") -> np.ndarray:
+        """load_audio."""
+        return load_audio(medium, rate, name)
+
+    def ahead(self, plan) -> None:
+        """What will be opened next; here nothing is done beforehand."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
 def open_video(path: str, how: int | Rate, segment=None):
     """(function from indices to frames, the indices to take, their times in seconds); segment =
     (start, end) seconds."""
@@ -529,24 +548,3 @@ def check_sound(path: str, container, stream, seconds: float, error: Exception |
         raise error
     if seconds < 0.98 * stated - 0.1:
         raise DataError(f"the sound is cut off or has gaps: {seconds:.1f} s of {stated:.1f} s")
-
-
-def main(argv: list[str]) -> None:
-    """The commands that make a data set: each has its --help."""
-    command = argv[0] if argv else "nothing"
-    if command == "build":
-        import build
-
-        build.main(argv[1:])
-    elif command == "filter":
-        import eval
-
-        eval.filter_main(argv[1:])
-    else:
-        sys.exit(f"error: {command} is no command: python data.py build ... | filter ...")
-
-
-if __name__ == "__main__":
-    import data  # its classes are those that the other files import
-
-    data.main(sys.argv[1:])

@@ -47,15 +47,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import benchmarks
 import data
-from build import Chat, ReplyError, ServerError
 from data import DataError, Example, Rate, frame_indices, load_rows, parse_line, read_rows
-from decode import Loader
+from families import load
+from families.files import folder_of
 from grpo import accuracy_reward, format_reward, graded, lenient_accuracy
-from model import ModelError, folder_of, load
+from kit import benchmarks
+from kit.chat import Chat, ReplyError, ServerError
+from kit.decode import Loader
+from kit.report import read_answers, write_report
+from model import ModelError
 from mrsp import EmbeddingCache
-from report import read_answers, write_report
 from rollout import RolloutConfig, RolloutError, Sampling, engine_kind, make_engine
 
 
@@ -628,7 +630,7 @@ def main(argv=None) -> dict:
 
 
 def filter_main(argv=None) -> dict:
-    """python data.py filter"""
+    """python -m kit.filter"""
     parser = options("Pass rates of rows; keeps those that are neither too easy nor too hard.")
     add = parser.add_argument
     add("--out", type=Path, required=True, help="file (.jsonl) of the rows that are kept")

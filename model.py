@@ -65,14 +65,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers import AttentionInterface
 
 import mrsp
-from data import DataError, Example, Frames, Medium, Rate, named_errors
-from decode import Loader
+from data import DataError, Example, Frames, Medium, Opener, Rate, named_errors
 
 AttentionInterface.register("mrsp", mrsp.mrsp_attention)
 
@@ -161,71 +160,6 @@ class Prompt:
     shared: int
 
 
-# ---------------------------------------------------------------------------------- checkpoints
-
-
-def folder_of(name: str, weights: bool = True) -> Path:
-    """A local checkpoint folder as it is, or a hub id (owner/name, owner/name@revision) downloaded
-    into the hub's cache: safetensors (if weights are wanted), json and tokenizer files alone."""
-    if Path(name).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(name)):
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    repo, _, revision = name.partition("@")
-    wanted = ["*.json", "*.txt", "*.jinja"] + (["*.safetensors"] if weights else [])
-    try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{name}: no such folder, and the hub does not give it ({type(error).__name__}): check "
-            "the name and the network, or download it and give its folder"
-        ) from None
-
-
-def read_json(root: Path, name: str) -> dict:
-    """A JSON file of a checkpoint; ModelError if there is none, or it is broken."""
-    try:
-        return json.loads((root / name).read_text())
-    except FileNotFoundError:
-        raise ModelError(f"{root} is no checkpoint of this family: {name} is missing") from None
-    except ValueError as error:
-        raise ModelError(f"{root / name}: {error}") from None
-
-
-def load_part(kind, folder: Path, dtype, weights: bool = True, skip: str = ""):
-    """A transformers model from its folder. ModelError if tensors are missing (they would be random
-    weights) or left over; skip: a pattern of those that are not needed. weights=False: shapes
-    alone, on the device "meta". Never a pickle."""
-    try:
-        if not weights:
-            with torch.device("meta"):
-                return kind(kind.config_class.from_pretrained(folder))
-        part, info = kind.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, use_safetensors=True,
-            ignore_mismatched_sizes=True,
-        )  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: {error}") from None
-    extra = sorted(x for x in info["unexpected_keys"] if not (skip and re.match(skip, x)))
-    bad = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
-    if bad or extra:
-        found = [f"missing or misshapen tensors {bad}"] * bool(bad)
-        found += [f"unexpected tensors {extra}"] * bool(extra)
-        raise ModelError(f"{folder}: {', '.join(found)}: no checkpoint of this family, or damaged")
-    return part
-
-
-def load_tokenizer(root: Path):
-    """Not AutoTokenizer: for a Qwen2 folder that puts Qwen2's splitting rules over those of
-    tokenizer.json, silently (transformers 5)."""
-    if not (root / "tokenizer.json").exists():
-        raise ModelError(f"{root} is no checkpoint: tokenizer.json is missing")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(root)
-    if tokenizer.chat_template is None and (root / "chat_template.json").exists():
-        tokenizer.chat_template = read_json(root, "chat_template.json")["chat_template"]
-    return tokenizer
-
-
 # ------------------------------------------------------------------------- what families share
 
 
@@ -245,7 +179,7 @@ class MultiModal(nn.Module):
     def __init__(self, llm, tower, tokenizer, preprocess: dict, media=(), controls=()):
         """media: tokens that stand for features; controls: further tokens no question may hold."""
         super().__init__()
-        self.recipe, self.cache, self.loader = Recipe(), mrsp.EmbeddingCache(), Loader()
+        self.recipe, self.cache, self.loader = Recipe(), mrsp.EmbeddingCache(), Opener()
         self.mesh, self.sharded = mrsp.Mesh(), False  # ranks of a sequence; parameters in FSDP2?
         self.tokenizer, self.preprocess = tokenizer, preprocess
         self.policy, self.tower = Policy(llm), tower
@@ -274,7 +208,7 @@ class MultiModal(nn.Module):
     def decoder_weights(self):
         """The decoder's tensors by their published names, one after the other, a tied head once:
         what is saved, and what samplers get. Sharded ones are gathered: every rank goes through it.
-        Those of layers with an adapter (sft.add_adapters) are what merging it would make them."""
+        Those of layers with an adapter (add_adapters) are what merging it would make them."""
         tied = self.llm.config.tie_word_embeddings
         for name, value in self.llm.state_dict().items():
             if (tied and name == "lm_head.weight") or ".lora_" in name:
@@ -618,6 +552,44 @@ class MultiModal(nn.Module):
         """Keep only each layer's input for backward; layers run twice."""
         self.llm.gradient_checkpointing_enable({"use_reentrant": False})
 
+    def add_adapters(self, rank: int, alpha: float, seed: int) -> None:
+        """Freeze the model; every linear layer of the decoder, but not the LM head, gets a LoRA
+        adapter to train, the same on all ranks, whole also where the layers are sharded (LoRA,
+        arXiv 2106.09685):
+
+            W x + alpha / rank * B A x      W (out, in) frozen, A (rank, in) random, B (out, rank) 0
+
+        ModelError without the package peft."""
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError as error:
+            raise ModelError(f"lora_rank needs peft ({error}): pip install peft") from None
+        body = self.llm.model
+        linear = [name for name, layer in body.named_modules() if isinstance(layer, nn.Linear)]
+        self.requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=linear)
+            inject_adapter_in_model(config, body)
+        for p in self.parameters():
+            if p.requires_grad:  # made in the precision of the layer, and moved by small steps
+                p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
+
+    @torch.no_grad()
+    def merge_adapters(self) -> None:
+        """Add what the adapters learned to the weights and remove them: the decoder is plain again,
+        or stays so if there are none. No communication: each rank adds to its own share."""
+        body = self.llm.model
+        for name, layer in list(body.named_modules()):
+            if hasattr(layer, "base_layer"):
+                weight, update = layer.base_layer.weight, layer.get_delta_weight("default")
+                if isinstance(weight, DTensor):
+                    where = weight.device_mesh, weight.placements
+                    update = distribute_tensor(update, *where, src_data_rank=None)
+                weight += update
+                body.set_submodule(name, layer.base_layer)
+        vars(body).pop("peft_config", None)
+
     def shard_parameters(self, dtype=torch.bfloat16) -> None:
         """FSDP2 over all ranks: each keeps its share of every decoder layer, in the precision the
         model has now (float32: the master weights, which the optimizer steps); a layer is gathered
@@ -723,661 +695,3 @@ class Policy(nn.Module):
         with torch.no_grad():
             entropy = -(logp.exp() * logp).sum(-1)
         return logp.gather(-1, targets[:, None])[:, 0], entropy
-
-
-# ------------------------------------------------------------------------------------------ text
-
-
-def text_class(root: Path):
-    """transformers' class of the decoder in a folder; None if it has none."""
-    try:
-        config = transformers.AutoConfig.from_pretrained(root, trust_remote_code=False)
-    except (ValueError, OSError):  # unknown, or it wants remote code
-        return None
-    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-
-
-class Text(MultiModal):
-    """Any decoder that transformers loads without remote code (Qwen2.5, Qwen3, Llama ...) and
-    whose answers can share a packed prompt: tried when it is loaded."""
-
-    def __init__(self, llm, tokenizer):
-        if not (hasattr(llm, "lm_head") and hasattr(getattr(llm, "model", None), "layers")):
-            raise ModelError(f"{type(llm).__name__} does not have model.layers and lm_head")
-        if llm._is_stateful:
-            raise ModelError(
-                f"{type(llm).__name__} has linear-attention or state-space layers: an answer would "
-                "go on from another answer's state; take a family with full attention"
-            )
-        for name in ("sliding_window", "attention_chunk_size"):
-            window = getattr(llm.config, name, None)
-            if window and window < getattr(llm.config, "max_position_embeddings", math.inf):
-                raise ModelError(
-                    f"{type(llm).__name__} has a {name} of {window} tokens: attention behind a "
-                    "shared prompt has none; take a family with full attention"
-                )
-        super().__init__(llm, nn.Module(), tokenizer, {})
-        self.projector = nn.Module()
-
-    @classmethod
-    def from_pretrained(cls, folder: str, dtype=torch.float32, weights: bool = True) -> "Text":
-        root = folder_of(folder, weights)
-        llm = load_part(text_class(root), root, dtype, weights)
-        model = cls(llm, load_tokenizer(root))
-        model.load_recipe(root)
-        if weights:
-            model.try_packing()
-        return model
-
-    @torch.no_grad()
-    def try_packing(self) -> None:
-        """ModelError unless the log-probs of two answers behind one prompt are those of the model's
-        own forward on two sequences. They are not, for instance, where logits are scaled or capped,
-        or positions are no rotary ones."""
-        g = torch.Generator().manual_seed(0)
-        ids = torch.randint(self.llm.config.vocab_size, (24,), generator=g)
-        ids = ids.to(self.llm.get_input_embeddings().weight.device)
-        first, *answers = ids.split(8)
-        prompt = Prompt(first, torch.arange(8, device=ids.device), None, ids[:0], "", 8)
-        self.eval()
-        ours = self(mrsp.pack([prompt], [answers]))[0]
-        self.llm.set_attn_implementation("sdpa")
-        both = torch.stack([torch.cat([first, a]) for a in answers])  # (2, 16)
-        theirs = self.llm(input_ids=both).logits[:, 7:-1].float().log_softmax(-1)
-        theirs = theirs.gather(-1, both[:, 8:, None]).flatten()
-        self.llm.set_attn_implementation("mrsp")
-        gap = (ours - theirs).abs().mean().item()
-        if not gap < (1e-3 if self.llm.dtype == torch.float32 else 0.1):
-            raise ModelError(
-                f"{type(self.llm).__name__}: log-probs behind a shared prompt differ by {gap:.2g} "
-                "from those of the model's own forward: this family cannot be trained here"
-            )
-
-    def write(self, root: Path, weights: dict) -> None:
-        self.llm.save_pretrained(root, state_dict=weights)
-        self.tokenizer.save_pretrained(root)
-
-    def encoder_settings(self) -> list:
-        return []
-
-
-# ----------------------------------------------------------------------------------------- VILA
-
-
-class BlockDownsample(nn.Module):
-    """(F, N, C) patches on a square grid -> (F, ceil(side / n)^2, n * n * C): each n x n block of
-    patches, row by row, becomes one wide token; the grid is zero-padded to a multiple of n. The
-    blocks follow each other row by row too, or column by column."""
-
-    def __init__(self, n: int, columns: bool = False):
-        super().__init__()
-        self.n, self.columns = n, columns
-
-    def forward(self, x: Tensor) -> Tensor:
-        f, count, c = x.shape
-        side = math.isqrt(count)
-        if side * side != count:
-            raise ModelError(f"{count} patches are not a square grid")
-        x = x.view(f, side, side, c)
-        extra = -side % self.n
-        x = F.pad(x, (0, 0, 0, extra, 0, extra))
-        blocks = (side + extra) // self.n
-        x = x.view(f, blocks, self.n, blocks, self.n, c).transpose(2, 3)
-        x = x.transpose(1, 2) if self.columns else x
-        return x.reshape(f, blocks * blocks, self.n * self.n * c)
-
-
-def build_projector(kind: str, tower_width: int, width: int) -> nn.Module:
-    """The projector of a VILA config; the indices are those of the published tensor names."""
-    if kind in ("mlp_downsample", "mlp_downsample_2x2_fix"):
-        # "fix" mended the order of the tokens; checkpoints from before have the old one.
-        layers = [BlockDownsample(2, kind == "mlp_downsample"), nn.LayerNorm(4 * tower_width)]
-        layers += [nn.Linear(4 * tower_width, width), nn.GELU(), nn.Linear(width, width)]
-    elif kind == "mlp_downsample_3x3_fix":
-        wide, mid = 9 * tower_width, 3 * tower_width
-        layers = [BlockDownsample(3), nn.LayerNorm(wide), nn.Linear(wide, mid), nn.GELU()]
-        layers += [nn.LayerNorm(mid), nn.Linear(mid, width), nn.GELU(), nn.Linear(width, width)]
-    else:
-        raise ModelError(
-            f"mm_projector_type {kind!r} is unknown; known: mlp_downsample, "
-            "mlp_downsample_2x2_fix, mlp_downsample_3x3_fix"
-        )
-    projector = nn.Module()
-    projector.layers = nn.Sequential(*layers)
-    return projector
-
-
-class VILA(MultiModal):
-    """SigLIP, a projector that joins n x n patches, Qwen2."""
-
-    takes = ("video", "image")
-
-    def __init__(self, config: dict, llm, tower, projector, tokenizer, preprocess: dict):
-        """config: config.json of the folder."""
-        names = ["<vila/video>", *(["<image>"] if "<image>" in tokenizer.get_vocab() else [])]
-        super().__init__(llm, tower, tokenizer, preprocess, names)
-        self.config, self.projector = config, projector
-        known = {"mm_vision_select_feature": "cls_patch", "s2": False, "dynamic_s2": False}
-        for name, only in known.items():
-            if (config.get(name) or only) != only:
-                raise ModelError(f"config.json: {name} is {config[name]!r}; only {only!r} is known")
-        self.layer = config.get("mm_vision_select_layer", -2)
-        tok = lambda text: tokenizer(text or "", add_special_tokens=False).input_ids  # noqa: E731
-        # kind: pooling over frames, rows and columns; tokens before and after each (pooled) frame
-        self.encoders = {}
-        for kind in ("image", "video"):
-            encoder = config.get(f"{kind}_encoder") or {"_target_": "Basic"}
-            encoder = json.loads(encoder) if isinstance(encoder, str) else encoder
-            tsp = "TSP" in encoder["_target_"]  # 8 frames, if the config does not say
-            pools = encoder.get("pool_sizes", [[8 if tsp else 1, 1, 1]])
-            plain = re.search(r"\b(Basic|TSP)", encoder["_target_"]) and len(pools) == 1
-            if not plain or encoder.get("sep_tokens") or encoder.get("pos_embed"):
-                raise ModelError(
-                    f"config.json: {kind}_encoder {encoder} is not supported; supported are Basic "
-                    "encoders, and TSP ones with one pool size and no sep_tokens"
-                )
-            ends = encoder.get("start_tokens"), encoder.get("end_tokens", "\n")
-            self.encoders[kind] = (*pools[0], *map(tok, ends))
-        self.together = self.encoders["video"][0]
-
-    @classmethod
-    def create(cls, config: dict, llm: dict, tower: dict, tokenizer, preprocess: dict) -> "VILA":
-        """A model with random weights. llm and tower are Qwen2 and SigLIP config dicts."""
-        llm_config = transformers.Qwen2Config(**llm)
-        tower_config = transformers.SiglipVisionConfig(**tower)
-        kind = config["mm_projector_cfg"]["mm_projector_type"]
-        return cls(
-            config,
-            Qwen2ForCausalLM(llm_config),
-            transformers.SiglipVisionModel(tower_config),
-            build_projector(kind, tower_config.hidden_size, llm_config.hidden_size),
-            tokenizer,
-            preprocess,
-        )
-
-    @classmethod
-    def from_pretrained(cls, folder: str, dtype=torch.float32, weights: bool = True) -> "VILA":
-        """Load a folder in VILA's layout; ModelError if it is none or tensors are missing."""
-        from safetensors.torch import load_file
-
-        root = folder_of(folder, weights)
-        config = read_json(root, "config.json")
-        config["mm_projector_cfg"] = read_json(root, "mm_projector/config.json")
-        preprocess = read_json(root, "vision_tower/preprocessor_config.json")
-        llm = load_part(Qwen2ForCausalLM, root / "llm", dtype, weights)
-        tower = load_part(transformers.SiglipVisionModel, root / "vision_tower", dtype, weights)
-        kind = config["mm_projector_cfg"].get("mm_projector_type")
-        with torch.device("cpu" if weights else "meta"):
-            projector = build_projector(kind, tower.config.hidden_size, llm.config.hidden_size)
-        if weights:
-            path = root / "mm_projector" / "model.safetensors"
-            if not path.exists():
-                raise ModelError(f"{folder} is no VILA checkpoint: {path} is missing")
-            found = load_file(path)
-            shapes = {k: v.shape for k, v in projector.state_dict().items()}
-            if {k: v.shape for k, v in found.items()} != shapes:
-                bad = sorted(k for k in shapes if k not in found or found[k].shape != shapes[k])
-                extra = sorted(set(found) - set(shapes))
-                raise ModelError(f"{path}: missing or misshapen tensors {bad}, unexpected {extra}")
-            projector.load_state_dict(found)
-        tokenizer = load_tokenizer(root / "llm")
-        # As VILA's own loader does where a checkpoint lacks them, in this order.
-        if "<vila/video>" not in tokenizer.get_vocab():
-            tokenizer.add_tokens(["<image>", "<vila/video>"], special_tokens=True)
-        if max(tokenizer.get_vocab().values()) >= llm.config.vocab_size:
-            raise ModelError(f"{folder}: the embedding has no room for VILA's media tokens")
-        model = cls(config, llm, tower, projector.to(dtype), tokenizer, preprocess)
-        frames = config.get("num_video_frames") or Recipe.num_frames
-        model.load_recipe(root, Recipe(num_frames=frames))
-        return model
-
-    def write(self, root: Path, weights: dict) -> None:
-        """llm/ alone is a Qwen2 checkpoint that vLLM can serve."""
-        from safetensors.torch import save_file
-
-        (root / "mm_projector").mkdir(exist_ok=True)
-        (root / "config.json").write_text(json.dumps(self.config, indent=2))
-        self.llm.save_pretrained(root / "llm", state_dict=weights)
-        self.tokenizer.save_pretrained(root / "llm")
-        tower = {f"vision_model.{name}": value for name, value in self.tower.state_dict().items()}
-        self.tower.save_pretrained(root / "vision_tower", state_dict=tower)  # as published
-        (root / "vision_tower/preprocessor_config.json").write_text(json.dumps(self.preprocess))
-        projector = json.dumps(self.config["mm_projector_cfg"])
-        (root / "mm_projector/config.json").write_text(projector)
-        tensors = {k: v.contiguous() for k, v in self.projector.state_dict().items()}
-        save_file(tensors, root / "mm_projector/model.safetensors")
-
-    def encoder_settings(self) -> list:
-        named = ("hidden_act", "num_attention_heads", "layer_norm_eps", "image_size")
-        tower = {name: getattr(self.tower.config, name) for name in named}
-        return [self.config, self.preprocess, tower]
-
-    def fit(self, kind: str, frames: int, height: int, width: int) -> tuple[int, int]:
-        return (self.tower.config.image_size,) * 2
-
-    def seen(self, size, kind: str) -> tuple[int]:
-        """Tokens of a (pooled) frame of this size."""
-        n, (_, h, w) = self.projector.layers[0].n, self.encoders[kind][:3]
-        side = -(-(size[0] // self.tower.config.patch_size) // n)
-        return ((side // h) * (side // w),)
-
-    def see(self, frames, size, kind: str) -> Tensor:
-        """(F, H, W, 3) uint8 -> (F, K, D); with TSP (ceil(F / t), K / (h w), D)."""
-        return self.pool(self.project(self.scaled(frames, size)), kind)
-
-    def project(self, pixels: Tensor) -> Tensor:
-        """(F, 3, S, S) -> (F, K, D)"""
-        hidden = self.tower(pixels, output_hidden_states=True).hidden_states
-        return self.projector.layers(hidden[self.layer])
-
-    def pool(self, x: Tensor, kind: str) -> Tensor:
-        """TSP: means over t frames, h rows and w columns of tokens; Basic: all 1."""
-        t, h, w = self.encoders[kind][:3]
-        if h * w > 1:
-            side = math.isqrt(x.shape[1])
-            if side % h or side % w:
-                raise ModelError(f"TSP: {side} x {side} tokens are not pooled by {h} x {w}")
-            x = x.view(len(x), side // h, h, side // w, w, -1).mean((2, 4)).flatten(1, 2)
-        return x if t == 1 else torch.stack([g.mean(0) for g in x.split(t)])  # DEVIATION 5
-
-    def features_trainable(self, examples: list, num_frames: int) -> list[list[Media]]:
-        """As of all families; where no frames are pooled, all media go through the tower as one row
-        of frames: many small images a pass."""
-        if max(self.encoders["video"][:3]) > 1 or not any(e.media for e in examples):
-            return super().features_trainable(examples, num_frames)
-        size = self.fit("video", 0, 0, 0)
-        for e in examples:
-            self.check_question(e)
-        error, media, group = None, [], self.mesh.sp_group
-        try:
-            for e in examples:
-                for m in e.media:  # whole, on every rank: files are not kept open
-                    with self.loader.open(m, num_frames, e.id) as frames:
-                        media.append(frames[: len(frames)])
-        except DataError as failed:
-            error = failed
-        mrsp.agree(error, group)
-        encode = lambda parts: self.project(torch.cat([self.scaled(f, size) for f in parts]))  # noqa: E731
-        joined = mrsp.encode_parallel(encode, InRow(media), group)
-        found = iter(joined.split([len(m) for m in media]))
-        return [[Media(m.kind, next(found)) for m in e.media] for e in examples]
-
-    def place(self, m: Media) -> list[Piece]:
-        """Each frame's features with the tokens before and behind."""
-        *_, start, end = self.encoders[m.kind]
-        token = self.ids[
-            "<image>" if m.kind == "image" and "<image>" in self.ids else "<vila/video>"
-        ]
-        frame = [Piece(start), Piece([token] * m.features.shape[1], True), Piece(end)]
-        return frame * len(m.features)
-
-
-class InRow:
-    """Several media as one row of frames; a slice of it is a list of their slices.
-
-    >>> InRow([[0, 1, 2], [3], [4, 5]])[2:5]
-    [[2], [3], [4]]
-    """
-
-    def __init__(self, media: list):
-        self.media = media
-
-    def __len__(self) -> int:
-        return sum(map(len, self.media))
-
-    def __getitem__(self, part: slice) -> list:
-        first, last, _ = part.indices(len(self))
-        found = []
-        for m in self.media:
-            if first < len(m) and last > 0:
-                found.append(m[max(first, 0) : last])
-            first, last = first - len(m), last - len(m)
-        return found
-
-
-# ----------------------------------------------------------------------------------------- Qwen
-
-
-def smart_resize(
-    height: int, width: int, factor: int, least: int, most: int, frames: int = 1, counted: int = 1
-) -> tuple[int, int]:
-    """The nearest multiples of factor with least..most pixels in all (the family's rule). frames,
-    counted: of a video whose frames share the limits (Qwen3-VL), as they are and rounded.
-
-    >>> smart_resize(360, 640, 28, 3136, 12845056), smart_resize(10, 10, 28, 3136, 12845056)
-    ((364, 644), (56, 56))
-    """
-    if max(height, width) > 200 * min(height, width):
-        raise ModelError(f"{height} x {width} pixels: one side is more than 200 times the other")
-    h, w = (round(side / factor) * factor for side in (height, width))
-    if counted * h * w > most:
-        shrink = math.sqrt(frames * height * width / most)
-        h, w = (max(factor, int(side / shrink / factor) * factor) for side in (height, width))
-    elif counted * h * w < least:
-        grow = math.sqrt(least / (frames * height * width))
-        h, w = (math.ceil(side * grow / factor) * factor for side in (height, width))
-    return h, w
-
-
-class Decoder(nn.Module):
-    """Text model and LM head of a larger model, as one with the names of a Qwen2ForCausalLM."""
-
-    def __init__(self, model, lm_head):
-        super().__init__()
-        self.model, self.lm_head, self.config = model, lm_head, model.config
-
-    def get_input_embeddings(self):
-        return self.model.embed_tokens
-
-    def set_attn_implementation(self, name: str) -> None:
-        self.model.set_attn_implementation(name)
-
-    def gradient_checkpointing_enable(self, settings: dict) -> None:
-        self.model.gradient_checkpointing_enable(settings)
-
-
-class QwenVL(MultiModal):
-    """Qwen2.5-VL, by transformers' classes. The tower sees groups of 2 frames, and no group sees
-    another (its attention has windows or whole groups): groups are encoded apart, on any rank."""
-
-    takes = ("video", "image")
-    mrope = timed = True
-    together = 2
-    kind = transformers.Qwen2_5_VLForConditionalGeneration
-    decoder_kind = "Qwen2ForCausalLM", "qwen2"
-    published = ("model.", "", "")  # prefixes of the decoder's, the towers' and the head's tensors
-    skip = ""  # a pattern: tensors of the checkpoint that are not needed
-    pads = {"video": "<|video_pad|>", "image": "<|image_pad|>"}
-    marks = {"video": ("<|vision_start|>", "<|vision_end|>")}  # around features; images too
-    towers = ("visual",)
-
-    def __init__(self, whole, tokenizer, preprocess: dict, video: dict | None = None):
-        """whole: transformers' model; preprocess, video: how images and videos are preprocessed."""
-        text = whole.get_decoder()
-        towers = {path.split(".")[-1]: part for path, part in whole.named_modules()}
-        super().__init__(
-            Decoder(text, whole.lm_head),
-            nn.ModuleDict({name: towers[name] for name in self.towers}),
-            tokenizer,
-            preprocess,
-            tuple(self.pads.values()),
-            [token for pair in self.marks.values() for token in pair],
-        )
-        self.config, self.video = whole.config, video or preprocess
-        text.config.tie_word_embeddings = self.config.tie_word_embeddings  # often at the root alone
-        for kind, token in self.pads.items():
-            said, known = getattr(self.config, f"{kind}_token_id"), self.ids[token]
-            if said != known:
-                raise ModelError(f"config.json: {kind}_token_id is {said}, the tokenizer's {known}")
-        for name in ("image_mean", "image_std"):
-            if self.video.get(name) != self.preprocess.get(name):
-                raise ModelError(f"{name} of images and videos differ: that is not supported")
-        vision = self.config.vision_config
-        if (vision.temporal_patch_size, vision.spatial_merge_size) != (2, 2):
-            raise ModelError("config.json: only 2 frames and 2 x 2 patches are joined to a token")
-
-    @property
-    def visual(self):
-        return self.tower["visual"]
-
-    @property
-    def projector(self):
-        return self.visual.merger
-
-    @classmethod
-    def from_pretrained(cls, folder: str, dtype=torch.float32, weights: bool = True) -> "QwenVL":
-        """Load a folder as published; ModelError if it is none or tensors are missing."""
-        root = folder_of(folder, weights)
-        files = [root / f"{name}preprocessor_config.json" for name in ("", "video_")]
-        preprocess = read_json(root, files[0].name)
-        video = read_json(root, files[1].name) if files[1].exists() else None
-        tokenizer = load_tokenizer(root)
-        whole = load_part(cls.kind, root, dtype, weights, cls.skip)
-        model = cls(whole, tokenizer, preprocess, video)
-        model.load_recipe(root)
-        return model
-
-    def write(self, root: Path, weights: dict) -> None:
-        from huggingface_hub import save_torch_state_dict
-
-        decoder, towers, head = self.published
-        at = lambda name: re.sub(r"^model\.", decoder, name) if name[0] == "m" else head + name  # noqa: E731
-        state = {at(name): value for name, value in weights.items()}
-        state |= {towers + name: value.cpu() for name, value in self.tower.state_dict().items()}
-        save_torch_state_dict(state, root)
-        self.outer_config().save_pretrained(root)
-        self.tokenizer.save_pretrained(root)
-        (root / "preprocessor_config.json").write_text(json.dumps(self.preprocess, indent=2))
-        if self.video is not self.preprocess:
-            (root / "video_preprocessor_config.json").write_text(json.dumps(self.video, indent=2))
-
-    def outer_config(self):
-        self.config.architectures = [self.kind.__name__]
-        return self.config
-
-    def encoder_settings(self) -> list:
-        named = ("hidden_act", "num_heads", "patch_size", "window_size", "fullatt_block_indexes")
-        named += ("deepstack_visual_indexes", "n_window", "encoder_attention_heads")
-        towers = [{n: getattr(t.config, n, None) for n in named} for t in self.tower.values()]
-        return [self.preprocess, self.video, towers]
-
-    def limits(self, kind: str) -> tuple[int, int]:
-        """The least and the most pixels of an image, or of a frame, that the checkpoint says."""
-        p = self.video if kind == "video" else self.preprocess
-        size = p.get("size") or {}  # of newer files
-        least = p.get("min_pixels") or size.get("shortest_edge", 56 * 56)
-        return least, p.get("max_pixels") or size.get("longest_edge", 28 * 28 * 1280)
-
-    def fit(self, kind: str, frames: int, height: int, width: int) -> tuple[int, int]:
-        least, most = self.limits(kind)
-        most = self.recipe.max_pixels or most
-        factor = 2 * self.visual.config.patch_size
-        return smart_resize(height, width, factor, min(least, most), most)
-
-    def seen(self, size, kind: str) -> tuple[int, int]:
-        """Tokens (h, w) of a group of frames of this size."""
-        return tuple(side // (2 * self.visual.config.patch_size) for side in size)
-
-    def patches(self, frames, size=None) -> tuple[Tensor, tuple[int, int, int]]:
-        """(F, H, W, 3) uint8 -> patches (T h w, 3 * 2 * p * p) and (T, h, w), here in patches. The
-        four patches that the merger joins follow each other."""
-        side = self.visual.config.patch_size
-        height, width = size or self.fit("video", *frames.shape[:3])
-        x = self.scaled(frames, (height, width))
-        x = torch.cat([x, x[-1:]][: 1 + len(x) % 2])  # the last group lacks a frame: repeat it
-        t, h, w = len(x) // 2, height // side, width // side
-        x = x.view(t, 2, 3, h // 2, 2, side, w // 2, 2, side)  # t, frame, colour, y y y, x x x
-        return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1), (t, h, w)
-
-    def see(self, frames, size, kind: str) -> Tensor:
-        """(F, H, W, 3) uint8 -> (T, h / 2, w / 2, W)"""
-        patches, (t, h, w) = self.patches(frames, size)
-        out = self.visual(patches, grid_thw=torch.tensor([[t, h, w]], device=patches.device))
-        levels = out.deepstack_features if self.levels else []
-        return torch.cat([out.pooler_output, *levels], -1).view(t, h // 2, w // 2, -1)
-
-    def places(self, m: Media) -> tuple[list[int], Tensor]:
-        """Ids and positions of the places of a video's or image's features."""
-        t, h, w, _ = m.features.shape
-        steps = torch.zeros(t, dtype=torch.long)
-        if m.kind == "video":  # DEVIATION 4; in double, and cut off
-            seconds = 2 * (m.times[-1] - m.times[0]) / (len(m.times) - 1 or 1)
-            steps = (torch.arange(t).double() * (seconds * self.positions_per_second)).long()
-        return [self.ids[self.pads[m.kind]]] * (t * h * w), grid(steps, h, w)
-
-    @property
-    def positions_per_second(self) -> float:
-        return self.config.vision_config.tokens_per_second
-
-    def mark(self, kind: str) -> list[Piece]:
-        return [Piece([self.ids[token]]) for token in self.marks[kind]]
-
-    def place(self, m: Media) -> list[Piece]:
-        start, end = self.mark("video")
-        ids, cells = self.places(m)
-        return [start, Piece(ids, True, cells), end]
-
-
-class Qwen3VL(QwenVL):
-    """Qwen3-VL: every group of frames stands behind its time, and features of lower tower layers
-    come along (deepstack)."""
-
-    kind = transformers.Qwen3VLForConditionalGeneration
-    published = ("model.language_model.", "model.", "")
-    decoder_kind = "Qwen3ForCausalLM", "qwen3"
-
-    def __init__(self, whole, *rest):
-        super().__init__(whole, *rest)
-        self.levels = len(self.config.vision_config.deepstack_visual_indexes)
-
-    @property
-    def projector(self):
-        return nn.ModuleList([self.visual.merger, self.visual.deepstack_merger_list])
-
-    def fit(self, kind: str, frames: int, height: int, width: int) -> tuple[int, int]:
-        """The limits of a video are those of all its frames together."""
-        if kind != "video":
-            return super().fit(kind, frames, height, width)
-        (least, most), factor = self.limits("video"), 2 * self.visual.config.patch_size
-        most = self.recipe.max_pixels * frames if self.recipe.max_pixels else most
-        if min(height, width) < factor:
-            grow = factor / min(height, width)
-            height, width = int(height * grow), int(width * grow)
-        counted = max(2, round(frames / 2) * 2)
-        return smart_resize(height, width, factor, min(least, most), most, frames, counted)
-
-    def place(self, m: Media) -> list[Piece]:
-        """For each group "<1.5 seconds>", the mean time of its frames, and its features in marks
-        (DEVIATION 6)."""
-        if m.kind != "video":
-            return super().place(m)
-        times = np.append(m.times, m.times[-1:])[: len(m.times) + len(m.times) % 2]
-        (start, end), pieces = self.mark("video"), []
-        for features, seconds in zip(m.features, times.reshape(-1, 2).mean(1)):
-            ids = self.tokenizer(f"<{seconds:.1f} seconds>", add_special_tokens=False).input_ids
-            cells = grid([0], *features.shape[:2])
-            places = [self.ids[self.pads["video"]]] * cells.shape[1]
-            pieces += [Piece(ids), start, Piece(places, True, cells), end]
-        return pieces
-
-
-class Omni(QwenVL):
-    """Qwen2.5-Omni's Thinker: Qwen2.5-VL's eyes, Whisper's ears. 25 positions are a second, and one
-    audio token: a video and its sound run side by side."""
-
-    takes = ("video", "image", "audio")
-    kind = transformers.Qwen2_5OmniThinkerForConditionalGeneration
-    published = ("thinker.model.", "thinker.", "thinker.")
-    skip = r"(talker|token2wav)\."
-    pads = {"video": "<|VIDEO|>", "image": "<|IMAGE|>", "audio": "<|AUDIO|>"}
-    marks = {
-        "video": ("<|vision_bos|>", "<|vision_eos|>"),
-        "audio": ("<|audio_bos|>", "<|audio_eos|>"),
-    }
-    towers = ("visual", "audio_tower")
-
-    @property
-    def projector(self):
-        return nn.ModuleList([self.visual.merger, self.tower["audio_tower"].proj])
-
-    @property
-    def positions_per_second(self) -> float:
-        return self.config.position_id_per_seconds
-
-    def outer_config(self):
-        config = transformers.Qwen2_5OmniConfig(
-            thinker_config=self.config.to_dict(), enable_audio_output=False
-        )
-        config.architectures = ["Qwen2_5OmniForConditionalGeneration"]
-        return config
-
-    def limits(self, kind: str) -> tuple[int, int]:
-        """Those of a video's frames are the family's processor's, not in the checkpoint."""
-        return (128 * 28 * 28, 768 * 28 * 28) if kind == "video" else super().limits(kind)
-
-    def mel(self, sound: np.ndarray) -> Tensor:
-        """(S,) at 16 kHz -> log-mel spectrogram (ceil(S / 160), 128), whatever the length."""
-        ear = transformers.WhisperFeatureExtractor.from_dict(self.preprocess)
-        sound = np.pad(sound, (0, ear.n_fft))  # silence behind: as in a longer, padded batch
-        out = ear(sound, sampling_rate=16000, padding=True, truncation=False, return_tensors="pt")
-        return out.input_features[0].T[: -(-(len(sound) - ear.n_fft) // ear.hop_length)]
-
-    def heard(self, samples: int) -> int:
-        """Audio tokens of so many samples: 25 a second."""
-        if samples < 2 * 160 + 1:
-            raise ModelError(f"a sound of {samples} samples at 16 kHz is too short to be heard")
-        frames = -(-samples // 160)
-        return ((frames - 1) // 2 - 1) // 2 + 1
-
-    def hear(self, sound: np.ndarray, group=None) -> Tensor:
-        """(S,) -> (A, D). The tower's attention stays in units of 2 s, which the ranks of a group
-        share, and which go through it 64 at a time."""
-        tower, tokens, mel = self.tower["audio_tower"], self.heard(len(sound)), self.mel(sound)
-        unit = 2 * tower.n_window  # frames of the spectrogram, four a token
-
-        def encode(part: Tensor) -> Tensor:  # (t, 128) -> (ceil(t / unit), unit / 4, D)
-            out = []
-            for x in part.to(tower.conv1.weight).split(64 * unit):
-                lengths = torch.tensor([len(x)], device=x.device)
-                out.append(tower(x.T, feature_lens=lengths).last_hidden_state)
-            out = torch.cat(out)
-            whole = -(-len(part) // unit) * (unit // 4)
-            return F.pad(out, (0, 0, 0, whole - len(out))).view(-1, unit // 4, out.shape[-1])
-
-        return mrsp.encode_parallel(encode, mel, group, unit).flatten(0, 1)[:tokens]
-
-    def side_by_side(self, m: Media) -> tuple[list[int], Tensor, Tensor]:
-        """A video and its audio track: ids, positions and order of their tokens, 2 s of video and
-        2 s of audio in turn (DEVIATION 7)."""
-        ids, cells = self.places(m)
-        sound = torch.arange(len(m.track)).expand(3, -1)
-        chunk = self.config.seconds_per_chunk * self.positions_per_second
-        turn = torch.cat([cells[0] // chunk * 2, sound[0] // chunk * 2 + 1])
-        order = turn.argsort(stable=True)
-        ids = torch.tensor(ids + [self.ids[self.pads["audio"]]] * len(m.track))[order].tolist()
-        return ids, torch.cat([cells, sound], 1)[:, order], order
-
-    def rows(self, m: Media) -> list[Tensor]:
-        if m.track is None:
-            return super().rows(m)
-        rows = torch.cat([m.features.flatten(0, -2), m.track])
-        return [rows[self.side_by_side(m)[2].to(rows.device)]]
-
-    def place(self, m: Media) -> list[Piece]:
-        if m.kind == "audio":
-            start, end = self.mark("audio")
-            return [start, Piece([self.ids[self.pads["audio"]]] * len(m.features), True), end]
-        if m.track is None:
-            return super().place(m)
-        ids, cells, _ = self.side_by_side(m)
-        (a, z), (b, y) = (  # the marks of both share a position
-            [piece.ids[0] for piece in self.mark(kind)] for kind in ("video", "audio")
-        )
-        one = torch.zeros(3, 2, dtype=torch.long)
-        return [Piece([a, b], cells=one), Piece(ids, True, cells), Piece([y, z], cells=one)]
-
-
-# ------------------------------------------------------------------------------------ any of them
-
-FAMILIES = {"qwen2_5_vl": QwenVL, "qwen3_vl": Qwen3VL, "qwen2_5_omni": Omni}
-
-
-def load(name: str, dtype=torch.float32, weights: bool = True) -> MultiModal:
-    """The model in a folder or on the hub, whatever its family: told by config.json and layout, not
-    by name. weights=False: without them, on the device "meta", to look at shapes and prompts."""
-    root = folder_of(name, weights)
-    if not (root / "config.json").exists():
-        raise ModelError(
-            f"{name} is no checkpoint: config.json is missing, or there is no such folder"
-        )
-    kind = read_json(root, "config.json").get("model_type")
-    if (root / "llm").is_dir():
-        return VILA.from_pretrained(root, dtype, weights)
-    if kind in FAMILIES:
-        return FAMILIES[kind].from_pretrained(root, dtype, weights)
-    if text_class(root) is not None:
-        return Text.from_pretrained(root, dtype, weights)
-    raise ModelError(
-        f"{name}: model_type {kind!r} is not supported; supported are VILA's layout (folders llm, "
-        f"vision_tower, mm_projector), {', '.join(FAMILIES)}, and text decoders without remote code"
-    )

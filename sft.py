@@ -12,10 +12,8 @@ the prompt, question + answer are the branches, and only the answer's tokens are
     [ video ............ | question_1 answer_1 | question_2 answer_2 | ... ]
       prompt, once          context   targets
 
-With lora_rank, here and in GRPO, the decoder's linear layers are frozen and get low-rank adapters
-(LoRA, arXiv 2106.09685), which are trained instead and merged when the stage ends:
-
-    W x + alpha / rank * B A x        W (out, in) frozen, A (rank, in) random, B (out, rank) zero
+With lora_rank, low-rank adapters are trained instead of the decoder's weights (model.add_adapters)
+and merged when the stage ends.
 
 The large systems repeat the video for every question. Settings are not stated in the paper; VILA's
 nearest public recipe is AdamW, 2e-5, cosine, warm-up 0.03, no weight decay, everything trained.
@@ -31,8 +29,6 @@ import random
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import get_cosine_schedule_with_warmup
 
 import mrsp
@@ -123,42 +119,6 @@ def to_branches(model, rows: list, features) -> tuple:
     return replace(full, ids=full.ids[:cut], positions=full.positions[..., :cut]), branches, context
 
 
-def add_adapters(model, rank: int, alpha: float, seed: int) -> None:
-    """Freeze the model; every linear layer of the decoder, but not the LM head, gets a LoRA adapter
-    to train: the same on all ranks, float32 or wider, whole also where the layers are sharded.
-    ModelError without peft."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ModelError(f"lora_rank needs the package peft ({error}): pip install peft") from error
-    body = model.llm.model
-    linear = [name for name, layer in body.named_modules() if isinstance(layer, nn.Linear)]
-    model.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=linear)
-        inject_adapter_in_model(config, body)
-    for p in model.parameters():
-        if p.requires_grad:  # made in the precision of the layer, and moved by small steps
-            p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
-
-
-@torch.no_grad()
-def merge_adapters(model) -> None:
-    """Add what the adapters learned to the weights and remove them: the decoder is plain again. A
-    model without adapters stays as it is. No communication: each rank adds to its own share."""
-    body = model.llm.model
-    for name, layer in list(body.named_modules()):
-        if hasattr(layer, "base_layer"):
-            weight, update = layer.base_layer.weight, layer.get_delta_weight("default")
-            if isinstance(weight, DTensor):
-                where = weight.device_mesh, weight.placements
-                update = distribute_tensor(update, *where, src_data_rank=None)
-            weight += update
-            body.set_submodule(name, layer.base_layer)
-    vars(body).pop("peft_config", None)
-
-
 def optimizers(model, config: SFTConfig, seed: int) -> list[torch.optim.Optimizer]:
     """Freeze what is not trained; one or two optimizers (DEVIATION 2) for the rest."""
     if model.sharded and config.optimizer == "muon":
@@ -166,7 +126,7 @@ def optimizers(model, config: SFTConfig, seed: int) -> list[torch.optim.Optimize
     parts = {"all": model, "llm": model.llm, "projector": model.projector}
     model.requires_grad_(False)
     if config.lora_rank:
-        add_adapters(model, config.lora_rank, config.lora_alpha, seed)
+        model.add_adapters(config.lora_rank, config.lora_alpha, seed)
     else:
         parts[config.train].requires_grad_(True)
     embedding = {id(p) for p in model.llm.get_input_embeddings().parameters()}
@@ -248,6 +208,6 @@ def train(model, rows, config: SFTConfig, seed=0, bar=iter, log=None, lost=None)
                 optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
-    merge_adapters(model)
+    model.merge_adapters()
     if config.train != "llm":
         model.forget_encoder()

@@ -57,15 +57,16 @@ import data
 import eval as evaluation
 import grpo
 import mrsp
-import report
 import sft
 from data import DataError
-from decode import Loader
+from families import load
 from grpo import GRPOConfig
-from model import THINKING, ModelError, Recipe, load
+from kit import report
+from kit.decode import Loader
+from kit.toy import ToyConfig, toy_make
+from model import THINKING, ModelError, Recipe
 from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, engine_kind, make_engine
 from sft import SFTConfig
-from toy import ToyConfig, toy_make
 
 METRICS = {
     "loss": "supervised: mean negative log-likelihood; GRPO: the policy loss (near 0 on-policy)",
@@ -637,7 +638,7 @@ def train_grpo(run: Run, model, reference, engine, config: GRPOConfig, rows: lis
                 own.copy_(new)  # sharded alike: each rank copies its own share
     seed = run.config.seed if run.config.rl_seed is None else run.config.rl_seed
     if config.lora_rank:  # the reference has none
-        sft.add_adapters(model, config.lora_rank, config.lora_alpha, seed)
+        model.add_adapters(config.lora_rank, config.lora_alpha, seed)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay
@@ -661,7 +662,7 @@ def train_grpo(run: Run, model, reference, engine, config: GRPOConfig, rows: lis
                     tqdm.write(f"step {step}: {asked} -> {first['text']} reward {first['reward']}")
     if not seen:
         raise DataError("GRPO had no row to learn from: all were left out, as said above")
-    sft.merge_adapters(model)
+    model.merge_adapters()
 
 
 # ---------------------------------------------------------------------------------------- main
@@ -820,7 +821,7 @@ def prepare(preset: Preset, world: int) -> tuple[list[str], list[str]]:
 def memory_plan(preset: Preset, model, world: int, sampler: str) -> tuple[list[str], list[str]]:
     """bench.memory of a GRPO step on a 640 x 360 video of 2 seconds a frame (with its sound, where
     that is heard; or 1,000 words of text), as lines; a line more if it is not here."""
-    import bench
+    from kit import bench
 
     c, recipe, config, gib = preset.run, preset.recipe, model.llm.config, 2**30
     question = data.Example("", "why " * 100, (), "", "", (), "", "")

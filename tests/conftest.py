@@ -16,8 +16,10 @@ from torch.multiprocessing import set_forkserver_preload, start_processes  # noq
 from transformers import Qwen3VLTextConfig, Qwen3VLTextModel  # noqa: E402
 
 import data  # noqa: E402
-from model import VILA, Decoder, Policy, Prompt, Recipe  # noqa: E402
-from toy import SIZE, ToyConfig, toy_build, toy_checkpoint  # noqa: E402
+from families.qwen import Decoder
+from families.vila import VILA
+from kit.toy import SIZE, ToyConfig, toy_build, toy_checkpoint  # noqa: E402
+from model import Policy, Prompt, Recipe  # noqa: E402
 
 torch.set_num_threads(1)
 RECIPE = Recipe(num_frames=5, max_tokens=8, template="{problem} Think, then answer.")

@@ -9,11 +9,10 @@ import shutil
 import numpy as np
 import pytest
 
-import benchmarks
 import data
-import decode
 import eval as evaluation
 from data import DataError
+from kit import benchmarks
 
 # Rows as they are published (fields that are not read are left out), and what becomes of them.
 VIDEOMME = {
@@ -306,8 +305,8 @@ def test_the_command_line_asks_a_benchmark_with_subtitles(toy, model, tmp_path, 
 def test_subtitles_of_one_video_open_it_once_more(toy, model, monkeypatch):
     rows, opened = [e for e in data.load_rows(str(toy / "test.jsonl"))], []
     rows = [e for e in rows if e.media == rows[0].media]
-    real = decode.Loader.open
-    monkeypatch.setattr(decode.Loader, "open", lambda *how: opened.append(1) or real(*how))
+    real = data.Opener.open
+    monkeypatch.setattr(data.Opener, "open", lambda *how: opened.append(1) or real(*how))
     for e in rows:
         assert len(model.frame_times(e.media[0], 3, e.id)) == 3
         model.prompt(e, 3)

@@ -27,10 +27,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import build
-from build import CATEGORIES, Chat, Folder, ReplyError, ServerError
 from data import DataError, load_media, load_rows
-from toy import COLORS, write_mp4
+from kit import build, chat
+from kit.build import CATEGORIES, Folder
+from kit.chat import Chat, ReplyError, ServerError
+from kit.toy import COLORS, write_mp4
 
 FPS = 4
 NAMES = {  # color: (path, seconds); of every kind of ending some
@@ -186,7 +187,7 @@ def stub():
 @pytest.fixture(autouse=True)
 def no_sleep(monkeypatch):
     slept = []
-    monkeypatch.setattr(build, "time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr(chat, "time", SimpleNamespace(sleep=slept.append))
     return slept
 
 
@@ -734,14 +735,15 @@ def test_settings_that_change_no_row_may_change(whole, videos, stub):
 # -------------------------------------------------------------------------- killed and resumed
 
 RUN = (
-    "import build, sys, types; build.time = types.SimpleNamespace(sleep=lambda s: 0); build.main()"
+    "import types; from kit import build, chat; "
+    "chat.time = types.SimpleNamespace(sleep=lambda s: 0); build.main()"
 )
 
 
 def start(command):
     return subprocess.Popen(
         [sys.executable, "-c", RUN, *command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-        cwd=Path(build.__file__).parent, text=True,
+        cwd=Path(build.__file__).parents[1], text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 

@@ -29,7 +29,7 @@ from data import (
     load_media,
     load_rows,
 )
-from toy import write_mp4
+from kit.toy import write_mp4
 
 
 def numbered_frames(n):

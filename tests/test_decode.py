@@ -18,13 +18,13 @@ from PIL import Image
 from test_data import medium, numbered_frames, numbers_of
 
 import data
-import decode
 import mrsp
 import sft
 import train
 from data import DataError, Rate
-from model import VILA
-from toy import write_mp4
+from families.vila import VILA
+from kit import decode
+from kit.toy import write_mp4
 
 PRESENT = "no question"
 
@@ -214,7 +214,8 @@ def broken(folder):
 HOSTILE = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
-import data, decode
+import data
+from kit import decode
 opened = data.open_video
 def open_video(path, *rest):
     name = os.path.basename(path)

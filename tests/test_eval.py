@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch.multiprocessing import ProcessExitedException, start_processes
 
-import build
 import data
 import eval as evaluation
 from data import Rate
-from model import VILA
+from families.vila import VILA
+from kit import chat
 from rollout import Response, RolloutError, TorchEngine
 
 
@@ -515,7 +515,7 @@ def test_questions_are_asked_as_the_options_say(thinking, saved, monkeypatch):
 @pytest.fixture
 def server(monkeypatch):
     """An OpenAI-compatible server: server.reply(question) is a text, or the code of an error."""
-    monkeypatch.setattr(build.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(chat.time, "sleep", lambda seconds: None)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
@@ -623,7 +623,7 @@ def test_verdicts_are_kept_when_the_judge_goes_away(toy, saved, server, monkeypa
 
 def test_a_judge_that_is_not_there_is_an_error_before_anything_is_asked(saved, monkeypatch):
     argv = ["--model", str(saved), "--output", str(saved / "out"), "--judge"]
-    monkeypatch.setattr(build.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(chat.time, "sleep", lambda seconds: None)
     with pytest.raises(SystemExit, match="error: http://localhost:1/v1/models"):
         evaluation.main([*argv, "http://localhost:1/v1"])
     assert not (saved / "out").exists()

@@ -25,7 +25,10 @@ import data
 import mrsp
 import sft
 from data import Example, Medium
-from model import VILA, Media, ModelError, Piece, Text, grid, load, mrope_positions
+from families import load
+from families.text import Text
+from families.vila import VILA
+from model import Media, ModelError, Piece, grid, mrope_positions
 from rollout import Sampling, TorchEngine
 
 FAMILIES, QWENS = zoo.FAMILIES, ("qwen2.5-vl", "qwen3-vl", "omni")

@@ -14,8 +14,10 @@ import data
 import mrsp
 import sft
 import train
+from families import load
+from families.vila import VILA
 from grpo import GRPOConfig
-from model import VILA, ModelError, load
+from model import ModelError
 from rollout import TorchEngine
 from sft import SFTConfig
 from train import Run, RunConfig
@@ -54,7 +56,7 @@ def copy_of(tensors) -> dict:
 
 def stir(model, rank=4) -> None:
     """Adapters that change something, as if they had been trained."""
-    sft.add_adapters(model, rank, 2.0 * rank, seed=0)
+    model.add_adapters(rank, 2.0 * rank, seed=0)
     g = torch.Generator().manual_seed(0)
     for name, p in model.named_parameters():
         if "lora_B" in name:
@@ -126,7 +128,7 @@ def test_the_optimizer_holds_adapters_alone_and_they_are_float32(toy):
     adapters = [p for n, p in model.named_parameters() if ".lora_" in n]
     assert held == {id(p) for p in adapters} and {p.dtype for p in adapters} == {torch.float32}
     assert sum(p.numel() for p in adapters) < 0.2 * sum(p.numel() for p in model.llm.parameters())
-    sft.merge_adapters(model)
+    model.merge_adapters()
     assert {p.dtype for p in model.llm.parameters()} == {torch.bfloat16}
 
 
@@ -135,10 +137,10 @@ def test_adapters_follow_the_seed_and_leave_the_generator_alone(toy, model):
     expected, made = torch.rand(3), []
     for seed in (1, 1, 2):
         torch.manual_seed(5)
-        sft.add_adapters(model, 4, 8.0, seed)
+        model.add_adapters(4, 8.0, seed)
         assert torch.equal(torch.rand(3), expected)
         made.append(torch.cat([p.flatten() for p in model.parameters() if p.requires_grad]))
-        sft.merge_adapters(model)
+        model.merge_adapters()
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
 
 
@@ -151,7 +153,7 @@ def test_what_is_saved_handed_over_and_merged_is_what_was_trained(toy, tmp_path,
     assert (before - plain).abs().max() > 1e-3
     engine = TorchEngine(load_like(policy, toy).double(), dtype=torch.float64)
     engine.sync(policy)
-    sft.merge_adapters(policy)
+    policy.merge_adapters()
     for model in (policy, engine.policy, load(tmp_path, torch.float64).double()):
         assert (log_probs(model, toy) - before).abs().max() < 1e-9
     merged = copy_of(policy.decoder_weights())
@@ -272,7 +274,7 @@ def test_impossible_options_are_errors(options, message):
 def test_without_peft_the_error_says_what_to_install(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ModelError, match="pip install peft"):
-        sft.add_adapters(model, 4, 8.0, seed=0)
+        model.add_adapters(4, 8.0, seed=0)
 
 
 def _vllm(rank, folder):

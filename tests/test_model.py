@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 import data
-from model import THINKING, VILA, BlockDownsample, Media, ModelError, build_projector
+from families.vila import VILA, BlockDownsample, build_projector
+from model import THINKING, Media, ModelError
 
 
 @pytest.mark.parametrize("columns", [False, True])

@@ -14,7 +14,7 @@ from test_train import ROOT
 
 import data
 import train
-from model import load
+from families import load
 from rollout import RolloutError
 
 MODEL = {

@@ -15,7 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 import data
 import mrsp
-from model import VILA, Media, ModelError, QwenVL, load, smart_resize
+from families import load
+from families.qwen import QwenVL, smart_resize
+from families.vila import VILA
+from model import Media, ModelError
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
 SPECIAL += ["<|image_pad|>", "<|video_pad|>"]

@@ -14,9 +14,8 @@ from conftest import write_video_with_audio, write_wav
 from PIL import Image
 
 import data
-import decode
-import report
 from data import Example, Medium
+from kit import decode, report
 
 EVIL = "</script><img src=x onerror=\"document.title='hit'\"> <!-- 'q' & \0 \ud800 😀 @DATA@"
 

@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor
 import data
 import mrsp
 import sft
-from model import VILA, ModelError
+from families.vila import VILA
+from model import ModelError
 from sft import SFTConfig
 
 

@@ -9,9 +9,9 @@ import pytest
 from test_data import ROW, medium, numbered_frames, numbers_of, psnr
 
 import data
-import toy
 from data import frame_indices, load_media, load_rows
-from toy import ToyConfig, write_mp4
+from kit import toy
+from kit.toy import ToyConfig, write_mp4
 
 TINY = ToyConfig(base=2, sft=2, rl=2, test=2, other=2, images=2, clips=2, texts=3)
 SPLITS = ("base", "sft", "rl", "test", "other")  # in the order of their seeds

@@ -15,7 +15,8 @@ import grpo
 import mrsp
 import sft
 import train
-from model import VILA, ModelError
+from families.vila import VILA
+from model import ModelError
 from rollout import Response, Sampling, TorchEngine
 from train import GRPOConfig
 

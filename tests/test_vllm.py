@@ -29,8 +29,10 @@ import eval as evaluation
 import mrsp
 import rollout
 import train
+from families.text import Text
+from families.vila import VILA
 from grpo import GRPOConfig
-from model import VILA, Media, ModelError, Text
+from model import Media, ModelError
 from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, VLLMEngine, make_engine
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

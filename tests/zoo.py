@@ -11,7 +11,10 @@ from conftest import RECIPE
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from model import VILA, Media, MultiModal, Omni, Qwen3VL, QwenVL, Text
+from families.qwen import Omni, Qwen3VL, QwenVL
+from families.text import Text
+from families.vila import VILA
+from model import Media, MultiModal
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VISION = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]

@@ -15,7 +15,7 @@ options: drawn without looking at the video, so that guessing without it stays a
 The splits never share a video. "base" rows pretrain the model, "sft" rows carry chains of thought
 (careful and hasty ones), "rl", "test" and "test_other" are the questions themselves.
 
-Check this file alone:  python toy.py /tmp/toy   (writes a small toy, prints some of its rows)
+Check this file alone:  python -m kit.toy /tmp/toy   (writes a small toy, prints some of its rows)
 """
 
 import json
@@ -29,7 +29,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from data import frame_indices, load_media, load_rows
-from model import VILA, Recipe
+from families.vila import VILA
+from model import Recipe
 
 T, SIZE, FPS = 256, 32, 4
 COLORS = {

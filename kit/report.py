@@ -1,6 +1,6 @@
 """The report of a run: one HTML file with every question, the frames the model saw, its answers.
 
-    python report.py BEFORE.jsonl AFTER.jsonl --data ROWS.jsonl --num_frames 64 --out report.html
+    python -m kit.report BEFORE.jsonl AFTER.jsonl --data ROWS.jsonl --num_frames 64
 
 An accuracy does not say what a model does with a video; its answers beside the frames do. train.py
 writes the page at the end of a run, the command above for one or two files that eval.py wrote.
@@ -38,8 +38,8 @@ import numpy as np
 
 import data
 from data import DataError
-from decode import Loader
 from grpo import chosen_letter
+from kit.decode import Loader
 
 
 def read_answers(path: str) -> list[dict]:

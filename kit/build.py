@@ -20,14 +20,13 @@ What differs from the paper, which does not publish its prompts:
         reasoning names options by their texts, and ends with the text of the right one.
     DEVIATION 2: as many questions of each category; the paper's shares are 36, 36, 4, 24 %.
 
-Run:  python data.py build --videos DIR --llm URL --captioner URL --out OUT
+Run:  python -m kit.build --videos DIR --llm URL --captioner URL --out OUT
 Check this file alone:  pytest tests/test_build.py
 """
 
 import argparse
 import base64
 import hashlib
-import http.client
 import io
 import itertools
 import json
@@ -35,15 +34,13 @@ import os
 import re
 import string
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from data import DataError, Medium, parse_row
-from decode import Loader
+from kit.chat import Chat, ReplyError, ServerError
+from kit.decode import Loader
 
 ENDINGS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
 SFT_SHARE, TEMPERATURE, MIN_WORDS = 1 / 3, 0.6, 20  # MIN_WORDS of a reasoning
@@ -95,68 +92,6 @@ BANNED = {  # in what stays in a row
     r"(?i)\b(caption(s|ed)?|clips?|transcripts?|descriptions?)\b": "speaks of its source",
     r"\b([Oo]ption|[Cc]hoice)s? \W?[A-H]\b|(^|\s)\([A-H]\)|^[A-H][.):]\s": "holds option letters",
 }
-
-
-class ServerError(RuntimeError):
-    """The server cannot be used at all: asking it anything else would fail in the same way."""
-
-
-class ReplyError(ValueError):
-    """One reply is lost: it failed again and again, or is not what was asked for."""
-
-
-class Chat:
-    """An OpenAI-compatible server. url: up to and with /v1; $OPENAI_API_KEY is sent to it. model:
-    its name there; default: the first that the server names. timeout: seconds for one reply."""
-
-    def __init__(self, url: str, model: str | None = None, timeout: float = 300, retries: int = 3):
-        self.url, self.timeout, self.retries = url.rstrip("/"), timeout, retries
-        self.key = os.environ.get("OPENAI_API_KEY", "")
-        try:
-            served = self._request("/models")["data"][0]["id"]  # even if not used: is it there?
-        except (LookupError, TypeError, ReplyError) as error:
-            raise ServerError(f"{self.url}/models: no list of models ({error})") from None
-        self.model = model or served
-
-    def ask(self, messages: list[dict], temperature: float = 0.0, max_tokens: int = 4096) -> str:
-        """The reply to messages [{"role": ..., "content": ...}]. ReplyError, ServerError."""
-        body = {"model": self.model, "messages": messages}
-        body |= {"temperature": temperature, "max_tokens": max_tokens}
-        try:
-            choice = self._request("/chat/completions", body)["choices"][0]
-            text, end = choice["message"]["content"], choice.get("finish_reason")
-        except (LookupError, TypeError, AttributeError) as error:
-            raise ReplyError(f"not a chat completion: {error!r}") from None
-        if end == "length":
-            raise ReplyError(f"the reply is cut off at {max_tokens} tokens")
-        if not isinstance(text, str) or not text.strip():
-            raise ReplyError("the reply is empty")
-        return text
-
-    def _request(self, path: str, body: dict | None = None) -> dict:
-        """GET, or POST of a body; asked again after 1, 2, 4 ... seconds."""
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
-        data = None if body is None else json.dumps(body).encode()
-        for attempt in range(self.retries + 1):
-            time.sleep(2**attempt // 2)
-            try:
-                request = urllib.request.Request(self.url + path, data, headers)
-                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-                    return json.loads(reply.read())
-            except urllib.error.HTTPError as error:
-                said = error.read(300).decode(errors="replace")
-                what, kind = f"the server answers {error.code}: {said}", ReplyError
-                if error.code in (401, 403, 404):
-                    raise ServerError(f"{self.url}{path}: {what}") from None
-                if error.code != 429 and error.code < 500:
-                    break
-            except TimeoutError:  # asked again, it would do the same work beside the first
-                raise ReplyError(f"no reply within {self.timeout:g} s") from None
-            except (OSError, http.client.HTTPException) as error:  # no connection, or it broke
-                what, kind = f"{self.url}{path}: {error}", ServerError
-            except ValueError as error:
-                what, kind = f"the reply is not JSON: {error}", ReplyError
-        raise kind(what)
 
 
 class Folder:
@@ -427,7 +362,7 @@ def build(args) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     about = "Questions with reasoning from videos; the same command goes on where it stopped."
-    parser = argparse.ArgumentParser("data.py build", description=about, allow_abbrev=False)
+    parser = argparse.ArgumentParser("python -m kit.build", description=about, allow_abbrev=False)
     add = parser.add_argument
     add("--videos", required=True, help="folder of videos, searched with all its folders")
     add("--llm", required=True, metavar="URL", help="server that writes questions: http://.../v1")

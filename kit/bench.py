@@ -1,12 +1,12 @@
 """Benchmarks: what the design buys, measured, and what a run needs, predicted.
 
-    python bench.py mrsp        the paper's efficiency figure in miniature, on two CPU cores
-    python bench.py rollout     both rollout engines: tokens a second, prefill counted, weight sync
-    python bench.py step        one GRPO step on text: seconds of each phase, as one JSON line
-    python bench.py decode      videos decoded ahead of the tower; memory over 2,000 of them
-    python bench.py attention   block attention against plain softmax and torch's own kernel
-    python bench.py plan --model qwen2.5-vl-7b --frames 3600 --gpus 8 --gpu_memory 80
-    python bench.py gpu         a 7B decoder, prompts of 16k to 256k tokens, on a CUDA GPU
+    python -m kit.bench mrsp        the paper's efficiency figure in miniature, on two CPU cores
+    python -m kit.bench rollout     both rollout engines: tokens a second, prefill, weight sync
+    python -m kit.bench step        one GRPO step on text: seconds of each phase, as one JSON line
+    python -m kit.bench decode      videos decoded ahead of the tower; memory over 2,000 of them
+    python -m kit.bench attention   block attention against plain softmax and torch's own kernel
+    python -m kit.bench plan --model qwen2.5-vl-7b --frames 3600 --gpus 8 --gpu_memory 80
+    python -m kit.bench gpu         a 7B decoder, prompts of 16k to 256k tokens, on a CUDA GPU
 
 mrsp: a GRPO step on one video a rank: G answers of exactly R tokens, reference, policy, optimizer;
 gradient checkpointing, and copies one at a time, as long sequences force. The bars are those of the
@@ -57,10 +57,11 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 import grpo
 import mrsp
 from data import Example, Medium
-from decode import Loader
-from model import VILA, Media, Policy, Prompt
+from families.vila import VILA
+from kit.decode import Loader
+from kit.toy import write_mp4
+from model import Media, Policy, Prompt
 from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, VLLMEngine
-from toy import write_mp4
 
 QUESTION = Example("", "user", (), "", "", (), "video", "")
 BARS = {  # encoded once by all ranks? sequence parallel? shared prefix?
@@ -627,7 +628,7 @@ def gpu_rows(shape, prompts, group, tokens, device, dtype, side=8192, tile=16384
 def bench_gpu(args) -> None:
     """a 7B decoder in bfloat16 on one CUDA GPU, and its attention beside torch's flash kernel"""
     if not torch.cuda.is_available():
-        raise ValueError("bench.py gpu needs a CUDA GPU, and torch finds none")
+        raise ValueError("kit.bench gpu needs a CUDA GPU, and torch finds none")
     shape, cuda, bf16 = SHAPES["qwen2.5-vl-7b"], "cuda", torch.bfloat16
     heads = [shape[n] for n in ("num_attention_heads", "num_key_value_heads", "head_dim")]
     for length in args.prompts:
@@ -701,7 +702,7 @@ def main(argv=None) -> None:
     ranks = vars(args).get({"mrsp": "ranks", "step": "sp"}.get(args.command), 1)
     if ranks > 1 and "WORLD_SIZE" not in os.environ:  # this command again, under torchrun
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command = [*torchrun, "--nproc_per_node", str(ranks), os.path.abspath(__file__), *argv]
+        command = [*torchrun, "--nproc_per_node", str(ranks), "-m", "kit.bench", *argv]
         code = subprocess.run(command, env={"OMP_NUM_THREADS": "1"} | os.environ).returncode
         sys.exit(code and f"error: a rank failed with status {code}; its message is above")
     try:

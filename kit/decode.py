@@ -4,7 +4,7 @@ decord and libav run C code on whatever a download left on the disk. They can wa
 the process down, and decord keeps some memory of each file. So a run opens its media through a
 Loader:
 
-    this process                              child processes (python decode.py)
+    this process                              child processes (python -m kit.decode)
     ahead([v1, v2, v3 ...]) ---- open v1 ---> decodes its first piece and waits
                             ---- open v2 ---> ...              at most `ahead` files beforehand
     with open(v1) as frames:
@@ -31,18 +31,21 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 
-from data import DataError, Frames, Medium, Rate, load_audio, named_errors
+from data import DataError, Frames, Medium, Opener, Rate, load_audio, named_errors
 
 
 class Worker:
     """A child process that opens media for this one, a file at a time, and a thread that talks to
     it. limit: seconds for a reply; then it is killed."""
 
-    command = [sys.executable, os.path.abspath(__file__)]
+    command = [sys.executable, "-m", "kit.decode"]
 
     def __init__(self, limit: float):
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe)
+        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        env = os.environ | {"PYTHONPATH": path}
+        self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, env=env)
         self.limit, self.uses, self.thread = limit, 0, ThreadPoolExecutor(1)
         self.late = threading.Event()
 
@@ -77,7 +80,7 @@ class Worker:
         self.process.communicate()
 
 
-class Loader:
+class Loader(Opener):
     """Opens media in child processes, so that a file that hangs or crashes costs itself alone, and
     up to `ahead` files beforehand; with ahead=0 in this process. limit: seconds for a piece of a
     file. A worker opens `uses` files: what its decoder keeps of memory goes with it. Without

@@ -1,0 +1,76 @@
+"""Reading a checkpoint folder in its published layout: JSON, weights, tokenizer; or the hub's copy.
+
+Only safetensors are read, never a pickle, and no remote code runs. A tensor that is missing or left
+over is an error: it would be random, or a part of another model.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from model import ModelError
+
+
+def folder_of(name: str, weights: bool = True) -> Path:
+    """A local checkpoint folder as it is, or a hub id (owner/name, owner/name@revision) downloaded
+    into the hub's cache: safetensors (if weights are wanted), json and tokenizer files alone."""
+    if Path(name).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(name)):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = name.partition("@")
+    wanted = ["*.json", "*.txt", "*.jinja"] + (["*.safetensors"] if weights else [])
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{name}: no such folder, and the hub does not give it ({type(error).__name__}): check "
+            "the name and the network, or download it and give its folder"
+        ) from None
+
+
+def read_json(root: Path, name: str) -> dict:
+    """A JSON file of a checkpoint; ModelError if there is none, or it is broken."""
+    try:
+        return json.loads((root / name).read_text())
+    except FileNotFoundError:
+        raise ModelError(f"{root} is no checkpoint of this family: {name} is missing") from None
+    except ValueError as error:
+        raise ModelError(f"{root / name}: {error}") from None
+
+
+def load_part(kind, folder: Path, dtype, weights: bool = True, skip: str = ""):
+    """A transformers model from its folder. ModelError if tensors are missing (they would be random
+    weights) or left over; skip: a pattern of those that are not needed. weights=False: shapes
+    alone, on the device "meta". Never a pickle."""
+    try:
+        if not weights:
+            with torch.device("meta"):
+                return kind(kind.config_class.from_pretrained(folder))
+        part, info = kind.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, use_safetensors=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: {error}") from None
+    extra = sorted(x for x in info["unexpected_keys"] if not (skip and re.match(skip, x)))
+    bad = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
+    if bad or extra:
+        found = [f"missing or misshapen tensors {bad}"] * bool(bad)
+        found += [f"unexpected tensors {extra}"] * bool(extra)
+        raise ModelError(f"{folder}: {', '.join(found)}: no checkpoint of this family, or damaged")
+    return part
+
+
+def load_tokenizer(root: Path):
+    """Not AutoTokenizer: for a Qwen2 folder that puts Qwen2's splitting rules over those of
+    tokenizer.json, silently (transformers 5)."""
+    if not (root / "tokenizer.json").exists():
+        raise ModelError(f"{root} is no checkpoint: tokenizer.json is missing")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(root)
+    if tokenizer.chat_template is None and (root / "chat_template.json").exists():
+        tokenizer.chat_template = read_json(root, "chat_template.json")["chat_template"]
+    return tokenizer

@@ -1,0 +1,90 @@
+"""Text: any decoder that transformers loads without remote code (Qwen2.5, Qwen3, Llama ...).
+
+    media       none                positions   1-D
+
+Whether answers can share a packed prompt is tried when a checkpoint is loaded.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+
+import mrsp
+from families.files import folder_of, load_part, load_tokenizer
+from model import ModelError, MultiModal, Prompt
+
+
+def text_class(root: Path):
+    """transformers' class of the decoder in a folder; None if it has none."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(root, trust_remote_code=False)
+    except (ValueError, OSError):  # unknown, or it wants remote code
+        return None
+    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+
+
+class Text(MultiModal):
+    """Any decoder that transformers loads without remote code (Qwen2.5, Qwen3, Llama ...) and
+    whose answers can share a packed prompt: tried when it is loaded."""
+
+    def __init__(self, llm, tokenizer):
+        if not (hasattr(llm, "lm_head") and hasattr(getattr(llm, "model", None), "layers")):
+            raise ModelError(f"{type(llm).__name__} does not have model.layers and lm_head")
+        if llm._is_stateful:
+            raise ModelError(
+                f"{type(llm).__name__} has linear-attention or state-space layers: an answer would "
+                "go on from another answer's state; take a family with full attention"
+            )
+        for name in ("sliding_window", "attention_chunk_size"):
+            window = getattr(llm.config, name, None)
+            if window and window < getattr(llm.config, "max_position_embeddings", math.inf):
+                raise ModelError(
+                    f"{type(llm).__name__} has a {name} of {window} tokens: attention behind a "
+                    "shared prompt has none; take a family with full attention"
+                )
+        super().__init__(llm, nn.Module(), tokenizer, {})
+        self.projector = nn.Module()
+
+    @classmethod
+    def from_pretrained(cls, folder: str, dtype=torch.float32, weights: bool = True) -> "Text":
+        root = folder_of(folder, weights)
+        llm = load_part(text_class(root), root, dtype, weights)
+        model = cls(llm, load_tokenizer(root))
+        model.load_recipe(root)
+        if weights:
+            model.try_packing()
+        return model
+
+    @torch.no_grad()
+    def try_packing(self) -> None:
+        """ModelError unless the log-probs of two answers behind one prompt are those of the model's
+        own forward on two sequences. They are not, for instance, where logits are scaled or capped,
+        or positions are no rotary ones."""
+        g = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.llm.config.vocab_size, (24,), generator=g)
+        ids = ids.to(self.llm.get_input_embeddings().weight.device)
+        first, *answers = ids.split(8)
+        prompt = Prompt(first, torch.arange(8, device=ids.device), None, ids[:0], "", 8)
+        self.eval()
+        ours = self(mrsp.pack([prompt], [answers]))[0]
+        self.llm.set_attn_implementation("sdpa")
+        both = torch.stack([torch.cat([first, a]) for a in answers])  # (2, 16)
+        theirs = self.llm(input_ids=both).logits[:, 7:-1].float().log_softmax(-1)
+        theirs = theirs.gather(-1, both[:, 8:, None]).flatten()
+        self.llm.set_attn_implementation("mrsp")
+        gap = (ours - theirs).abs().mean().item()
+        if not gap < (1e-3 if self.llm.dtype == torch.float32 else 0.1):
+            raise ModelError(
+                f"{type(self.llm).__name__}: log-probs behind a shared prompt differ by {gap:.2g} "
+                "from those of the model's own forward: this family cannot be trained here"
+            )
+
+    def write(self, root: Path, weights: dict) -> None:
+        self.llm.save_pretrained(root, state_dict=weights)
+        self.tokenizer.save_pretrained(root)
+
+    def encoder_settings(self) -> list:
+        return []

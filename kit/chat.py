@@ -1,0 +1,70 @@
+"""Chat: the client of an OpenAI-compatible server (`vllm serve MODEL`), for build and judge."""
+
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+
+
+class ServerError(RuntimeError):
+    """The server cannot be used at all: asking it anything else would fail in the same way."""
+
+
+class ReplyError(ValueError):
+    """One reply is lost: it failed again and again, or is not what was asked for."""
+
+
+class Chat:
+    """An OpenAI-compatible server. url: up to and with /v1; $OPENAI_API_KEY is sent to it. model:
+    its name there; default: the first that the server names. timeout: seconds for one reply."""
+
+    def __init__(self, url: str, model: str | None = None, timeout: float = 300, retries: int = 3):
+        self.url, self.timeout, self.retries = url.rstrip("/"), timeout, retries
+        self.key = os.environ.get("OPENAI_API_KEY", "")
+        try:
+            served = self._request("/models")["data"][0]["id"]  # even if not used: is it there?
+        except (LookupError, TypeError, ReplyError) as error:
+            raise ServerError(f"{self.url}/models: no list of models ({error})") from None
+        self.model = model or served
+
+    def ask(self, messages: list[dict], temperature: float = 0.0, max_tokens: int = 4096) -> str:
+        """The reply to messages [{"role": ..., "content": ...}]. ReplyError, ServerError."""
+        body = {"model": self.model, "messages": messages}
+        body |= {"temperature": temperature, "max_tokens": max_tokens}
+        try:
+            choice = self._request("/chat/completions", body)["choices"][0]
+            text, end = choice["message"]["content"], choice.get("finish_reason")
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ReplyError(f"not a chat completion: {error!r}") from None
+        if end == "length":
+            raise ReplyError(f"the reply is cut off at {max_tokens} tokens")
+        if not isinstance(text, str) or not text.strip():
+            raise ReplyError("the reply is empty")
+        return text
+
+    def _request(self, path: str, body: dict | None = None) -> dict:
+        """GET, or POST of a body; asked again after 1, 2, 4 ... seconds."""
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
+        data = None if body is None else json.dumps(body).encode()
+        for attempt in range(self.retries + 1):
+            time.sleep(2**attempt // 2)
+            try:
+                request = urllib.request.Request(self.url + path, data, headers)
+                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+                    return json.loads(reply.read())
+            except urllib.error.HTTPError as error:
+                said = error.read(300).decode(errors="replace")
+                what, kind = f"the server answers {error.code}: {said}", ReplyError
+                if error.code in (401, 403, 404):
+                    raise ServerError(f"{self.url}{path}: {what}") from None
+                if error.code != 429 and error.code < 500:
+                    break
+            except TimeoutError:  # asked again, it would do the same work beside the first
+                raise ReplyError(f"no reply within {self.timeout:g} s") from None
+            except (OSError, http.client.HTTPException) as error:  # no connection, or it broke
+                what, kind = f"{self.url}{path}: {error}", ServerError
+            except ValueError as error:
+                what, kind = f"the reply is not JSON: {error}", ReplyError
+        raise kind(what)
