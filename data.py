@@ -1,22 +1,19 @@
-"""Data: rows of LongVideo-Reason, and the frames and sound of their media.
+"""Data: rows of LongVideo-Reason, and the frames of their media.
 
-                    load_rows                load_media
-    rows.jsonl,     ---------> list[Example] ----------> frames (F, H, W, 3) uint8, times (F,) s
-    rows.parquet,   parse_row  with their      Frames      decord, PIL
-    DATA_SET@SPLIT  a row      Media         load_audio
-                                             ----------> sound (S,) float32, 16,000 samples a second
-                                                           PyAV
+    rows.jsonl,      load_rows                  load_media
+    rows.parquet,    ---------> list[Example]   ---------> frames (F, H, W, 3) uint8
+    DATA_SET@SPLIT   parse_row  with Media      Frames     times (F,) seconds
 
 The data set (section 3 of the paper) is read as published: LongVideo-Reason/longvideo-reason@test
 of the hub or of its downloaded folder, .parquet and .jsonl files. A row is one question; FIELDS
-says what it holds. Optional fields are our additions. In the prompt, its media stand in the order
-videos, images, audios.
+says what it holds. In a prompt its media stand in the order videos, images, audios. How sound is
+decoded, for the families that hear: kit/sound.py.
 
-N frames in a file, F of them taken, H x W pixels, S samples. Which F of the N: by VILA's rule,
-linspace(0, N - 1, F) truncated, or so many a second (Rate). Times are those of the file, also
-where its rate varies. Frames decode when they are sliced: ranks that share a video decode a part
-each. All this in the process that asks; kit/decode.py gives the same from child processes, since a
-decoder may hang or crash.
+F frames of H x W pixels, of N in the file. Which ones: by VILA's rule, linspace(0, N - 1, F)
+truncated, or so many a second (Rate). Times are those of the file, also where its rate varies.
+Frames decode when they are sliced, so ranks that share a video decode a part each; in this
+process, with decord, PyAV and PIL. A decoder may hang or crash: kit/decode.py gives the same frames
+from child processes.
 
 What other systems do: a video that does not decode is replaced by another one under the same
 question, or dropped. Here bad input is a DataError that names the row or the file and says what to
@@ -40,22 +37,21 @@ from typing import NamedTuple
 import numpy as np
 
 TYPES = ("video", "image", "audio", "text")
-FIELDS = {  # what a row holds: the types of each field, and what they stand for
+FIELDS = {  # of a row: their types, and what they must be; one with NoneType may be left out
     "problem_id": ((str, int), "the unique name of a question"),
     "problem": ((str,), "a question, then its options one a line: 'Which?\\nA. red\\nB. blue'"),
     "data_type": ((str,), f"one of {', '.join(TYPES)}"),
     "problem_type": ((str,), "a category: temporal, goal, plot, spatial"),
-    "reasoning": ((str, NoneType), "the chain of thought for SFT; '' or null do without SFT"),
-    "videos": ((str, list), "paths of media files of that data_type in the video directory"),
-    "answer": ((str,), "<answer>...</answer>, around the letter of an option or a free text"),
-}
-OPTIONAL = {  # they may be null, too; a row's other fields are not read
-    "response": ((str,), "a text for SFT to learn, instead of reasoning and answer"),
-    "num_frames": ((int,), "a number of frames of `videos`, instead of the run's setting"),
-    "segment": ((list,), "[start, end] in seconds, of `videos`"),
-    "audio_track": ((bool,), "true or false: whether the sound of `videos` is heard as well"),
-    "images": ((list,), "paths of media files that come along"),
-    "audios": ((list,), "paths of media files that come along"),
+    "reasoning": ((str, NoneType), "the chain of thought that SFT learns from"),
+    "videos": ((str, list), "paths of media files of that data_type, '' for text"),
+    "answer": ((str,), "<answer>...</answer> around the letter of an option, or a free text"),
+    # Our additions. Fields that are not in this table are not read.
+    "response": ((str, NoneType), "a text that SFT learns, instead of reasoning and answer"),
+    "num_frames": ((int, NoneType), "a number of frames of `videos`, instead of the run's setting"),
+    "segment": ((list, NoneType), "[start, end] in seconds, of `videos`"),
+    "audio_track": ((bool, NoneType), "true or false: whether a video's sound is heard as well"),
+    "images": ((list, NoneType), "paths of media files that come along"),
+    "audios": ((list, NoneType), "paths of media files that come along"),
 }
 MAX_PIXELS = 2**26  # of a frame: two of 8K; a file that claims more is broken, or means harm
 
@@ -106,9 +102,8 @@ class Example:
 
 def wrong(row: dict, field: str) -> DataError:
     """The error of a field that is not what it must be."""
-    meaning = (FIELDS | OPTIONAL)[field][1]
     found = f"is {row[field]!r}, not" if field in row else "is missing:"
-    return DataError(f"field {field!r} {found} {meaning}")
+    return DataError(f"field {field!r} {found} {FIELDS[field][1]}")
 
 
 def parse_options(problem: str) -> tuple[str, ...]:
@@ -117,26 +112,44 @@ def parse_options(problem: str) -> tuple[str, ...]:
     >>> parse_options("Which?\\nA. red\\n(B) blue sky")
     ('red', 'blue sky')
     """
-    texts = []
-    letters = []
-    for line in problem.split("\n")[1:]:  # splitlines() would cut at characters like U+2028
-        if option := re.match(r"\s*\(?([A-Z])[.):]\s+(.*\S)", line):
-            letters.append(option[1])
-            texts.append(option[2])
-    if letters != list(ascii_uppercase[: len(letters)]):
-        raise DataError(f"field 'problem': option letters {letters} are not A, B, C ...")
-    return tuple(texts)
+    lines = problem.split("\n")[1:]  # splitlines() would cut a text at characters like U+2028
+    matches = [re.match(r"\s*\(?([A-Z])[.):]\s+(.*\S)", line) for line in lines]
+    options = [match for match in matches if match]
+    letters = "".join(match[1] for match in options)
+    if not ascii_uppercase.startswith(letters):
+        raise DataError(f"field 'problem': option letters {list(letters)} are not A, B, C ...")
+    return tuple(match[2] for match in options)
+
+
+def paths_of(row: dict, field: str, video_dir: str) -> list[str]:
+    """The media files that a field names, absolute. By the text of their paths they are within the
+    video directory; a link in there may lead to another disk.
+
+    >>> paths_of({"data_type": "video", "videos": "a/../v.mp4"}, "videos", "/media")
+    ['/media/v.mp4']
+    """
+    paths = row.get(field) or []
+    paths = [paths] if isinstance(paths, str) else paths
+    if row["data_type"] == "text" and paths:
+        raise DataError(f"field {field!r} must be empty for data_type text")
+    missing = field == "videos" and row["data_type"] != "text" and not paths
+    if missing or not all(isinstance(path, str) and path for path in paths):
+        raise wrong(row, field)
+    inside = [os.path.relpath(os.path.join(video_dir, path), video_dir) for path in paths]
+    for path, place in zip(paths, inside):
+        if place.split(os.sep)[0] == os.pardir:
+            raise DataError(
+                f"field {field!r}: {path!r} is not within the video directory {video_dir or '.'}; "
+                "give one that holds all media"
+            )
+    return [str(Path(video_dir, place).absolute()) for place in inside]
 
 
 def parse_media(row: dict, video_dir: str) -> tuple[Medium, ...]:
-    """The media of a row, in the order of the prompt.
-
-    >>> parse_media({"data_type": "video", "videos": "v.mp4", "num_frames": 8}, "/media")
-    (Medium(kind='video', path='/media/v.mp4', num_frames=8, segment=None, track=False),)
-    """
+    """The media of a row, in the order of the prompt."""
     kind = row["data_type"]
-    taken = {field: row.get(field) for field in ("num_frames", "segment", "audio_track")}
-    frames, segment, track = taken.values()
+    frames = row.get("num_frames")
+    segment = row.get("segment")
     if frames is not None and frames < 1:
         raise wrong(row, "num_frames")
     if segment is not None:
@@ -144,40 +157,15 @@ def parse_media(row: dict, video_dir: str) -> tuple[Medium, ...]:
         if not (len(segment) == len(numbers) == 2 and 0 <= segment[0] < segment[1] < float("inf")):
             raise wrong(row, "segment")
         segment = tuple(segment)
-    for field, value in taken.items():
-        if value and kind != "video" and (field, kind) != ("segment", "audio"):
+    for field in ("num_frames", "segment", "audio_track"):
+        if row.get(field) and kind != "video" and (field, kind) != ("segment", "audio"):
             raise DataError(f"field {field!r} does not go with data_type {kind}")
-    media = []
-    for field, of in (("videos", kind), ("images", "image"), ("audios", "audio")):
-        paths = row.get(field) or []
-        paths = [paths] if isinstance(paths, str) else paths
-        if kind == "text" and paths:
-            raise DataError(f"field {field!r} must be empty for data_type text")
-        missing = field == "videos" and kind != "text" and not paths
-        if missing or not all(isinstance(path, str) and path for path in paths):
-            raise wrong(row, field)
-        for path in paths:
-            medium = Medium(of, absolute(path, field, video_dir))
-            if field == "videos":
-                medium = Medium(of, medium.path, frames, segment, bool(track))
-            media.append(medium)
+    videos = paths_of(row, "videos", video_dir)
+    track = bool(row.get("audio_track"))
+    media = [Medium(kind, path, frames, segment, track) for path in videos]
+    media += [Medium("image", path) for path in paths_of(row, "images", video_dir)]
+    media += [Medium("audio", path) for path in paths_of(row, "audios", video_dir)]
     return tuple(media)
-
-
-def absolute(path: str, field: str, video_dir: str) -> str:
-    """The path of a medium within the video directory. Only the text counts: a link in the folder
-    may lead to another disk.
-
-    >>> absolute("a/../v.mp4", "videos", "/media"), absolute("/media/v.mp4", "videos", "/media")
-    ('/media/v.mp4', '/media/v.mp4')
-    """
-    inside = os.path.relpath(os.path.join(video_dir, path), video_dir)
-    if inside.split(os.sep)[0] == os.pardir:
-        raise DataError(
-            f"field {field!r}: {path!r} is not within the video directory {video_dir or '.'}; "
-            "give one that holds all media"
-        )
-    return str(Path(video_dir, inside).absolute())
 
 
 def parse_answer(row: dict, options: tuple[str, ...]) -> str:
@@ -199,9 +187,8 @@ def parse_answer(row: dict, options: tuple[str, ...]) -> str:
 def parse_row(row: dict, video_dir: str, where: str = "row") -> Example:
     """One JSON object to an Example, or a DataError that names the row and the field."""
     try:
-        for field, (types, _) in (FIELDS | OPTIONAL).items():
-            absent = field in OPTIONAL and row.get(field) is None
-            if not absent and (field not in row or type(row[field]) not in types):
+        for field, (types, _) in FIELDS.items():
+            if type(row.get(field)) not in types:
                 raise wrong(row, field)
         if row["data_type"] not in TYPES:
             raise wrong(row, "data_type")
@@ -210,12 +197,12 @@ def parse_row(row: dict, video_dir: str, where: str = "row") -> Example:
         response = row.get("response")
         if response is not None and not response.strip():
             raise wrong(row, "response")
-        verbatim = response is not None and not row["answer"]  # it needs no gold answer
-        answer = "" if verbatim else parse_answer(row, options)
+        needed = row["answer"] or response is None  # a verbatim response does without one
+        answer = parse_answer(row, options) if needed else ""
     except DataError as error:
         raise DataError(f"{where} (problem_id {row.get('problem_id', '?')!r}): {error}") from None
     if response is None:
-        thought = (row["reasoning"] or "").strip()
+        thought = (row.get("reasoning") or "").strip()
         if thought and "<think>" not in thought:
             thought = f"<think> {thought} </think>"
         response = f"{thought} <answer> {answer} </answer>" if thought else ""
@@ -270,13 +257,13 @@ def read_rows(path: str):
             from datasets import load_dataset
 
             table = load_dataset(source, split=split).with_format("arrow")[:]
-        known = [name for name in table.column_names if name in FIELDS | OPTIONAL]
+        known = [name for name in table.column_names if name in FIELDS]
         for number, row in enumerate(table.select(known).to_pylist(), 1):
             yield f"{path}: row {number}", row
     except ImportError as error:
         raise DataError(f"{path}: {error}; pip install datasets") from None
     except Exception as error:  # file system, Arrow and hub each have their own
-        reason = lines_of(error)[0][:200]
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
         hint = "download it again" if is_file else "download the data set and give FOLDER@SPLIT"
         raise DataError(f"{path}: cannot be read ({reason}); check its name, or {hint}") from None
 
@@ -289,9 +276,8 @@ def load_rows(path: str, video_dir: str | None = None, bad: list | None = None) 
     a line that is not a JSON object, a field that is missing or wrong, an id that occurs twice. If
     `bad` is a list, such rows are left out and appended to it as (where, message).
     """
-    if not video_dir:
-        folder = path.rpartition("@")[0] if not os.path.isfile(path) else os.path.dirname(path)
-        video_dir = folder if os.path.isdir(folder) else ""
+    folder = os.path.dirname(path) if os.path.isfile(path) else path.rpartition("@")[0]
+    video_dir = video_dir or (folder if os.path.isdir(folder) else "")
     examples = {}  # by id
     faults = []
     for where, row in read_rows(path):
@@ -350,11 +336,6 @@ def choose_frames(times: np.ndarray, how: int | Rate, first: int, last: int) -> 
     return np.unique(behind - 1)
 
 
-def lines_of(error: Exception) -> list[str]:
-    """What an error says; its type where it says nothing."""
-    return str(error).strip().splitlines() or [type(error).__name__]
-
-
 @contextmanager
 def named_errors(medium: Medium, kind: str, name: str):
     """All that goes wrong within becomes a DataError that names the file, and the question `name`
@@ -367,7 +348,7 @@ def named_errors(medium: Medium, kind: str, name: str):
             raise DataError(f"{medium.path}: the file is empty{where}; download it again")
         yield
     except Exception as error:  # the decoders raise their own types; keep one line of theirs
-        reason = lines_of(error)[-1]
+        reason = (str(error).strip() or type(error).__name__).split("\n")[-1]
         if not reason.startswith(medium.path):  # else it is named already
             reason = f"{medium.path}: does not decode as {kind}{where}: {reason[:200]}"
         raise DataError(reason, question=name) from None
@@ -419,8 +400,8 @@ def load_media(medium: Medium, num_frames: int | Rate, name: str = ""):
 
 
 class Opener:
-    """Opens media in this process. A run has kit/decode.Loader in its place, with the same methods:
-    that one decodes in child processes, ahead of the model."""
+    """Opens media in this process. A run has kit/decode.Loader in its place: that one decodes in
+    child processes, ahead of the model, and it hears."""
 
     @contextmanager
     def open(self, medium: Medium, num_frames: int | Rate, name: str = ""):
@@ -428,8 +409,8 @@ class Opener:
         yield Frames(medium, num_frames, name)
 
     def sound(self, medium: Medium, rate: int = 16000, name: str = "") -> np.ndarray:
-        """load_audio."""
-        return load_audio(medium, rate, name)
+        """Of audio and tracks: Loader's alone."""
+        raise DataError(f"{medium.path}: to hear it set model.loader = kit.decode.Loader()", name)
 
     def ahead(self, plan) -> None:
         """What will be opened next; here nothing is done beforehand."""
@@ -457,8 +438,10 @@ def open_video(path: str, how: int | Rate, segment=None):
     times = np.arange(total) / fps  # exact, where the rate is constant ...
     if np.abs(stamps[:, 0] - stamps[0, 0] - times).max() > 0.5 / fps:  # ... and it is not
         times = stamps[:, 0] - stamps[0, 0]
-    first, stop = np.searchsorted(times, np.array(segment or (0, np.inf)) - 1e-6)
-    indices = choose_frames(times, how, int(first), int(stop) - 1)  # times in [start, end)
+    first, stop = 0, total
+    if segment is not None:  # frames whose time lies in [start, end)
+        first, stop = np.searchsorted(times, np.array(segment) - 1e-6).tolist()
+    indices = choose_frames(times, how, first, stop - 1)
 
     def read(at: np.ndarray) -> np.ndarray:
         return reader.get_batch(at).asnumpy()
@@ -473,14 +456,13 @@ class Turned:
     def __init__(self, path: str, quarters: int):
         self.path = path
         self.quarters = quarters
-        self.at = None  # the last frame decoded
+        self.at = np.inf  # index of the last frame decoded; what is not behind it needs a new start
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         import av
 
-        if self.at is None or indices[0] <= self.at:
-            self.container = av.open(self.path)
-            self.frames = enumerate(self.container.decode(video=0))
+        if indices[0] <= self.at:
+            self.frames = enumerate(av.open(self.path).decode(video=0))
             self.at = -1
         found = []
         while self.at < indices[-1]:
@@ -492,8 +474,7 @@ class Turned:
 
 def read_header(path: str) -> tuple[int, float, int]:
     """What a video's header tells: the number of frames (0: it does not), seconds, and by how many
-    degrees, counter-clockwise, frames are to be turned. DataError without video, or if it is
-    huge: before anything of it is decoded."""
+    degrees, counter-clockwise, to turn them. DataError without video, or if it is huge."""
     import av
 
     with av.open(path) as container:
@@ -501,94 +482,16 @@ def read_header(path: str) -> tuple[int, float, int]:
             raise DataError("the file has no video stream")
         stream = container.streams.video[0]
         height, width = stream.codec_context.height, stream.codec_context.width
-        if height * width > MAX_PIXELS:
+        if height * width > MAX_PIXELS:  # before anything is decoded
             raise DataError(f"frames of {width} x {height} pixels: more than {MAX_PIXELS:,}")
-        seconds = seconds_of(container, stream)
+        _, seconds = span_of(container, stream)
         frame = next(container.decode(stream), None)
         return stream.frames, seconds, frame.rotation if frame else 0
 
 
-def start_of(stream) -> float:
-    """When a stream begins, in seconds."""
-    return float((stream.start_time or 0) * stream.time_base)
-
-
-def seconds_of(container, stream) -> float:
-    """How long a stream is, by its file's header."""
+def span_of(container, stream) -> tuple[float, float]:
+    """(start, length) of a stream in seconds, by its file's header."""
+    start = float((stream.start_time or 0) * stream.time_base)
     if stream.duration is None:  # Matroska: the time of its end
-        return (container.duration or 0) / 1e6 - start_of(stream)
-    return float(stream.duration * stream.time_base)
-
-
-def load_audio(medium: Medium, rate: int = 16000, name: str = "") -> np.ndarray:
-    """The sound of an audio file, or of a video's audio track: (S,) float32 in [-1, 1], `rate`
-    samples a second, the mean of its channels. A segment's first sample is at its start.
-
-    Second 0 is that of the video, if the file has one: a track that starts later is padded with
-    silence, one that starts earlier is cut. Errors as load_media's; sound with gaps is one.
-    """
-    import av
-
-    with (
-        named_errors(medium, "audio", name),
-        av.open(medium.path, metadata_errors="replace") as container,  # old tags are not UTF-8
-    ):
-        if not container.streams.audio:
-            raise DataError("the file has no audio stream")
-        stream = container.streams.audio[0]
-        sound = decode_sound(medium.path, container, stream, rate)
-        video = (container.streams.video or [stream])[0]
-        late = round(rate * (start_of(stream) - start_of(video)))
-        silence = np.zeros(max(late, 0), np.float32)
-        sound = np.concatenate([silence, sound])[max(-late, 0) :]
-        if medium.segment is not None:
-            start, end = (int(np.ceil(x * rate - 1e-6)) for x in medium.segment)
-            sound = sound[start:end]
-        if len(sound) == 0:
-            raise DataError(f"there is no sound (segment: {medium.segment})")
-        return sound.clip(-1, 1)
-
-
-def decode_sound(path: str, container, stream, rate: int) -> np.ndarray:
-    """The samples of a stream, (S,) float32; an error if they end before the time that the file's
-    header tells."""
-    import av
-
-    # Planar floats of all channels: libav's own way from floats to mono leaves [-1, 1].
-    resampler = av.AudioResampler("fltp", rate=rate)
-
-    def mono(frame) -> list[np.ndarray]:  # None: what the resampler holds back
-        return [part.to_ndarray().mean(0) for part in resampler.resample(frame) if part]
-
-    parts = [np.zeros(0, np.float32)]
-    error = None
-    try:
-        for frame in container.decode(stream):
-            parts += mono(frame)
-    except av.InvalidDataError as found:  # at the end of an .mp3 this is a tag
-        error = found
-    sound = np.concatenate(parts + mono(None))
-    seconds = len(sound) / rate
-    stated = stated_seconds(path, container, stream)
-    if error is not None and (not stated or seconds < stated - 0.1):
-        raise error
-    if seconds < 0.98 * stated - 0.1:
-        raise DataError(f"the sound is cut off or has gaps: {seconds:.1f} s of {stated:.1f} s")
-    return sound
-
-
-def stated_seconds(path: str, container, stream) -> float:
-    """How long a sound is by its file's header; 0 if it does not tell, as an Ogg file, a raw .aac
-    and an .mp3 without its encoder's tag: cut off, they are shorter sounds."""
-    kind = container.format.name
-    if kind in ("aac", "mp3") and not stream.start_time:
-        return 0.0  # libav's guess from the bit rate, 4 times too long if that varies
-    if stream.duration is None and len(container.streams) > 1:
-        return 0.0
-    seconds = seconds_of(container, stream)
-    if kind == "wav":  # libav goes by the length of the file
-        with open(path, "rb") as file:
-            form, size = file.read(4), int.from_bytes(file.read(4), "little")
-        if form == b"RIFF" and size < 2**31 - 2**16:  # else written as a stream, without a length
-            seconds *= size / os.path.getsize(path)
-    return seconds
+        return start, (container.duration or 0) / 1e6 - start
+    return start, float(stream.duration * stream.time_base)

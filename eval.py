@@ -48,7 +48,7 @@ import torch
 import torch.distributed as dist
 
 import data
-from data import DataError, Example, Rate, frame_indices, load_rows, parse_line, read_rows
+from data import DataError, Example, Rate, frame_indices, load_rows, read_rows
 from families import load
 from families.files import folder_of
 from grpo import accuracy_reward, format_reward, graded, lenient_accuracy
@@ -599,7 +599,6 @@ def run_filter(args) -> dict:
     if job.rank == 0:
         for where, row in read_rows(job.source):
             if where not in job.malformed:
-                row = parse_line(row, where) if isinstance(row, bytes) else row
                 rate = of.get(str(row["problem_id"]))  # None: left out by --limit
                 if rate and fate(rate) == "kept":
                     kept.append(row | {"pass_rate": rate["pass_rate"]})

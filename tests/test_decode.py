@@ -24,6 +24,7 @@ import train
 from data import DataError, Rate
 from families.vila import VILA
 from kit import decode
+from kit.sound import load_audio
 from kit.toy import write_mp4
 
 PRESENT = "no question"
@@ -170,7 +171,7 @@ def test_a_child_gives_the_same_frames_and_sound(tmp_path, loader):
         frames.ask(slice(5, 9))
         assert np.array_equal(frames[2:4], whole[2:4])  # another part than it was asked for
     for m in (video._replace(segment=None), medium(tmp_path / "s.wav", "audio")):
-        assert np.array_equal(loader.sound(m), data.load_audio(m))
+        assert np.array_equal(loader.sound(m), load_audio(m))
     assert len(loader.idle) == 1  # one process did it all
 
 
@@ -216,6 +217,7 @@ import os, sys, time
 sys.path.insert(0, sys.argv[1])
 import data
 from kit import decode
+from kit.sound import load_audio
 opened = data.open_video
 def open_video(path, *rest):
     name = os.path.basename(path)
@@ -463,7 +465,7 @@ def test_a_child_is_replaced_after_so_many_files(tmp_path):
 def test_children_end_with_their_parent(tmp_path):
     write_video(tmp_path / "v.mp4", numbered_frames(8))
     code = (
-        "import decode, data, time\n"
+        "import data, time\nfrom kit import decode\n"
         f"with decode.Loader(1).open(data.Medium('video', {str(tmp_path / 'v.mp4')!r}), 2) as f:\n"
         "    print(f.worker.process.pid, flush=True)\n    time.sleep(99)"
     )
