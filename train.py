@@ -63,6 +63,7 @@ from families import load
 from grpo import GRPOConfig
 from kit import report
 from kit.decode import Loader
+from kit.plan import SHAPES, memory
 from kit.toy import ToyConfig, toy_make
 from model import THINKING, ModelError, Recipe
 from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, engine_kind, make_engine
@@ -819,10 +820,8 @@ def prepare(preset: Preset, world: int) -> tuple[list[str], list[str]]:
 
 
 def memory_plan(preset: Preset, model, world: int, sampler: str) -> tuple[list[str], list[str]]:
-    """bench.memory of a GRPO step on a 640 x 360 video of 2 seconds a frame (with its sound, where
+    """plan.memory of a GRPO step on a 640 x 360 video of 2 seconds a frame (with its sound, where
     that is heard; or 1,000 words of text), as lines; a line more if it is not here."""
-    from kit import bench
-
     c, recipe, config, gib = preset.run, preset.recipe, model.llm.config, 2**30
     question = data.Example("", "why " * 100, (), "", "", (), "", "")
     media, n = [], recipe.max_frames if recipe.fps else recipe.num_frames
@@ -834,12 +833,10 @@ def memory_plan(preset: Preset, model, world: int, sampler: str) -> tuple[list[s
     else:
         question = replace(question, problem="why " * 1000)
     tokens = len(model.build_prompt(question, media, recipe.thinking).ids)
-    shape = {
-        name: getattr(config, name) for name in bench.SHAPES["qwen2.5-vl-7b"] if name != "head_dim"
-    }
+    shape = {name: getattr(config, name) for name in SHAPES["qwen2.5-vl-7b"] if name != "head_dim"}
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     wide = 4 if c.dtype == "float32" else 2
-    part = bench.memory(
+    part = memory(
         shape | {"head_dim": head}, tokens, preset.grpo.group * recipe.max_tokens, world, c.sp,
         c=wide, chunk=max(1, min(8192, 2**28 // config.vocab_size)),
         prefill=preset.rollout.prefill_tokens if sampler == "vllm" else None,
