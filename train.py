@@ -339,7 +339,7 @@ def main(argv=None) -> dict | None:
         ranks.join(alone=settings.ranks.fsdp or kind == "vllm")
         with Run(settings, ranks) as run:
             run.start_logs()
-            if settings.run.model is None:  # the toy makes its data and its checkpoint
+            if settings.makes_toy:  # its data and its checkpoint
                 run.settings = toy.prepare(run)
                 lines = plan.check(run.settings, ranks)
             run.say("\n".join(notes + lines))
