@@ -217,7 +217,6 @@ import os, sys, time
 sys.path.insert(0, sys.argv[1])
 import data
 from kit import decode
-from kit.sound import load_audio
 opened = data.open_video
 def open_video(path, *rest):
     name = os.path.basename(path)
