@@ -6,58 +6,54 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from fractions import Fraction
+from pathlib import Path
 
-import av
 import numpy as np
 import psutil
 import pytest
 import zoo
 from conftest import run_ranks, write_video_with_audio, write_wav
+from media import copied, medium, numbered_frames, numbers_of, packet_starts, write_video
 from PIL import Image
-from test_data import medium, numbered_frames, numbers_of
 
 import data
 import mrsp
 import sft
 import train
-from data import DataError, Rate
+from data import DataError, Example, Rate
 from families.vila import VILA
 from kit import decode
 from kit.sound import load_audio
 from kit.toy import write_mp4
 
-PRESENT = "no question"
-
-
-def write_video(path, frames, codec="mpeg4", fps=10, pts=None, turn=0, **options):
-    """frames (F, H, W, 3) as a video; pts: when each is shown, in milliseconds; turn: degrees."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps, options=options)
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-        if turn:
-            stream.set_display_rotation(turn)
-        if pts is not None:
-            stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
-        for i, frame in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            if pts is not None:
-                frame.pts, frame.time_base = int(pts[i]), Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return str(path)
-
 
 @pytest.fixture
 def loader():
-    made = decode.Loader(ahead=1, limit=20)
+    made = decode.Loader(ahead=1, limit=60)
     yield made
     made.close()
 
 
-def seen(loader, m, how=4):
-    with loader.open(m, how, PRESENT) as frames:
+def seen(loader, m, how=4, name="q7"):
+    with loader.open(m, how, name) as frames:
         return frames[:], frames.times
+
+
+def first_two(shape) -> slice:
+    return slice(0, 2)
+
+
+def question(m, name="q7") -> Example:
+    return Example(name, "", (), "", "", (m,), m.kind, "")
+
+
+def write_rows(folder, names) -> str:
+    """A question about each file, under its name."""
+    row = {"problem": "Which?\nA. red\nB. blue", "data_type": "video", "problem_type": "x"}
+    row |= {"reasoning": "seen", "answer": "<answer>A</answer>"}
+    rows = [json.dumps(row | {"problem_id": name, "videos": name}) + "\n" for name in names]
+    (folder / "rows.jsonl").write_text("".join(rows))
+    return str(folder / "rows.jsonl")
 
 
 # -------------------------------------------------------------------------- which frames, and when
@@ -65,25 +61,20 @@ def seen(loader, m, how=4):
 
 @pytest.mark.parametrize(
     "rate, expected",
-    (
-        (Rate(1), [0, 22, 45, 68, 91, 114, 137]),  # 70 frames at 10 a second: 7 of them
-        (Rate(0.5), None),
+    [
+        (Rate(1), [0, 11, 23, 34, 46, 57, 69]),  # 70 frames at 10 a second: 7 of them
+        (Rate(0.5), [0, 23, 46, 69]),  # 3.5: 4
         (Rate(0.01), [0]),
         (Rate(1000), list(range(70))),
         (Rate(10), list(range(70))),
         (Rate(5, most=3), [0, 34, 69]),
-    ),
+    ],
 )
 def test_a_rate_gives_frames_a_second(tmp_path, rate, expected):
     path = write_video(tmp_path / "v.mp4", numbered_frames(70))
     frames, times = data.load_media(medium(path), rate)
-    n = min(max(round(7 * rate.fps), 1), 70, rate.most)
-    assert len(frames) == len(times) == n
-    if rate == Rate(1):
-        expected = np.linspace(0, 69, 7, dtype=int).tolist()
-    if expected is not None:
-        assert numbers_of(frames).tolist() == expected
-        assert times == pytest.approx(np.array(expected) / 10)
+    assert numbers_of(frames).tolist() == expected
+    assert times == pytest.approx(np.array(expected) / 10)
 
 
 def test_a_rate_counts_in_a_segment(tmp_path):
@@ -140,16 +131,9 @@ def test_a_turned_video_is_shown_upright(tmp_path, turn, size):
 
 @pytest.mark.parametrize("size", ((33, 17), (1, 99), (48, 127)))
 def test_odd_sizes_are_kept(tmp_path, size):
-    with av.open(str(tmp_path / "v.mkv"), "w") as container:
-        stream = container.add_stream("ffv1", rate=10)
-        stream.height, stream.width, stream.pix_fmt = *size, "bgr0"
-        for i in range(5):
-            frame = np.full((*size, 3), 40 * i, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    frames = data.load_media(medium(tmp_path / "v.mkv"), 5)[0]
-    assert frames.shape == (5, *size, 3)
-    assert all((frame == 40 * i).all() for i, frame in enumerate(frames))
+    grey = np.full((5, *size, 3), 40, np.uint8) * np.arange(5, dtype=np.uint8)[:, None, None, None]
+    path = write_video(tmp_path / "v.mkv", grey, "ffv1", pixels="bgr0")
+    assert np.array_equal(data.load_media(medium(path), 5)[0], grey)
 
 
 # ------------------------------------------------------------------------------ in a child process
@@ -191,8 +175,11 @@ def broken(folder):
     write_video(folder / "one.mp4", frames[:1])
     write_wav(folder / "sound.wav", 1.0)
     (folder / "sound.wav").rename(folder / "sound.mp4")
-    huge = np.zeros((1, 8200, 8200, 3), np.uint8)
-    write_video(folder / "huge.mkv", huge, "ffv1")
+    write_video(folder / "huge.mkv", np.zeros((1, 300, 300, 3), np.uint8), "ffv1")
+    huge = (folder / "huge.mkv").read_bytes()
+    for element in (b"\xb0\x82", b"\xba\x82"):  # width and height: 300 becomes 8200
+        huge = huge.replace(element + b"\x01\x2c", element + b"\x20\x08")
+    (folder / "huge.mkv").write_bytes(huge)
     write_video(folder / "variable.mkv", frames[:9], pts=np.arange(9) ** 2 * 50)
     write_video(folder / "turned.mp4", frames[:9], turn=90)
     (folder / "folder.mp4").mkdir()
@@ -200,15 +187,46 @@ def broken(folder):
         rest = b"\0\0\0\x10free" + name[:8].encode()  # files alike would share their embeddings
         (folder / name).write_bytes(whole + rest)
     return {
-        "good.mp4": 4, "zero.mp4": "file is empty.*download it again", "good.webm": 4,
-        "text.mp4": "Invalid data found", "noise.mp4": "does not decode as video",
-        "cut.mp4": "does not decode as video", "cut.webm": "cut off, .* s of .* s",
-        "garbage.mp4": "does not decode as video", "one.mp4": 1,
-        "sound.mp4": "no video stream", "huge.mkv": "8200 x 8200 pixels: more than",
-        "hangs.mp4": "gave nothing within 4 s", "variable.mkv": 4,
-        "late.mp4": "gave nothing within 4 s", "crashes.mp4": "crashed .exit status -6.$",
-        "turned.mp4": 4, "folder.mp4": "no such file", "absent.mp4": "no such file",
-    }  # fmt: skip
+        "good.mp4": 4,
+        "zero.mp4": "file is empty.*download it again",
+        "good.webm": 4,
+        "text.mp4": "Invalid data found",
+        "noise.mp4": "does not decode as video",
+        "cut.mp4": "does not decode as video",
+        "cut.webm": "cut off, .* s of .* s",
+        "garbage.mp4": "does not decode as video",
+        "one.mp4": 1,
+        "sound.mp4": "no video stream",
+        "huge.mkv": "8200 x 8200 pixels: more than",
+        "hangs.mp4": "gave nothing within 4 s",
+        "variable.mkv": 4,
+        "late.mp4": "gave nothing within 4 s",
+        "crashes.mp4": "crashed .exit status -6.$",
+        "turned.mp4": 4,
+        "folder.mp4": "no such file",
+        "absent.mp4": "no such file",
+    }
+
+
+def truncated(folder):
+    """Yields downloads that broke off: an index (moov) behind the packets, as ffmpeg writes it, or
+    in front of them, as on the web."""
+    write_mp4(str(folder / "behind.mp4"), numbered_frames(70))
+    copied(folder / "behind.mp4", folder / "front.mp4", movflags="+faststart")
+    behind, front = ((folder / f"{name}.mp4").read_bytes() for name in ("behind", "front"))
+    assert behind.find(b"moov") > behind.find(b"mdat") and front.find(b"moov") < front.find(b"mdat")
+    starts = packet_starts(folder / "front.mp4")
+    assert len(data.load_media(medium(folder / "front.mp4"), 70)[0]) == len(starts) == 70
+    for share in (0.1, 0.5, 0.9):  # the last 5 % are a tag that may go
+        yield "mp4", behind[: int(share * len(behind))]
+    yield "mp4", front[: len(front) // 10]
+    for packets in (35, 67):  # 2 % are allowed: some files declare too many
+        yield "mp4", front[: starts[packets]]
+    for packets in (35, 67, 69):
+        yield "mp4", front[: starts[packets] - 3]
+    yield "mp4", front[: starts[20]] + bytes(starts[50] - starts[20]) + front[starts[50] :]
+    whole = Path(write_video(folder / "v.mkv", numbered_frames(70))).read_bytes()
+    yield "mkv", whole[: len(whole) // 2]
 
 
 # A worker that sleeps or aborts on certain names, as a decoder does on certain bytes.
@@ -242,37 +260,45 @@ def directory(tmp_path_factory):
     return folder, broken(folder)
 
 
-def test_each_hostile_file_has_its_outcome_and_costs_itself_alone(directory, hostile):
+@pytest.mark.parametrize("limit", (60, pytest.param(4, marks=pytest.mark.slow)))
+def test_each_hostile_file_has_its_outcome_and_costs_itself_alone(directory, hostile, limit):
     folder, expected = directory
-    loader = decode.Loader(ahead=2, limit=4)
-    files = [medium(folder / name) for name in expected]
-    loader.ahead((m, 4, "q", lambda shape: slice(0, 2)) for m in files)
-    for m, (name, outcome) in zip(files, expected.items()):
+    loader = decode.Loader(ahead=2, limit=limit)
+    named = {name: x for name, x in expected.items() if limit == 4 or "within" not in str(x)}
+    files = [medium(folder / name) for name in named]
+    loader.ahead((m, 4, "q", first_two) for m in files)
+    for m, (name, outcome) in zip(files, named.items()):
         if isinstance(outcome, int):
             frames, times = seen(loader, m)
             assert len(frames) == len(times) == outcome, name
         else:
             with pytest.raises(DataError, match=outcome) as error:
                 seen(loader, m)
-            assert error.value.question and str(error.value).count("(question q)") <= 1
+            message = str(error.value)
+            assert error.value.question == "q7" and message.startswith(f"{m.path}: ")
+            assert message.count("(question q7)") == 1 and "\n" not in message
     loader.close()
 
 
+def test_a_download_that_broke_off_is_refused_by_name(tmp_path, loader):
+    for i, (ending, content) in enumerate(truncated(tmp_path)):
+        path = tmp_path / f"{i}.{ending}"
+        path.write_bytes(content)
+        with pytest.raises(DataError) as error:
+            seen(loader, medium(path))
+        message = str(error.value)
+        assert message.startswith(f"{path}: does not decode as video (question q7): ")
+        assert "\n" not in message
+
+
+@pytest.mark.slow
 def test_training_and_evaluation_go_on_without_the_hostile_files(
     directory, hostile, toy, tmp_path, capsys
 ):
     """The list names each lost row once, with its error; nothing takes their place."""
     folder, expected = directory
-    rows = []
-    for name in expected:
-        rows.append(
-            {"problem_id": name, "problem": "Which?\nA. red\nB. blue", "data_type": "video"}
-            | {"problem_type": "x", "reasoning": "seen", "answer": "<answer>A</answer>"}
-            | {"videos": name}
-        )
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     lost = sorted(name for name, outcome in expected.items() if isinstance(outcome, str))
-    own, questions = str(toy / "init"), str(tmp_path / "rows.jsonl")
+    own, questions = str(toy / "init"), write_rows(tmp_path, expected)
     arguments = [
         "--preset", "qwen2.5-vl-7b", "--model", own, "--cache_dir", str(tmp_path / "cache"),
         "--data", questions, "--sft_data", questions, "--test_data", questions, "--video_dir",
@@ -291,10 +317,9 @@ def test_training_and_evaluation_go_on_without_the_hostile_files(
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     assert [m["stage"] for m in metrics] == ["sft"] * 3 + ["grpo"] * 3
     batches = sft.batches(list(expected), 8, 3, 0)
-    assert (
-        sum(m["lost_rows"] for m in metrics[3:]) == sum(n in lost for b in batches for n in b) > 0
-    )
-    assert summary["questions"] == len(rows)
+    left_out = sum(name in lost for batch in batches for name in batch)
+    assert sum(m["lost_rows"] for m in metrics[3:]) == left_out > 0
+    assert summary["questions"] == len(expected)
 
 
 def test_the_first_bad_video_ends_a_run_that_does_not_skip(directory, hostile, toy, model):
@@ -310,27 +335,25 @@ def test_the_first_bad_video_ends_a_run_that_does_not_skip(directory, hostile, t
     assert model.usable(rows[1:], see, lost) == ([], [])  # it is not opened again
 
 
-def test_a_hanging_child_is_killed_and_another_one_goes_on(directory, hostile):
+def test_a_hanging_child_is_killed_and_another_one_goes_on(directory, hostile, loader):
     folder, _ = directory
-    loader = decode.Loader(ahead=1, limit=4)
     assert len(seen(loader, medium(folder / "good.mp4"))[0]) == 4
-    first = loader.idle[0].process
-    with pytest.raises(DataError, match="gave nothing within 4 s"):
+    (first,) = loader.idle
+    first.limit = 0.5
+    with pytest.raises(DataError, match="gave nothing within 0.5 s"):
         seen(loader, medium(folder / "hangs.mp4"))
-    assert first.poll() == -9 and not loader.idle
-    with pytest.raises(DataError, match="question another.*within 4 s") as error:  # at once
-        with loader.open(medium(folder / "hangs.mp4"), 8, "another"):
-            pass
+    assert first.process.poll() == -9 and not loader.idle
+    with pytest.raises(DataError, match="question another.*within 0.5 s") as error:  # at once
+        seen(loader, medium(folder / "hangs.mp4"), 8, "another")
     assert error.value.question == "another" and not loader.idle
     assert len(seen(loader, medium(folder / "good.mp4"))[0]) == 4
-    assert loader.idle[0].process.pid != first.pid
-    loader.close()
+    assert loader.idle[0].process.pid != first.process.pid
 
 
 def test_closing_ends_a_child_that_hangs(directory, hostile):
     """Or the exit of a run that failed would wait for it."""
     loader = decode.Loader(ahead=1, limit=600)
-    loader.ahead([(medium(directory[0] / "hangs.mp4"), 4, "q", lambda shape: slice(0, 2))])
+    loader.ahead([(medium(directory[0] / "hangs.mp4"), 4, "q", first_two)])
     (future,) = loader.started.values()
     while not loader.busy:
         time.sleep(0.01)
@@ -347,26 +370,22 @@ def test_a_child_that_died_idle_is_not_blamed_on_the_next_file(directory, loader
 
 
 def test_who_asks_for_a_planned_file_is_named_and_it_is_not_planned_again(directory, loader):
-    plan = [
-        (medium(directory[0] / name), 4, "planned", lambda shape: slice(0, 2))
-        for name in ("cut.mp4", "good.mp4")
-    ]
+    files = [medium(directory[0] / name) for name in ("cut.mp4", "good.mp4")]
+    plan = [(m, 4, "planned", first_two) for m in files]
     loader.ahead(plan)
     with pytest.raises(DataError, match="question asks") as error:
-        with loader.open(plan[0][0], 4, "asks"):
-            pass
+        seen(loader, files[0], 4, "asks")
     assert error.value.question == "asks" and "planned" not in str(error.value)
     loader.ahead(plan)
-    assert [m for m, _ in loader.started] == [plan[1][0]]
+    assert [m for m, _ in loader.started] == files[1:]
 
 
-def test_a_child_that_was_late_is_so_for_each_request(directory, hostile):
-    loader = decode.Loader(ahead=1, limit=4)
-    with pytest.raises(DataError, match="gave nothing within 4 s"):
+def test_a_child_that_was_late_is_so_for_each_request(directory, hostile, loader):
+    with pytest.raises(DataError, match="gave nothing within 0.5 s"):
         with loader.open(medium(directory[0] / "late.mp4"), 4) as frames:
+            frames.worker.limit = 0.5
             frames.ask(slice(0, 2))
             frames[0:3]
-    loader.close()
 
 
 def test_rows_of_one_id_in_two_files_are_not_taken_for_each_other(directory, toy, model):
@@ -392,31 +411,29 @@ def test_media_that_a_family_cannot_take_cost_the_row(tmp_path):
     Image.fromarray(np.zeros((1, 300, 3), np.uint8)).save(tmp_path / "line.png")
     model = zoo.build("omni")
     for name, kind, said in (
-        ("short.wav", "audio", "too short to be heard"), ("line.png", "image", "than 200 times")
-    ):  # fmt: skip
-        bad = data.Example("q7", "", (), "", "", (medium(tmp_path / name, kind),), kind, "")
+        ("short.wav", "audio", "too short to be heard"),
+        ("line.png", "image", "than 200 times"),
+    ):
         with pytest.raises(DataError, match=f"{name}.*question q7.*{said}") as error:
-            model.features(bad, 4)
+            model.features(question(medium(tmp_path / name, kind)), 4)
         assert error.value.question == "q7"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, said", (("crashes", "exit status -6"), ("cut", "decode as")))
 def test_a_first_row_that_does_not_decode_refuses_no_run_that_skips(
     directory, hostile, toy, tmp_path, name, said
 ):
-    row = json.loads((toy / "rl.jsonl").read_text().splitlines()[0]) | {"videos": f"{name}.mp4"}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    rows = write_rows(tmp_path, [f"{name}.mp4"])
     for how in ("error", "skip"):
         preset = train.parse_options(
             ["--preset", "qwen2.5-vl-7b", "--model", str(toy / "init"), "--sp", "1", "--data"]
-            + [str(tmp_path / "rows.jsonl"), "--video_dir", str(directory[0]), "--on_bad_video"]
+            + [rows, "--video_dir", str(directory[0]), "--on_bad_video"]
             + [how, "--decode_seconds", "4", "--recipe_max_tokens", "4", "--recipe_num_frames", "4"]
         )
         lines, lacks = train.prepare(preset, 1)
-        assert [said in "\n".join(part) for part in (lines, lacks)] == [
-            how == "skip",
-            how != "skip",
-        ]
+        assert (said in "\n".join(lines)) == (how == "skip")
+        assert (said in "\n".join(lacks)) == (how != "skip")
 
 
 def test_files_are_opened_ahead_a_few_at_a_time(tmp_path):
@@ -430,7 +447,7 @@ def test_files_are_opened_ahead_a_few_at_a_time(tmp_path):
     def plan():
         for name in names:
             asked.append(name)
-            yield medium(tmp_path / f"{name}.mp4"), 4, name, lambda shape: slice(0, shape[0] // 2)
+            yield medium(tmp_path / f"{name}.mp4"), 4, name, first_two
 
     loader.ahead(plan())
     assert asked == ["a", "b"]
@@ -479,13 +496,18 @@ def test_children_end_with_their_parent(tmp_path):
 # ---------------------------------------------------------------------------------------- ranks
 
 
+def gone(*_):
+    """In place of what a decoder does on one rank."""
+    return data.Frames(medium("gone"), 1)[:]
+
+
 def both_ranks_fail_alike(rank, folder, checkpoint):
     """One rank of a sequence cannot open a file, or decode its share: both raise the same error,
     and the next video is encoded together."""
     import torch.distributed as dist
 
     model, group = VILA.from_pretrained(checkpoint), dist.group.WORLD
-    good = data.Example("good", "", (), "", "", (medium(f"{folder}/good.mp4"),), "video", "")
+    good = question(medium(f"{folder}/good.mp4"))
     whole = model.features(good, 6)[0].features
     model.timed = True
     if rank == 0:
@@ -493,16 +515,12 @@ def both_ranks_fail_alike(rank, folder, checkpoint):
     model.cache.memory.clear()
     assert len(model.features(good, 7, group)[0].times) == 7
     for fails in (0, 1):
-        for where in ("open_video", "get"):
+        for owner, where in ((data, "open_video"), (data.Frames, "pieces")):
             model.cache.memory.clear()  # the files are alike
-            bad = replace(good, id="bad", media=(medium(f"{folder}/bad{fails}{where}.mp4"),))
+            bad = question(medium(f"{folder}/bad{fails}{where}.mp4"))
             with pytest.MonkeyPatch.context() as patch:
-                if rank == fails and where == "open_video":
-                    patch.setattr(data, "open_video", lambda *a: 1 / 0)
-                if rank == fails and where == "get":
-                    patch.setattr(
-                        data.Frames, "pieces", lambda *a: data.Frames(medium("gone"), 1)[:]
-                    )
+                if rank == fails:
+                    patch.setattr(owner, where, gone)
                 with pytest.raises(DataError) as error:
                     model.features(bad, 6, group)
             said = [None, None]
@@ -512,16 +530,15 @@ def both_ranks_fail_alike(rank, folder, checkpoint):
             assert (model.features(good, 6, group)[0].features - whole).abs().max() < 1e-6
 
 
-def shares_fail_alike(rank, folder):
+def shares_fail_alike(rank, folder, _):
     """Where the size of a share of the frames is not that of all of them (Qwen3-VL), and where the
     first look at a file fails on one rank."""
     import torch.distributed as dist
 
     model, group = zoo.build("qwen3-vl"), dist.group.WORLD
-    fail = lambda *a: data.Frames(medium("gone"), 1)[:]  # noqa: E731
     for kind, name in (("video", "good.mp4"), ("image", "i.png")):
-        example = data.Example("q", "", (), "", "", (medium(f"{folder}/{name}", kind),), kind, "")
-        for where, failing in (("pieces", fail), ("shape", property(fail))):
+        example = question(medium(f"{folder}/{name}", kind))
+        for where, failing in (("pieces", gone), ("shape", property(gone))):
             with pytest.MonkeyPatch.context() as patch:
                 if rank == 0:
                     patch.setattr(data.Frames, where, failing)
@@ -531,24 +548,20 @@ def shares_fail_alike(rank, folder):
         assert model.features(example, 12, group)
 
 
-def test_shares_of_a_sequence_fail_together(tmp_path):
-    write_mp4(str(tmp_path / "good.mp4"), numbered_frames(30))
+@pytest.mark.parametrize(
+    "fail", (both_ranks_fail_alike, pytest.param(shares_fail_alike, marks=pytest.mark.slow))
+)
+def test_ranks_of_a_sequence_fail_together(toy, tmp_path, fail):
+    for name in ("good", *(f"bad{i}{w}" for i in (0, 1) for w in ("open_video", "pieces"))):
+        write_mp4(str(tmp_path / f"{name}.mp4"), numbered_frames(30))
     Image.fromarray(numbered_frames(3)[2]).save(tmp_path / "i.png")
-    run_ranks(shares_fail_alike, 2, str(tmp_path))
+    run_ranks(fail, 2, str(tmp_path), str(toy / "init"))
 
 
-def test_ranks_of_a_sequence_fail_together(toy, tmp_path):
-    for name in ("good", *(f"bad{i}{w}" for i in (0, 1) for w in ("open_video", "get"))):
-        write_mp4(str(tmp_path / f"{name}.mp4"), numbered_frames(12)[:, :32, :32])
-    run_ranks(both_ranks_fail_alike, 2, str(tmp_path), str(toy / "init"))
-
-
+@pytest.mark.slow
 def test_a_run_whose_rows_are_all_left_out_is_an_error(directory, toy, tmp_path, model):
     folder, _ = directory
-    row = {"problem_id": "x", "problem": "Which?\nA. red\nB. blue", "data_type": "video",
-           "problem_type": "x", "reasoning": "seen", "answer": "<answer>A</answer>"}  # fmt: skip
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row | {"videos": "cut.mp4"}) + "\n")
-    rows = str(tmp_path / "rows.jsonl")
+    rows = write_rows(tmp_path, ["cut.mp4"])
     arguments = [
         "--preset", "qwen2.5-vl-7b", "--model", str(toy / "init"), "--data", rows, "--video_dir",
         str(folder), "--sp", "1", "--fsdp", "false", "--dtype", "float32", "--rollout", "torch",
