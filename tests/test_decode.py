@@ -1,5 +1,6 @@
 """Decoding: which frames, their times, and files that mean harm; each costs itself alone."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 import zoo
 from conftest import run_ranks, write_video_with_audio, write_wav
 from media import copied, medium, numbered_frames, numbers_of, packet_starts, write_video
@@ -21,7 +23,6 @@ import mrsp
 import sft
 import train
 from data import DataError, Example, Rate
-from families.vila import VILA
 from kit import decode
 from kit.sound import load_audio
 from kit.toy import write_mp4
@@ -60,27 +61,22 @@ def write_rows(folder, names) -> str:
 
 
 @pytest.mark.parametrize(
-    "rate, expected",
+    "rate, segment, expected",
     [
-        (Rate(1), [0, 11, 23, 34, 46, 57, 69]),  # 70 frames at 10 a second: 7 of them
-        (Rate(0.5), [0, 23, 46, 69]),  # 3.5: 4
-        (Rate(0.01), [0]),
-        (Rate(1000), list(range(70))),
-        (Rate(10), list(range(70))),
-        (Rate(5, most=3), [0, 34, 69]),
+        (Rate(1), None, [0, 11, 23, 34, 46, 57, 69]),  # 70 frames at 10 a second: 7 of them
+        (Rate(0.5), None, [0, 23, 46, 69]),  # 3.5: 4
+        (Rate(0.01), None, [0]),
+        (Rate(1000), None, list(range(70))),
+        (Rate(10), None, list(range(70))),
+        (Rate(5, most=3), None, [0, 34, 69]),
+        (Rate(2), (2.0, 4.0), [20, 26, 32, 39]),
     ],
 )
-def test_a_rate_gives_frames_a_second(tmp_path, rate, expected):
+def test_a_rate_gives_frames_a_second(tmp_path, rate, segment, expected):
     path = write_video(tmp_path / "v.mp4", numbered_frames(70))
-    frames, times = data.load_media(medium(path), rate)
+    frames, times = data.load_media(medium(path, segment=segment), rate)
     assert numbers_of(frames).tolist() == expected
     assert times == pytest.approx(np.array(expected) / 10)
-
-
-def test_a_rate_counts_in_a_segment(tmp_path):
-    path = write_video(tmp_path / "v.mp4", numbered_frames(70))
-    frames, times = data.load_media(medium(path, segment=(2.0, 4.0)), Rate(2))
-    assert numbers_of(frames).tolist() == [20, 26, 32, 39] and times[0] == 2.0
 
 
 @pytest.mark.parametrize("ending", ("mp4", "mkv"))
@@ -292,9 +288,7 @@ def test_a_download_that_broke_off_is_refused_by_name(tmp_path, loader):
 
 
 @pytest.mark.slow
-def test_training_and_evaluation_go_on_without_the_hostile_files(
-    directory, hostile, toy, tmp_path, capsys
-):
+def test_a_run_goes_on_without_the_hostile_files(directory, hostile, toy, tmp_path):
     """The list names each lost row once, with its error; nothing takes their place."""
     folder, expected = directory
     lost = sorted(name for name, outcome in expected.items() if isinstance(outcome, str))
@@ -322,17 +316,24 @@ def test_training_and_evaluation_go_on_without_the_hostile_files(
     assert summary["questions"] == len(expected)
 
 
-def test_the_first_bad_video_ends_a_run_that_does_not_skip(directory, hostile, toy, model):
-    folder, expected = directory
+def test_a_bad_video_ends_a_run_or_costs_its_row_alone(directory, toy, model):
     row = data.load_rows(str(toy / "rl.jsonl"))[0]
-    rows = [replace(row, id=n, media=(medium(folder / n),)) for n in ("good.mp4", "cut.mp4")]
-    see = lambda examples: [model.prompt(e, 4) for e in examples]  # noqa: E731
+    good, bad = (
+        replace(row, id=name, media=(medium(directory[0] / name),))
+        for name in ("good.mp4", "cut.mp4")
+    )
+
+    def see(examples):
+        return [model.prompt(e, 4) for e in examples]
+
     with pytest.raises(DataError, match=r"cut.mp4: does not decode.*\(question cut.mp4\)"):
-        model.usable(rows, see, None)
+        model.usable([good, bad], see, None)
     lost = {}
-    left, prompts = model.usable(rows, see, lost)
-    assert left == rows[:1] and len(prompts) == 1 and list(lost) == rows[1:]
-    assert model.usable(rows[1:], see, lost) == ([], [])  # it is not opened again
+    left, prompts = model.usable([good, bad], see, lost)
+    assert left == [good] and len(prompts) == 1 and list(lost) == [bad]
+    assert model.usable([bad], see, lost) == ([], [])  # it is not opened again
+    other = replace(good, id=bad.id)  # rows of two files may have the same id
+    assert model.usable([other], see, lost)[0] == [other] and list(lost) == [bad]
 
 
 def test_a_hanging_child_is_killed_and_another_one_goes_on(directory, hostile, loader):
@@ -388,14 +389,6 @@ def test_a_child_that_was_late_is_so_for_each_request(directory, hostile, loader
             frames[0:3]
 
 
-def test_rows_of_one_id_in_two_files_are_not_taken_for_each_other(directory, toy, model):
-    row, lost = data.load_rows(str(toy / "rl.jsonl"))[0], {}
-    bad, good = (replace(row, media=(medium(directory[0] / n),)) for n in ("cut.mp4", "good.mp4"))
-    see = lambda examples: [model.prompt(e, 4) for e in examples]  # noqa: E731
-    assert model.usable([bad], see, lost) == ([], [])
-    assert model.usable([good], see, lost)[0] == [good] and list(lost) == [bad]
-
-
 def test_a_disk_that_fails_costs_the_row(directory, toy, model, monkeypatch):
     row = data.load_rows(str(toy / "rl.jsonl"))[0]
     monkeypatch.setattr(mrsp, "file_hash", lambda path: open("/proc/self/mem").read(1))
@@ -410,12 +403,10 @@ def test_media_that_a_family_cannot_take_cost_the_row(tmp_path):
     write_wav(tmp_path / "short.wav", 0.01)
     Image.fromarray(np.zeros((1, 300, 3), np.uint8)).save(tmp_path / "line.png")
     model = zoo.build("omni")
-    for name, kind, said in (
-        ("short.wav", "audio", "too short to be heard"),
-        ("line.png", "image", "than 200 times"),
-    ):
-        with pytest.raises(DataError, match=f"{name}.*question q7.*{said}") as error:
-            model.features(question(medium(tmp_path / name, kind)), 4)
+    for file, said in (("short.wav", "too short to be heard"), ("line.png", "than 200 times")):
+        m = medium(tmp_path / file, "audio" if file == "short.wav" else "image")
+        with pytest.raises(DataError, match=f"{file}.*question q7.*{said}") as error:
+            model.features(question(m), 4)
         assert error.value.question == "q7"
 
 
@@ -439,28 +430,28 @@ def test_a_first_row_that_does_not_decode_refuses_no_run_that_skips(
 def test_files_are_opened_ahead_a_few_at_a_time(tmp_path):
     """While one is looked at, `ahead` others wait with their first piece; the plan is looked at as
     late as possible; what was planned and is not wanted is dropped."""
-    names = "abcdef"
-    for name in names:
-        write_video(tmp_path / f"{name}.mp4", numbered_frames(8))
+    files = {name: medium(tmp_path / f"{name}.mp4") for name in "abcdef"}
     loader, asked = decode.Loader(ahead=2, limit=20), []
 
     def plan():
-        for name in names:
+        for name, m in files.items():
+            write_video(m.path, numbered_frames(8))
             asked.append(name)
-            yield medium(tmp_path / f"{name}.mp4"), 4, name, first_two
+            yield m, 4, name, first_two
 
+    write_video(files["e"].path, numbered_frames(8))
     loader.ahead(plan())
     assert asked == ["a", "b"]
-    with loader.open(medium(tmp_path / "a.mp4"), 4) as frames:
+    with loader.open(files["a"], 4) as frames:
         assert frames.asked == slice(0, 2) and frames[0:2].shape[0] == 2
         assert asked == ["a", "b", "c"]  # while this one is looked at
     assert asked == ["a", "b", "c"]
-    with loader.open(medium(tmp_path / "e.mp4"), 4) as frames:  # not planned for now
+    with loader.open(files["e"], 4) as frames:  # not planned for now
         assert len(frames[:]) == 4
-    with loader.open(medium(tmp_path / "c.mp4"), 4) as frames:  # without b
-        waiting = {os.path.basename(m.path) for m, _ in loader.started}
-        assert waiting == {"d.mp4", "e.mp4"} and len(frames[0:2]) == 2
-    assert "b.mp4" not in {os.path.basename(m.path) for m, _ in loader.started}
+    with loader.open(files["c"], 4) as frames:  # without b
+        assert [m for m, _ in loader.started] == [files["d"], files["e"]]
+        assert len(frames[0:2]) == 2
+    assert files["b"] not in {m for m, _ in loader.started}
     pids = [f.result().worker.process for f in loader.started.values()]
     pids += [w.process for w in loader.idle]
     loader.close()
@@ -501,61 +492,42 @@ def gone(*_):
     return data.Frames(medium("gone"), 1)[:]
 
 
-def both_ranks_fail_alike(rank, folder, checkpoint):
-    """One rank of a sequence cannot open a file, or decode its share: both raise the same error,
-    and the next video is encoded together."""
+def both_ranks_fail_alike(rank, folder, family):
+    """One rank of a sequence cannot open a file, look at it first, or decode its share: both raise
+    the same error, and then they encode it together."""
     import torch.distributed as dist
 
-    model, group = VILA.from_pretrained(checkpoint), dist.group.WORLD
-    good = question(medium(f"{folder}/good.mp4"))
-    whole = model.features(good, 6)[0].features
+    model, group = zoo.build(family), dist.group.WORLD
     model.timed = True
+    video, image = medium(f"{folder}/v.mp4"), medium(f"{folder}/i.png", "image")
     if rank == 0:
-        model.features(good, 7)  # alone, as in an evaluation: it knows the times now
-    model.cache.memory.clear()
-    assert len(model.features(good, 7, group)[0].times) == 7
-    for fails in (0, 1):
-        for owner, where in ((data, "open_video"), (data.Frames, "pieces")):
-            model.cache.memory.clear()  # the files are alike
-            bad = question(medium(f"{folder}/bad{fails}{where}.mp4"))
-            with pytest.MonkeyPatch.context() as patch:
-                if rank == fails:
-                    patch.setattr(owner, where, gone)
-                with pytest.raises(DataError) as error:
-                    model.features(bad, 6, group)
-            said = [None, None]
-            dist.all_gather_object(said, str(error.value))
-            assert said[0] == said[1]
-            model.cache.memory.clear()
-            assert (model.features(good, 6, group)[0].features - whole).abs().max() < 1e-6
+        model.features(question(video), 7)  # alone, as in an evaluation: it knows the times now
+        model.cache.memory.clear()
+    assert len(model.features(question(video), 7, group)[0].times) == 7
+    whole = {m: model.features(question(m), 12)[0].features for m in (video, image)}
+    places = [(video, data, "open_video")]
+    places += [(m, data.Frames, name) for m in (video, image) for name in ("shape", "pieces")]
+    for fails, (m, owner, name) in itertools.product((0, 1), places):
+        model.cache.memory.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == fails:
+                patch.setattr(owner, name, property(gone) if name == "shape" else gone)
+            with pytest.raises(DataError, match="gone: no such file") as error:
+                model.features(question(m), 12, group)
+        said = [None, None]
+        dist.all_gather_object(said, str(error.value))
+        assert said[0] == said[1]
+        model.loader.failed.clear()
+        found = model.features(question(m), 12, group)[0].features
+        torch.testing.assert_close(found, whole[m], rtol=0, atol=1e-5)
 
 
-def shares_fail_alike(rank, folder, _):
-    """Where the size of a share of the frames is not that of all of them (Qwen3-VL), and where the
-    first look at a file fails on one rank."""
-    import torch.distributed as dist
-
-    model, group = zoo.build("qwen3-vl"), dist.group.WORLD
-    for kind, name in (("video", "good.mp4"), ("image", "i.png")):
-        example = question(medium(f"{folder}/{name}", kind))
-        for where, failing in (("pieces", gone), ("shape", property(gone))):
-            with pytest.MonkeyPatch.context() as patch:
-                if rank == 0:
-                    patch.setattr(data.Frames, where, failing)
-                with pytest.raises(DataError, match="gone"):
-                    model.features(example, 12, group)
-            model.loader.failed.clear()
-        assert model.features(example, 12, group)
-
-
-@pytest.mark.parametrize(
-    "fail", (both_ranks_fail_alike, pytest.param(shares_fail_alike, marks=pytest.mark.slow))
-)
-def test_ranks_of_a_sequence_fail_together(toy, tmp_path, fail):
-    for name in ("good", *(f"bad{i}{w}" for i in (0, 1) for w in ("open_video", "pieces"))):
-        write_mp4(str(tmp_path / f"{name}.mp4"), numbered_frames(30))
+# Qwen3-VL: the size of a share of the frames is not that of all of them.
+@pytest.mark.parametrize("family", ("vila", pytest.param("qwen3-vl", marks=pytest.mark.slow)))
+def test_ranks_of_a_sequence_fail_together(tmp_path, family):
+    write_mp4(str(tmp_path / "v.mp4"), numbered_frames(30))
     Image.fromarray(numbered_frames(3)[2]).save(tmp_path / "i.png")
-    run_ranks(fail, 2, str(tmp_path), str(toy / "init"))
+    run_ranks(both_ranks_fail_alike, 2, str(tmp_path), family)
 
 
 @pytest.mark.slow
