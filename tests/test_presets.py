@@ -114,7 +114,7 @@ def test_options_override_a_preset_and_each_value_can_be_unset():
         ("--recipe.template why", "template"),
         ("--recipe.num_frames 0", "num_frames"),
         ("--toy.rl 0", "rl must be at least 1"),
-        ("--grpo.steps 3", "perhaps you meant --grpo.steps"),
+        ("--grpo_steps 3", "perhaps you meant --grpo.steps"),
         ("--grpo.step 3", "perhaps you meant --grpo.steps"),
         ("--preset huge", "no such preset; there are toy, small"),
         ("stray", "stray"),
