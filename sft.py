@@ -40,7 +40,6 @@ from model import ModelError
 class SFTConfig:
     """One supervised stage."""
 
-    data: str = "sft.jsonl"  # rows (.jsonl); the toy's are in its own folder; empty: no such stage
     steps: int = 400  # optimizer steps
     groups: int = 16  # groups (videos, images) in a step, over all ranks
     texts: int = 8  # questions taken from a group

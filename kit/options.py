@@ -90,7 +90,7 @@ def complete(argv: list[str], known: set[str]) -> list[str]:
 def one_line(box: str) -> str:
     """The text of tyro's box without its frame and its hint at --help.
 
-    >>> one_line("╭─ Value error ─╮\\n│ lr must be │\\n│ above 0 │\\n│ ─── │\\n│ For full help │\\n╰─╯")
+    >>> one_line("╭─ Error ─╮\\n│ lr must be │\\n│ above 0 │\\n│ ─── │\\n│ For full help │\\n╰─╯")
     'lr must be above 0; --help lists all options'
     """
     lines = [line.strip(f"{BOX} ") for line in box.splitlines()]
