@@ -592,20 +592,21 @@ def test_what_is_wrong_is_said_in_a_line_before_anything_is_asked(
     assert stub.log == [] and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "other",
-    "clip_seconds=5 clip_frames=4 clip_side=64 categories=goal questions=2 open=0.4 llm_model=other "
-    "captioner_model=other videos=COPY prompts".split(),
-)
+OTHER = """clip_seconds=5 clip_frames=4 clip_side=64 categories=goal questions=2 open=0.4
+llm_model=other captioner_model=other videos=COPY prompts"""
+
+
+@pytest.mark.parametrize("other", OTHER.split())
 def test_other_settings_in_a_folder_are_refused(other, whole, videos, stub, tmp_path, monkeypatch):
     out, _ = whole
     before = contents(out)
     (tmp_path / "v.mp4").write_bytes(b"")
-    monkeypatch.setattr(build, "OPEN", build.OPEN + (" Another." if other == "prompts" else ""))
-    more = [] if other == "prompts" else [f"--{other}".replace("COPY", str(tmp_path))]
-    with pytest.raises(
-        SystemExit, match=rf"other settings \({other.split('=')[0]} .*another --out"
-    ):
+    more = [f"--{other}".replace("COPY", str(tmp_path))]
+    if other == "prompts":
+        monkeypatch.setattr(build, "OPEN", "Another form.")
+        more = []
+    name = other.partition("=")[0]
+    with pytest.raises(SystemExit, match=rf"other settings \({name} was .*, now .*another --out"):
         build.main(command(videos, stub, out, *more))
     assert stub.log == [] and contents(out) == before
 
