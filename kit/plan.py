@@ -156,6 +156,7 @@ class Plan:
     prompt: list[str] = field(default_factory=list)  # the first one, as the model would get it
     wrong: list[str] = field(default_factory=list)  # was given, and cannot be right
     lacking: list[str] = field(default_factory=list)  # has to come before the run
+    published: bool = False  # by the settings of a published checkpoint, which is not here
 
 
 def check(settings: Settings, ranks: Ranks) -> list[str]:
@@ -168,17 +169,20 @@ def check(settings: Settings, ranks: Ranks) -> list[str]:
 
 
 def show(settings: Settings, notes: list[str], ranks: Ranks) -> None:
-    """--dry_run: prints settings, ranks, memory and the first prompt of a run on 8 ranks (or those
-    that torchrun started), whatever this machine has. Raises DataError for what is wrong; what only
-    has to come before the run (rows, checkpoint, vLLM, memory) is said, and no error."""
+    """--dry_run: prints settings, ranks, memory and the first prompt of a run on 8 ranks (one, if
+    nothing is sharded; or those that torchrun started), whatever this machine has.
+
+    Raises DataError for what is wrong; what only has to come before the run (rows, checkpoint,
+    vLLM, memory) is said, and is no error."""
     if ranks.rank > 0:
         return
     for name, part in vars(settings).items():
-        if settings.run.model is None or name != "toy":
+        if settings.makes_toy or name != "toy":
             print(f"{name}: " + ", ".join(f"{k}={v!r}" for k, v in asdict(part).items()))
-    world = max(int(os.environ.get("WORLD_SIZE", 8)), settings.ranks.sp)
+    usual = 8 if settings.ranks.fsdp else 1
+    world = max(int(os.environ.get("WORLD_SIZE", usual)), settings.ranks.sp)
     with tempfile.TemporaryDirectory() as folder:
-        if settings.run.model is None:
+        if settings.makes_toy:
             settings = toy.sketch(settings, Path(folder))
         sampler = settings.run.rollout or ("torch" if settings.run.preset == "toy" else "vllm")
         found = make_plan(settings, world, sampler, dry=True)
@@ -206,7 +210,9 @@ def make_plan(s: Settings, world: int, sampler: str, dry: bool = False) -> Plan:
         except RolloutError as error:
             found.lacking.append(str(error))
     rows = check_rows(s, found)
-    if s.run.model is None:  # the toy makes its own
+    if s.run.model is None:
+        if not s.makes_toy:
+            found.lacking.append("no model: give --model FOLDER or a hub id")
         return found
     model = None
     try:
@@ -231,7 +237,7 @@ def make_plan(s: Settings, world: int, sampler: str, dry: bool = False) -> Plan:
 def check_rows(s: Settings, found: Plan) -> list[Example]:
     """All rows that are named; what is wrong with them, or which media are missing, in found."""
     skip, rows = s.media.on_bad_video == "skip", []
-    if s.run.data is None and s.run.preset != "toy":
+    if s.run.data is None and not s.makes_toy:
         found.lacking.append(
             "no rows: give --data FILE.jsonl, with --video_dir DIR, or take --preset toy"
         )
@@ -262,6 +268,7 @@ def checkpoint(s: Settings, found: Plan) -> str | Path:
     if os.path.isdir(s.run.model) or not published:
         return s.run.model
     found.lacking.append(f"the checkpoint {s.run.model} is taken from the hub, if it is not there")
+    found.published = True
     own = CONFIGS / name
     return own if own.is_dir() else CONFIGS / "qwen2.5-vl-7b"
 
@@ -325,8 +332,8 @@ def check_memory(s: Settings, model, world: int, sampler: str, found: Plan) -> N
     if part["total"] >= 0.92 * have:
         found.lacking.append(
             f"memory: a rank needs {need}, and has {here}: start on 8 GPUs of 80 GB with torchrun "
-            "--nproc_per_node 8, or take fewer --recipe.num_frames, more ranks a sequence (--sp), a "
-            "smaller --model"
+            "--nproc_per_node 8, or take fewer --recipe.num_frames, more ranks a sequence (--sp) "
+            "or a smaller --model"
         )
 
 
@@ -347,7 +354,12 @@ def check_prompt(s: Settings, model, rows: list[Example], sampler: str, found: P
             f"the first prompt and its answer of {s.recipe.max_tokens} have {length} tokens: more "
             f"than --rollout.max_len {most}"
         )
+    text = prompt.text
+    if found.published:  # a tokenizer without words, that counts four characters as a token
+        head, between, behind = model.turns(s.recipe.thinking)
+        asked = s.recipe.template.replace("{problem}", first.problem)
+        text = f"{head}[{len(prompt.media_at)} media tokens]{between}{asked}{behind}"
     found.prompt.append(
         f"{named}: {len(prompt.ids)} tokens, {len(prompt.media_at)} of them media, positions up to "
-        f"{int(prompt.positions.max())}:\n{prompt.text}"
+        f"{int(prompt.positions.max())}:\n{text}"
     )

@@ -226,12 +226,14 @@ class ToyConfig:
     clips: int = 3  # clips per base video
     texts: int = 4  # texts per clip
     careful: float = 0.45  # share of SFT rows whose reasoning cites its evidence
+    # pretraining on single frames
     images_stage: SFTConfig = SFTConfig(
         steps=100, groups=192, texts=4, micro_batches=4, train="all", optimizer="muon", lr=2e-3
-    )  # pretraining on single frames
+    )
+    # pretraining on clips
     base_stage: SFTConfig = SFTConfig(
         steps=350, groups=32, texts=4, micro_batches=4, train="llm", optimizer="muon", lr=2e-3
-    )  # pretraining on clips
+    )
 
     def __post_init__(self):
         for name in ("base", "sft", "rl", "test", "other", "images", "clips", "texts"):
