@@ -123,7 +123,7 @@ def test_longvideo_reason_is_the_own_format(toy):
 @pytest.mark.parametrize(
     "name, change, message",
     [
-        ("videomme", {"duration": None}, "field 'problem_type' is missing or of a wrong type"),
+        ("videomme", {"duration": None}, "field 'problem_type' is missing: a category"),
         ("videomme", {"answer": "E"}, "answer 'E' is no letter of its 4 options"),
         ("videomme", {"options": ["A. x", "C. y"]}, r"option letters \['A', 'C'\]"),
         ("longvideobench", {"correct_choice": 5}, "answer 'F' is no letter of its 5 options"),
