@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from tyro.conf import OmitArgPrefixes
 
-import grpo
+from grpo import Config as GRPOConfig
 from kit.method import Method
 from kit.options import OptionError, parse
 from kit.toy import ToyConfig
@@ -54,8 +54,9 @@ class RanksConfig:
     """How the ranks share the work."""
 
     sp: int = 1  # ranks that share a sequence (sequence parallelism); divides the number of ranks
+    # how attention is shared among them: see mrsp.py
     sp_attention: Literal["auto", "ulysses", "gather", "ring", "ulysses+gather", "ulysses+ring"] = (
-        "auto"  # how attention is shared among them
+        "auto"
     )
     fsdp: bool = False  # shard parameters, gradients and optimizer over all ranks
     dtype: Literal["float32", "bfloat16"] = "float32"  # of sharded layers; masters are float32
@@ -123,10 +124,15 @@ class Settings:
     chance: OmitArgPrefixes[ChanceConfig] = field(default_factory=ChanceConfig)
     recipe: Recipe = field(default_factory=Recipe)
     sft: SFTConfig = field(default_factory=SFTConfig)
-    grpo: grpo.Config = field(default_factory=grpo.Config)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     toy: ToyConfig = field(default_factory=ToyConfig)
+
+    @property
+    def makes_toy(self) -> bool:
+        """Does the run make its own data and checkpoint first?"""
+        return self.run.preset == "toy" and self.run.model is None
 
     def __post_init__(self):
         if self.ranks.sp % self.rollout.tp:
@@ -165,7 +171,7 @@ QWEN = Settings(
         warmup=0.03,
         weight_decay=0.0,
     ),
-    grpo=grpo.Config(
+    grpo=GRPOConfig(
         group=8,  # P
         prompts=512,  # LRL, with the next
         update_prompts=128,
@@ -191,7 +197,7 @@ PRESETS = {
             max_tokens=24, template="{problem} Think, then answer.", data="../data/test.jsonl"
         ),
         sft=SFTConfig(steps=60, groups=16, texts=8, train="llm", lr=6e-4),
-        grpo=grpo.Config(
+        grpo=GRPOConfig(
             steps=250,
             prompts=32,
             update_prompts=32,
@@ -210,7 +216,7 @@ PRESETS = {
         ranks=RanksConfig(checkpointing=True),
         recipe=Recipe(num_frames=64, max_tokens=512, max_pixels=128 * 28 * 28),
         sft=SFTConfig(steps=200, groups=16, texts=1, train="llm", lr=2e-5),
-        grpo=grpo.Config(steps=200, prompts=16, update_prompts=16, group=8),
+        grpo=GRPOConfig(steps=200, prompts=16, update_prompts=16, group=8),
         rollout=RolloutConfig(max_len=16384, memory=0.4),
     ),
     "qwen2.5-vl-7b": QWEN,

@@ -24,11 +24,13 @@ from tqdm import tqdm
 
 import data
 import mrsp
+import sft
 from data import DataError
+from families import load
 from kit.chat import ServerError
 from kit.decode import Loader
 from kit.options import OptionError
-from model import ModelError
+from model import ModelError, MultiModal
 from rollout import RolloutError
 
 # What a person can mend: shown as one line. Anything else is a fault of ours, with its traceback.
@@ -64,6 +66,11 @@ class Ranks:
             dist.init_process_group(backend, timeout=PATIENCE)
         elif alone:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+    def part(self) -> None:
+        """The end: the process group goes."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def find_ranks() -> Ranks:
@@ -135,6 +142,9 @@ METRICS = {
     "seconds_sync": "new weights to the sampler",
 }
 
+# What a step says in which all rows were left out; "format" only where a reward has that part.
+EMPTY = {name: 0.0 for name in METRICS if name != "format"}
+
 
 class Meter:
     """The numbers of one step, collected on each rank and put together by read().
@@ -198,6 +208,18 @@ class Meter:
 def maximum(values: list[float]) -> float:
     """The largest, or nan if one is nan (which max() would pass over)."""
     return torch.tensor(values, dtype=torch.float64).max().item()
+
+
+def check_mismatch(metrics: dict, config) -> None:
+    """ModelError, on all ranks alike, if the sampler's log-probs are not the trainer's."""
+    mean, most = metrics.get("mismatch_mean", 0.0), metrics.get("mismatch_max", 0.0)
+    if not (mean <= config.mean_mismatch and most <= config.max_mismatch):  # nan is no agreement
+        raise ModelError(
+            "log-probs of the sampled tokens differ between sampler and trainer by "
+            f"{mean:.3g} on average, {most:.3g} at most (limits --grpo.mean_mismatch "
+            f"{config.mean_mismatch}, --grpo.max_mismatch {config.max_mismatch}): they see "
+            "different inputs or weights, or compute in too different a precision"
+        )
 
 
 # --------------------------------------------------------------------------------------- a run
@@ -266,6 +288,62 @@ class Run:
             self.lost[where] = message
             self.say(f"left out: {message}")
         return rows
+
+    def load_policy(self, folder: str | Path) -> MultiModal:
+        """The model of a checkpoint on this rank's device, as the settings say. All ranks."""
+        s = self.settings
+        model = load(folder).to(self.ranks.device)
+        model.recipe, model.loader = s.recipe, self.loader
+        limit = int(s.media.cache_gb * 2**30)
+        model.cache = mrsp.EmbeddingCache(s.media.cache_dir, max_disk_bytes=limit)
+        heads = model.llm.config.num_attention_heads, model.llm.config.num_key_value_heads
+        model.mesh = mrsp.make_mesh(s.ranks.sp, s.ranks.sp_attention, *heads)
+        if s.ranks.checkpointing:
+            model.enable_gradient_checkpointing()
+        return model
+
+    def supervised(self, model, rows: list, config: sft.SFTConfig, name: str) -> None:
+        """One supervised stage, logged."""
+
+        def log(step: int, metrics: dict) -> None:
+            self.write("metrics.jsonl", {"stage": name, "step": step} | metrics)
+
+        with self.stage(name):
+            bar = self.bar(name, config.steps)
+            sft.train(model, rows, config, self.settings.chance.seed, bar, log, self.lost)
+
+    def save(self, model, name: str) -> None:
+        """Write a checkpoint folder; rank 0 writes."""
+        with self.stage("save"):
+            model.save_pretrained(self.out / name, write=self.ranks.rank == 0)
+
+    def show(self, model, step: int, group) -> None:
+        """Show the data: a question with its sampled answers (train.Group), in samples.jsonl, and
+        its first answer on the screen."""
+        if self.ranks.rank == 0:
+            e = group.example
+            answers = [{"text": a.text} | parts for a, parts in zip(group.answers, group.grades)]
+            line = {"step": step, "problem_id": e.id, "question": e.problem, "answer": e.answer}
+            frames = e.media and e.media[0].num_frames or model.recipe.frames
+            line |= {"num_frames": frames, "prompt": group.prompt.text, "responses": answers}
+            self.write("samples.jsonl", line)
+            asked, first = " / ".join(e.problem.splitlines()), answers[0]
+            tqdm.write(f"step {step}: {asked} -> {first['text']} reward {first['reward']:g}")
+
+    def describe(self, test: list, trained: list) -> dict:
+        """Of the test rows, for the summary: how many questions; the accuracy of guessing; how many
+        of them are among the rows that are trained on (those are not held out)."""
+        known = {(e.media, e.problem) for e in trained}
+        found = {"seed": self.settings.chance.seed, "questions": len(test)}
+        if test:
+            found["chance"] = sum(1 / len(e.options) for e in test if e.options) / len(test)
+            found["trained_on"] = sum((e.media, e.problem) in known for e in test)
+        return found
+
+    @property
+    def age(self) -> float:
+        """Seconds since the start."""
+        return time.time() - self.started
 
     def list_lost(self) -> int:
         """Rows left out, on any rank, in lost.jsonl; returns how many."""
