@@ -19,7 +19,7 @@ answer; query i sees key j if
 
 Log-probs and gradients are exactly those of the copies. (*) enters unmodified Hugging Face models
 as one attention function, "mrsp"; the Layout travels as a keyword, model(..., mrsp=layout), and so
-survives gradient checkpointing. Sampling (rollout.py) and SFT (questions about a video) use it too.
+survives gradient checkpointing. Sampling and SFT (many questions about a video) use it too.
 
 Stage 1 of the paper's MR-SP (section 5): the frames of a video are encoded by all ranks together
 (encode_parallel), and the embeddings are kept (EmbeddingCache), since the tower is frozen in RL.
@@ -40,9 +40,8 @@ DEVIATION 3: the paper shards evenly in order; here the prompt is dealt in zigza
 
 Glossary: B prompts, G answers a prompt, P prompt tokens, R answer tokens, L packed length, Ls
 tokens on a rank, M predicted tokens of a batch, H heads (Hkv of keys), D width of a head or of an
-embedding, F frames, S = O x U sequence-parallel ranks. A process group of None is this rank alone;
-some collectives take CPU tensors: on GPUs start with init_process_group("cpu:gloo,cuda:nccl").
-Copied alone it needs torch (and safetensors, for a cache on disk), no other file.
+embedding, F frames. A process group of None is this rank alone; some collectives take CPU tensors:
+on GPUs start with init_process_group("cpu:gloo,cuda:nccl"). Copied alone it needs no other file.
 Check this file alone:  pytest tests/test_mrsp.py tests/test_sp.py tests/test_cache.py
 """
 
@@ -80,7 +79,6 @@ RING_BYTES = 2 << 30  # "auto": K/V of a prompt and layer above this travel in a
 @dataclass(frozen=True)
 class Mesh:
     """Where this rank stands among dp x O x U ranks, U innermost (neighbours, on one node).
-
     The groups are process groups of this rank: sp_group has all S ranks of a sequence, outer_group
     the O ranks with the same heads, inner_group the U ranks that share a shard. None: just me."""
 
@@ -113,7 +111,6 @@ class Mesh:
 
 def choose_method(method: str, sp: int, heads: int, kv_heads: int) -> tuple[int, str, str]:
     """--sp_attention -> (U, how K/V travel, a sentence that says which and why).
-
     auto takes the largest U that divides the ranks and both kinds of heads (it splits the work
     exactly and moves the least), and gather for the rest: simplest, and indifferent to heads. A
     7B with 28 / 4 heads on 8 ranks gets U = 4, O = 2.
@@ -130,18 +127,19 @@ def choose_method(method: str, sp: int, heads: int, kv_heads: int) -> tuple[int,
             f"ulysses needs head counts that {sp} ranks divide, but the model has {heads} query "
             f"and {kv_heads} K/V heads: use --sp_attention auto or gather"
         )
-    ulysses = 1 if method in ("gather", "ring") else most
-    travel = method.rpartition("+")[2] if ulysses < sp and method != "auto" else "auto"
-    outer = sp // ulysses
     if sp == 1:
         return 1, "auto", "no sequence parallelism: one rank a sequence"
+    ulysses = 1 if method in ("gather", "ring") else most
+    outer = sp // ulysses
     why = f"{sp} ranks a sequence = ulysses {ulysses} x {outer} "
     why += f"({heads} query and {kv_heads} K/V heads: at most {most} ranks can split them)"
-    if outer > 1 and travel == "auto":
-        why += f"; K/V are gathered, above {RING_BYTES >> 30} GiB a layer passed in a ring"
-    elif outer > 1:
-        why += f"; K/V travel by {travel}, as asked"
-    return ulysses, travel, why
+    if outer == 1:
+        return ulysses, "auto", why
+    if method == "auto":
+        gathered = f"; K/V are gathered, above {RING_BYTES >> 30} GiB a layer passed in a ring"
+        return ulysses, "auto", why + gathered
+    travel = method.rpartition("+")[2]
+    return ulysses, travel, f"{why}; K/V travel by {travel}, as asked"
 
 
 def make_mesh(sp: int = 1, method: str = "auto", heads: int = 1, kv_heads: int = 1) -> Mesh:
@@ -153,17 +151,14 @@ def make_mesh(sp: int = 1, method: str = "auto", heads: int = 1, kv_heads: int =
             f"--sp {sp} does not divide the {world} ranks: torchrun --nproc_per_node {sp}"
         )
     u, travel, why = choose_method(method, sp, heads, kv_heads)
-    found = {"sp_group": None, "outer_group": None, "inner_group": None}
-    for first in range(0, world, sp):  # every rank makes every group, and keeps its own
-        groups = [("sp_group", range(first, first + sp))]
-        groups += [("outer_group", range(first + i, first + sp, u)) for i in range(u)]
-        groups += [("inner_group", range(i, i + u)) for i in range(first, first + sp, u)]
-        for name, ranks in groups:
-            if len(ranks) > 1:
-                group = dist.new_group(list(ranks))
-                if rank in ranks:
-                    found[name] = group
-    return Mesh(rank, world // sp, sp // u, u, travel, **found, why=why)
+
+    def mine(groups):  # (n, ranks of each): every rank makes all n process groups, and gets its own
+        each = groups.tolist()
+        return dist.new_subgroups_by_enumeration(each)[0] if len(each[0]) > 1 else None
+
+    grid = torch.arange(world).view(-1, sp // u, u)  # (dp, O, U)
+    groups = mine(grid.flatten(1)), mine(grid.mT.flatten(0, 1)), mine(grid.flatten(0, 1))
+    return Mesh(rank, world // sp, sp // u, u, travel, *groups, why)
 
 
 # -------------------------------------------------------------------------------------- layout
@@ -211,12 +206,10 @@ def add_block(plan: list[Block], block: Block) -> None:
 
 @dataclass
 class Layout:
-    """Who sees whom, for the attention function.
-
-    Queries (B, Lq) and keys (B, Lk) carry segment and order: what the dense form needs. While
-    training they are the same tokens, while sampling the keys are the whole cache.
-    parts: for each of the O outer ranks, for each row, the spans that it holds, back to back;
-    needed by the block form. None while sampling."""
+    """Who sees whom, for the attention function. Queries (B, Lq) and keys (B, Lk) carry segment and
+    order: what the dense form needs. While training they are the same tokens, while sampling the
+    keys are the whole cache. parts: for each of the O outer ranks, for each row, the spans that it
+    holds, back to back; needed by the block form. None while sampling."""
 
     q_segment: Tensor
     q_order: Tensor
@@ -256,7 +249,6 @@ class Layout:
 @dataclass
 class Pack:
     """B groups, one a row, right-padded to the same L.
-
     ids (B, L) token ids; positions (B, L), or (3, B, L) for M-RoPE; media (N, D) features that
     replace the token embeddings at media_at (N,), an index into the B * L flattened tokens.
     hidden_at (M,): index into B * L of the hidden state that predicts targets (M,);
@@ -289,7 +281,6 @@ class Pack:
 
 def pack(prompts, branches, context=None) -> Pack:
     """Pack B prompts with their answers: [prompt | r_1 | ... | r_G] in each row (DEVIATION 1).
-
     prompts: B objects with ids (P,), positions (P,) or (3, P), media (N, D) or None, media_at (N,)
     branches: B lists of token ids (R,), every R >= 1. The lists may differ in length.
     context: B lists of ints; the first `context` tokens of a branch are given, not predicted (the
@@ -484,8 +475,8 @@ def lm_head_share(pack: Pack, went: Tensor, local: int, mesh: Mesh) -> dict:
     mine = to == mesh.sp_rank
     targets[place[mine]] = pack.targets[mine]
     received[place[mine]] = (owner * slots + slot)[mine]
-    found = dict(hidden_at=send, targets=targets, received=received)
-    return found | dict(gathered_at=to * width + place)
+    at = to * width + place
+    return dict(hidden_at=send, targets=targets, received=received, gathered_at=at)
 
 
 def spread(hidden: Tensor, share: Pack) -> Tensor:
@@ -517,26 +508,18 @@ class AllGather(torch.autograd.Function):
         return out, None
 
 
-class Collect(torch.autograd.Function):
-    """All-gather of (n,) values, from which every rank then computes the SAME loss. Backward: the
-    own slice, no communication; summing the equal gradients of S ranks would count them S times."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.own = slice(dist.get_rank(group) * len(x), (dist.get_rank(group) + 1) * len(x))
-        return AllGather.forward(ctx, x, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad[ctx.own], None
-
-
 def collect(values: Tensor, share: Pack) -> Tensor:
-    """(width,) of each rank's targets -> (M,) of all targets, in the order of the unsharded Pack.
-    Parameter gradients of the S ranks then ADD UP to the whole (as they do over data parallel
-    ranks): each rank has the gradient of its own targets, through all tokens."""
-    group = share.layout.mesh.sp_group
-    return (values if group is None else Collect.apply(values, group))[share.gathered_at]
+    """(width,) of each rank's targets -> (M,) of all targets, in the order of the unsharded Pack,
+    by one all-gather. Every rank then computes the SAME loss from them. Backward: each rank keeps
+    the gradient of its own targets, no communication (the sum of S equal gradients would count them
+    S times); so the parameter gradients of the S ranks ADD UP to the whole, as they do over data
+    parallel ranks."""
+    mesh = share.layout.mesh
+    if mesh.sp_group is not None:
+        every = AllGather.apply(values.detach(), mesh.sp_group)
+        start = mesh.sp_rank * len(values)
+        values = every.slice_scatter(values, 0, start, start + len(values))
+    return values[share.gathered_at]
 
 
 # ----------------------------------------------------------------------------------- attention
@@ -546,7 +529,6 @@ def mrsp_attention(
     module, query, key, value, attention_mask, mrsp=None, scaling=None, sliding_window=None, **_
 ):
     """The attention function for Hugging Face models: AttentionInterface.register("mrsp", this).
-
     query (B, H, Lq, D), key and value (B, Hkv, Lk, D), mrsp a Layout -> (B, Lq, H, D), None; of the
     tokens of this rank. There is no dropout and no sliding window. Padding belongs into the layout:
     transformers drops a model's attention_mask for functions it does not know."""
@@ -868,15 +850,13 @@ class BlockAttention(torch.autograd.Function):
 def encode_parallel(encode, frames, group=None, together: int = 1) -> Tensor:
     """Encode a video's frames, split evenly over the ranks of `group` (None: this process alone).
 
-    frames (F, H, W, 3), the same on every rank (anything that has a length and can be sliced: a
-    lazy decoder then decodes only this rank's share); encode maps (f, H, W, 3) to (f / together,
+    frames (F, H, W, 3), the same on every rank: anything that has a length and can be sliced (a
+    lazy decoder then decodes only this rank's share). encode maps (f, H, W, 3) to (f / together,
     K, D), each `together` frames by themselves (1: frame by frame, 2: temporal patches, 8: TSP
-    pooling; the last few may be fewer). Returns (ceil(F / together), K, D) on every rank, equal to
-    encode(frames), for any F.
-
-    Communication: one all-gather of ceil(units / n) units a rank, the last ranks padded with zeros.
-    Differentiable, if the tower is trained: backward is a reduce-scatter, which gives every rank
-    the gradient of the frames it encoded, summed over what all ranks did with them."""
+    pooling); the last few may be fewer. Returns (ceil(F / together), K, D) on every rank, equal to
+    encode(frames). Communication: one all-gather of ceil(units / n) units a rank, the last ranks
+    padded with zeros; backward, if the tower is trained, a reduce-scatter: every rank gets the
+    gradient of the frames it encoded, summed over what all ranks did with them."""
     if len(frames) == 0:
         return encode(frames[:])
     share, kept, most = encoder_share(len(frames), group, together)
@@ -941,7 +921,6 @@ class EmbeddingCache:
 
     def get(self, key: str, compute, group=None) -> Tensor:
         """The tensor under key; compute() makes it on a miss. Never give it back modified.
-
         group: ranks that ask for the same key together, whose compute() is a collective. A miss on
         one of them is a miss on all, or the others would wait for it for ever (one all-reduce of a
         flag); the first of them writes to disk."""
@@ -1047,20 +1026,19 @@ def _file_hash(path: str, size: int, modified: int) -> str:
 
 def all_reduce_gradients(parameters) -> None:
     """Sum the gradients over all ranks, in place, in one message.
-
     The loss of a rank is (sum over ITS tokens) / (number of tokens on ALL ranks), so that the sum
     is the gradient of the global mean, whatever the number of ranks and however uneven their
     shares. A parameter without gradient on this rank takes part with zeros."""
-    parameters = [p for p in parameters if p.requires_grad]
-    for p in parameters:  # on one rank too: optimizers step on zeros, but skip a missing gradient
+    trained = [p for p in parameters if p.requires_grad]
+    for p in trained:  # on one rank too: optimizers step on zeros, but skip a missing gradient
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    parameters = [p for p in parameters if not isinstance(p, DTensor)]  # FSDP has added up its own
-    if alone() or not parameters:
+    replicated = [p for p in trained if not isinstance(p, DTensor)]  # FSDP has added up its own
+    if alone() or not replicated:
         return
-    flat = torch.cat([p.grad.reshape(-1) for p in parameters])
+    flat = torch.cat([p.grad.reshape(-1) for p in replicated])
     dist.all_reduce(flat)
-    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+    for p, grad in zip(replicated, flat.split([p.numel() for p in replicated])):
         p.grad.copy_(grad.view_as(p))
 
 
@@ -1100,10 +1078,10 @@ def gather_dealt(mine: list, count: int, group, same: int = 1) -> list:
     items are pickled; for token ids and the like."""
     if group is None:
         return mine
-    parts = [None] * dist.get_world_size(group)
-    dist.all_gather_object(parts, mine, group=group)
-    parts = parts[::same]
-    return [parts[i % len(parts)][i // len(parts)] for i in range(count)]
+    found = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group=group)
+    dealt = found[::same]
+    return [dealt[i % len(dealt)][i // len(dealt)] for i in range(count)]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -1127,7 +1105,7 @@ def clip_gradients(parameters, max_norm: float) -> float:
 def split_sharded(parameters) -> list[list]:
     """Sharded parameters and whole ones apart, without empty lists: torch's functions on lists of
     tensors do not take both at once."""
-    parameters = list(parameters)
-    sharded = [p for p in parameters if isinstance(p, DTensor)]
-    rest = [p for p in parameters if not isinstance(p, DTensor)]
-    return [kind for kind in (sharded, rest) if kind]
+    kinds = [], []
+    for p in parameters:
+        kinds[0 if isinstance(p, DTensor) else 1].append(p)
+    return [kind for kind in kinds if kind]
