@@ -1,5 +1,4 @@
-"""MR-SP: one packed sequence for a prompt and its G answers, sharded over ranks, and embeddings
-computed once.
+"""MR-SP: one packed sequence for a prompt and its G answers, over many ranks; media encoded once.
 
 GRPO trains G sampled answers to ONE prompt, and the prompt of a long video is long: P = 256,000
 tokens against R = 1,000 of an answer. Nothing in it depends on the answers: one copy is enough.
@@ -21,9 +20,9 @@ Log-probs and gradients are exactly those of the copies. (*) enters unmodified H
 as one attention function, "mrsp"; the Layout travels as a keyword, model(..., mrsp=layout), and so
 survives gradient checkpointing. Sampling and SFT (many questions about a video) use it too.
 
-Stage 1 of the paper's MR-SP (section 5): the frames of a video are encoded by all ranks together
-(encode_parallel), and the embeddings are kept (EmbeddingCache), since the tower is frozen in RL.
-Stage 2: the packed sequence is sharded over S = O x U ranks. Only attention needs the others:
+Stage 1 of the paper's MR-SP (section 5): all ranks together encode a video (encode_parallel), and
+its embeddings are kept (EmbeddingCache). Stage 2: the packed sequence is sharded over S = O x U
+ranks. Only attention needs the others:
 
     U, Ulysses   tokens are exchanged for heads, (H, L/U) a rank -> (H/U, L), and back: an exact
                  split of the work, but U must divide the heads of queries and of keys.
@@ -33,7 +32,7 @@ Stage 2: the packed sequence is sharded over S = O x U ranks. Only attention nee
                   rank 0    [ c0 | c3 | r_1 ]     O = 2, four chunks, two answers
                   rank 1    [ c1 | c2 | r_2 ]
 
-Large systems: Ulysses or ring over G copies, padded or cut until the length divides.
+Large systems run Ulysses or a ring over G copies, padded or cut until the length divides.
 DEVIATION 1: one packed sequence instead of G copies (section 5 trains 5 full copies).
 DEVIATION 2: embeddings outlive the step: kept in memory, and on disk across epochs and runs.
 DEVIATION 3: the paper shards evenly in order; here the prompt is dealt in zigzag when O > 1.
@@ -112,8 +111,7 @@ class Mesh:
 def choose_method(method: str, sp: int, heads: int, kv_heads: int) -> tuple[int, str, str]:
     """--sp_attention -> (U, how K/V travel, a sentence that says which and why).
     auto takes the largest U that divides the ranks and both kinds of heads (it splits the work
-    exactly and moves the least), and gather for the rest: simplest, and indifferent to heads. A
-    7B with 28 / 4 heads on 8 ranks gets U = 4, O = 2.
+    exactly and moves the least), and gather for the rest: simplest, and indifferent to heads.
 
     >>> [choose_method("auto", 8, *heads)[:2] for heads in ((32, 8), (28, 4), (14, 2), (9, 3))]
     [(8, 'auto'), (4, 'auto'), (2, 'auto'), (1, 'auto')]
@@ -254,7 +252,7 @@ class Pack:
     hidden_at (M,): index into B * L of the hidden state that predicts targets (M,);
     row, branch (M,): which prompt and which of its answers a target belongs to; step (M,): where
     in the answer it stands.
-    received, gathered_at: of a share alone, see shard."""
+    received, gathered_at: of a share alone, see lm_head_share."""
 
     ids: Tensor
     positions: Tensor
@@ -300,35 +298,28 @@ def pack(prompts, branches, context=None) -> Pack:
     for b, (prompt, group) in enumerate(zip(prompts, branches)):
         start = p = len(prompt.ids)
         after = int(prompt.positions.max()) + 1
-        for g, branch in enumerate(group):
-            r = len(branch)
+        for g, answer in enumerate(group):
+            r = len(answer)
             here = slice(start, start + r)
-            ids[b, here] = branch.cpu()
+            ids[b, here] = answer.cpu()
             segment[b, here] = g + 1
             order[b, here] = torch.arange(p, p + r)
             positions[..., b, here] = torch.arange(after, after + r)
-            # Token t of the branch is predicted by token t - 1; token 0 by the prompt's last.
+            # Token t of the answer is predicted by token t - 1; token 0 by the prompt's last.
             before = torch.arange(start - 1, start + r - 1)
             before[0] = p - 1
             given = context[b][g]
             hidden_at.append(before[given:] + b * total)
-            targets.append(branch[given:].cpu())
+            targets.append(answer[given:].cpu())
             owner += [(b, g, t) for t in range(r - given)]
             start += r
-    row, branch, step = torch.tensor(owner).T.to(device)
+    row, branch, step = torch.tensor(owner).T
+    tensors = dict(ids=ids, positions=positions, media_at=media_at)
+    tensors |= dict(hidden_at=torch.cat(hidden_at), targets=torch.cat(targets))
+    tensors |= dict(row=row, branch=branch, step=step)
+    moved = {name: x.to(device) for name, x in tensors.items()}
     seen = segment.to(device), order.to(device)
-    return Pack(
-        ids=ids.to(device),
-        positions=positions.to(device),
-        media=media,
-        media_at=media_at.to(device),
-        layout=Layout(*seen, *seen, [spans]),
-        hidden_at=torch.cat(hidden_at).to(device),
-        targets=torch.cat(targets).to(device),
-        row=row,
-        branch=branch,
-        step=step,
-    )
+    return Pack(**moved, media=media, layout=Layout(*seen, *seen, [spans]))
 
 
 def pad_prompts(prompts, total: int):
@@ -425,8 +416,7 @@ def shard(pack: Pack, mesh: Mesh) -> Pack:
     went = table[:, :total].flatten()
 
     def take(x, index, fill):  # (..., B, L) at (B, n) -> (..., B, n)
-        x = F.pad(x, (0, 1), value=fill)
-        return x.gather(-1, index.expand(*x.shape[:-1], -1))
+        return F.pad(x, (0, 1), value=fill).gather(-1, index.expand(*x.shape[:-1], -1))
 
     segment = take(pack.layout.q_segment, at[mesh.outer_rank], -1)
     order = take(pack.layout.q_order, at[mesh.outer_rank], 0)
@@ -461,9 +451,8 @@ def packed_places(rows: list, parts: list, total: int, ulysses: int) -> Tensor:
 def lm_head_share(pack: Pack, went: Tensor, local: int, mesh: Mesh) -> dict:
     """went (M,): rank * local + place there, of the hidden state of each target. Of this rank's
     share: hidden_at (S * slots,) are the states that it sends, received (width,) those that it
-    takes from what comes, targets (width,) what they predict; padded to the same width on all ranks
-    (FSDP needs them all to run the LM head). gathered_at (M,): where collect() finds each target's
-    value."""
+    takes from what comes, targets (width,) what they predict (as many on each rank: FSDP needs them
+    all to run the LM head); gathered_at (M,): where collect() finds each target's value."""
     owner, state = went // local, went % local
     to, slot, place = deal_targets(owner, mesh.sp)
     slots = int(slot.max()) + 1
@@ -509,11 +498,10 @@ class AllGather(torch.autograd.Function):
 
 
 def collect(values: Tensor, share: Pack) -> Tensor:
-    """(width,) of each rank's targets -> (M,) of all targets, in the order of the unsharded Pack,
-    by one all-gather. Every rank then computes the SAME loss from them. Backward: each rank keeps
-    the gradient of its own targets, no communication (the sum of S equal gradients would count them
-    S times); so the parameter gradients of the S ranks ADD UP to the whole, as they do over data
-    parallel ranks."""
+    """(width,) of each rank's targets -> (M,) of all targets, in the order of the unsharded Pack;
+    one all-gather. Every rank computes the SAME loss from them, so in backward each keeps the
+    gradient of its own targets (a sum would count it S times; no communication): the parameter
+    gradients of the S ranks then ADD UP to the whole, as they do over data parallel ranks."""
     mesh = share.layout.mesh
     if mesh.sp_group is not None:
         every = AllGather.apply(values.detach(), mesh.sp_group)
@@ -545,9 +533,8 @@ def mrsp_attention(
     if mesh.ulysses > 1:  # (B, H, Ls, D) -> (B, H / U, Lo, D): fewer heads, more tokens
         query, key, value = tokens_for_heads([query, key, value], mesh.inner_group)
     if mrsp.parts is None or (mesh.outer == 1 and query.shape[2] <= DENSE_LIMIT):
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mrsp.mask(), scale=scale, enable_gqa=True
-        )
+        mask = mrsp.mask()
+        out = F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
     else:
         out = BlockAttention.apply(query, key, value, mrsp, scale)
     if mesh.ulysses > 1:
@@ -556,11 +543,11 @@ def mrsp_attention(
 
 
 def attention_naive(q, k, v, layout: Layout, scale: float) -> Tensor:
-    """NAIVE, for reading and for the tests: what every method below must equal. Each rank gets the
-    queries, keys and values of all S ranks, computes the attention of the whole sequence, and keeps
-    its own tokens: S times the work and the memory. q (B, H, Ls, D), k, v (B, Hkv, Ls, D) ->
-    (B, H, Ls, D)."""
-    mesh, n = layout.mesh, q.shape[2]
+    """NAIVE, for reading and for the tests: what every method below must equal. Each rank gets q, k
+    and v of all S ranks, computes the attention of the whole sequence, and keeps its own tokens: S
+    times the work and the memory. q (B, H, Ls, D), k, v (B, Hkv, Ls, D) -> (B, H, Ls, D)."""
+    mesh = layout.mesh
+    n = q.shape[2]
 
     def gathered(x, dim):  # this dimension of all ranks
         if mesh.sp_group is None:
@@ -596,13 +583,11 @@ class AllToAll(torch.autograd.Function):
 
 
 def tokens_for_heads(tensors: list[Tensor], group) -> list[Tensor]:
-    """(B, H, Ls, D) of each -> (B, H / U, U * Ls, D): my heads of all tokens. One exchange for all
-    of them, (U, B, sum of H / U, Ls, D). (Naive: all-gather all heads of all tokens, keep mine; U
-    times the traffic.)"""
+    """(B, H, Ls, D) of each -> (B, H / U, U * Ls, D): my heads of all tokens, by one exchange of
+    (U, B, sum of H / U, Ls, D). (Naive: all-gather all, keep my heads; U times the traffic.)"""
     u = dist.get_world_size(group)
     split = [x.unflatten(1, (u, -1)).movedim(1, 0) for x in tensors]  # (U, B, H / U, Ls, D)
-    got = AllToAll.apply(torch.cat(split, 2), group)
-    got = got.split([x.shape[2] for x in split], 2)
+    got = AllToAll.apply(torch.cat(split, 2), group).split([x.shape[2] for x in split], 2)
     return [x.movedim(0, 2).flatten(2, 3) for x in got]
 
 
@@ -739,7 +724,6 @@ def ring_pass(x: Tensor, group):
 def travelling(k: Tensor, v: Tensor, layout: Layout):
     """Yields (source, K, V) for every outer rank, this one first; the others' prompt K/V arrive
     while that is computed. k, v (B, Hkv, Lo, D); others' have Pp = layout.prompt_tokens().
-
     gather: all-gather of (2, B, Hkv, Pp, D), O times that is held at once; no order to wait for.
     ring:   O - 1 times the same piece goes to the next rank; two pieces are held."""
     mesh = layout.mesh
@@ -775,14 +759,10 @@ def use_ring(layout: Layout, k: Tensor) -> bool:
 
 class BlockAttention(torch.autograd.Function):
     """Attention by blocks, over this rank's tokens and the prompt's K/V of all outer ranks:
-    q (B, H, Lo, D), k, v (B, Hkv, Lo, D) -> (B, H, Lo, D).
-
-    Naive: softmax needs all scores of a query at once; with score blocks s_1, s_2 its numerators
-    and denominators add up,
-        out = (sum exp(s_1) v_1 + sum exp(s_2) v_2) / (sum exp(s_1) + sum exp(s_2)).
-    Stable: keep each block's own softmax and its lse = log sum exp(s); then
-        lse = logaddexp(lse_1, lse_2),  out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2.
-
+    q (B, H, Lo, D), k, v (B, Hkv, Lo, D) -> (B, H, Lo, D). Of a query with score blocks s_1, s_2:
+    naive:   out = (sum exp(s_1) v_1 + sum exp(s_2) v_2) / (sum exp(s_1) + sum exp(s_2))
+    stable:  keep each block's own softmax, out_i, and its lse_i = log sum exp(s_i); then
+             lse = logaddexp(lse_1, lse_2),  out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2
     One autograd.Function, because the kernels' lse carries no gradient: plain autograd through the
     merge runs, and is wrong by 40 %. Nothing that travelled is kept for backward: it travels again,
     and the gradients of K/V go home: by reduce-scatter after gather, one step behind their keys
@@ -809,7 +789,8 @@ class BlockAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, v, out, lse = ctx.saved_tensors
-        layout, mesh = ctx.layout, ctx.layout.mesh
+        layout = ctx.layout
+        mesh = layout.mesh
         grad = grad.contiguous()
         most = layout.prompt_tokens()
         ring = use_ring(layout, k)
@@ -834,12 +815,11 @@ class BlockAttention(torch.autograd.Function):
                 if wait:  # the previous rank's sum for this source: with mine it goes on home
                     dkv = dkv + wait()
                 wait = ring_pass(dkv, mesh.outer_group)
-        if mesh.outer > 1:
-            if ring:
-                home = wait()
-            else:  # (O, 2, B, Hkv, Pp, D) of each rank; each gets the sum for itself
-                home = own.new_empty(piece)
-                reduce_scatter(home, every.flatten(0, 1), group=mesh.outer_group)
+        if wait:
+            own[:, :, :, :most] += wait()
+        elif mesh.outer > 1:  # (O, 2, B, Hkv, Pp, D) of each rank; each gets the sum for itself
+            home = own.new_empty(piece)
+            reduce_scatter(home, every.flatten(0, 1), group=mesh.outer_group)
             own[:, :, :, :most] += home
         return dq.to(q.dtype), *own.to(k.dtype).unbind(), None, None
 
@@ -849,7 +829,6 @@ class BlockAttention(torch.autograd.Function):
 
 def encode_parallel(encode, frames, group=None, together: int = 1) -> Tensor:
     """Encode a video's frames, split evenly over the ranks of `group` (None: this process alone).
-
     frames (F, H, W, 3), the same on every rank: anything that has a length and can be sliced (a
     lazy decoder then decodes only this rank's share). encode maps (f, H, W, 3) to (f / together,
     K, D), each `together` frames by themselves (1: frame by frame, 2: temporal patches, 8: TSP
@@ -904,12 +883,10 @@ def agree(error: Exception | None, group=None) -> None:
 
 class EmbeddingCache:
     """Embeddings by key, in memory and, with a folder, on disk (DEVIATION 2). Least recently used
-    entries go first when max_bytes (memory) or max_disk_bytes (folder) is exceeded.
-
-    A key names everything the embedding depends on: the media file's content, the frames taken,
-    and the encoder's weights and preprocessing (see media_key). Disk entries are safetensors
-    files with a checksum, memory-mapped when read, written under another name and renamed: ranks
-    and runs may share a folder. A damaged one is reported and computed again."""
+    entries go first when max_bytes (memory) or max_disk_bytes (folder) is exceeded. A key names
+    everything that the embedding depends on (see media_key). Disk entries are safetensors files
+    with a checksum, memory-mapped when read, written under another name and renamed: ranks and runs
+    may share a folder. A damaged one is reported and computed again."""
 
     def __init__(self, folder=None, max_bytes: int = 4 << 30, max_disk_bytes: int = 100 << 30):
         self.folder = folder
@@ -1027,8 +1004,8 @@ def _file_hash(path: str, size: int, modified: int) -> str:
 def all_reduce_gradients(parameters) -> None:
     """Sum the gradients over all ranks, in place, in one message.
     The loss of a rank is (sum over ITS tokens) / (number of tokens on ALL ranks), so that the sum
-    is the gradient of the global mean, whatever the number of ranks and however uneven their
-    shares. A parameter without gradient on this rank takes part with zeros."""
+    is the gradient of the global mean, however uneven the ranks' shares. A parameter without
+    gradient on this rank takes part with zeros."""
     trained = [p for p in parameters if p.requires_grad]
     for p in trained:  # on one rank too: optimizers step on zeros, but skip a missing gradient
         if p.grad is None:
