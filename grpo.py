@@ -11,6 +11,10 @@ if it is better than the others of its group: no value network is needed.
                  answers of one prompt, G = 4            same advantage for each token
     rewards      [1.0   0.1   1.0   0.1]   ->  [0.87 -0.87 0.87 -0.87]  ->  x mask (B, G, R)
 
+This file is the METHOD of a run: train.py calls reward(), advantages() and loss() with a Config;
+`train.py --method FILE.py` takes those names from another file first. So a reward of one's own, or
+a published variant, is a short file: what it does not define is taken from here.
+
 What the large systems do: the same, spread over a worker class, a reward manager and a core file;
 log-probs of the old policy come from an extra pass over all sequences. What differs here:
     - on-policy shortcut: in the first update after sampling, pi_old IS the current policy, so
@@ -25,14 +29,63 @@ DEVIATION 1: an answer with several <answer> spans is wrong (the public code tak
 DEVIATION 2: the format has each of its four tags once.
 
 Glossary: B prompts, G answers a prompt, R tokens of the longest answer; logp log-probabilities of
-the sampled tokens, mask 1.0 at real tokens. Check this file alone:  pytest tests/test_grpo.py
+the sampled tokens, mask 1.0 at real tokens. Copied alone it needs torch, nothing else.
+Check this file alone:  pytest tests/test_grpo.py
 """
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Config:
+    """The GRPO stage; defaults are the released ones of Long-RL where they are stated."""
+
+    steps: int = 100  # rollout batches
+    prompts: int = 512  # prompts of a rollout batch, over all ranks
+    update_prompts: int = 128  # prompts of one optimizer step; fewer than prompts: off-policy
+    micro_prompts: int = 1  # prompts in one forward pass of a rank
+    group: int = 8  # G, answers to each prompt
+    temperature: float = 1.0  # of sampling, and of the log-probs that are trained
+    top_p: float = 0.99  # nucleus of sampling
+    top_k: int = 0  # sample from the k most likely tokens; 0: from all
+    accuracy_weight: float = 0.9  # reward of a right answer
+    format_weight: float = 0.1  # reward of the right format
+    scale_std: bool = True  # divide advantages by the group's standard deviation
+    clip_low: float = 0.2  # the ratio is clipped from below at 1 - clip_low
+    clip_high: float = 0.3  # and from above at 1 + clip_high
+    dual_clip: float = 3.0  # for negative advantages, -ratio * A is at most dual_clip * |A|
+    kl_coef: float = 1e-2  # weight of the KL term; 0 skips the reference model altogether
+    tis_cap: float = 0.0  # truncated importance sampling: largest weight of a token; 0: no weights
+    average: Literal["token", "sequence"] = "token"  # mean over tokens, or over answers' means
+    lr: float = 1e-6  # AdamW, constant
+    weight_decay: float = 1e-2  # decoupled weight decay
+    grad_clip: float = 1.0  # largest norm of the gradient
+    mean_mismatch: float = 0.1  # stop if log-probs of sampler and trainer differ by more on average
+    max_mismatch: float = 20.0  # stop if those of a single token differ by more
+    lora_rank: int = 0  # rank of adapters (LoRA) trained in place of the decoder's weights; 0: none
+    lora_alpha: float = 32.0  # what adapters add to a layer is scaled by lora_alpha / lora_rank
+
+    def __post_init__(self):
+        least = {"steps": 1, "prompts": 1, "update_prompts": 1, "micro_prompts": 1, "group": 2}
+        least |= {"top_k": 0, "tis_cap": 0, "kl_coef": 0, "lora_rank": 0, "weight_decay": 0}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if not value >= smallest:  # nan fails too
+                raise ValueError(f"{name} must be at least {smallest}, not {value}")
+        for name in "temperature lr grad_clip mean_mismatch max_mismatch lora_alpha".split():
+            value = getattr(self, name)
+            if not value > 0:
+                raise ValueError(f"{name} must be above 0, not {value}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if self.average not in ("token", "sequence"):
+            raise ValueError(f"average must be token or sequence, not {self.average!r}")
+
 
 # -------------------------------------------------------------------------------------- rewards
 
@@ -53,11 +106,9 @@ def format_reward(completion: str) -> float:
 
 def as_number(text: str) -> float | None:
     """The number that text is, or None: "1,000" -> 1000.0, "3.0" -> 3.0, "three" -> None."""
-    if not re.fullmatch(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?", text) or not re.search(
-        r"\d", text
-    ):
-        return None
-    return float(text.replace(",", ""))
+    form = r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?"
+    is_number = re.fullmatch(form, text) and re.search(r"\d", text)
+    return float(text.replace(",", "")) if is_number else None
 
 
 def same_text(a: str, b: str) -> bool:
@@ -109,63 +160,6 @@ def accuracy_reward(completion: str, gold: str, options: tuple[str, ...] = ()) -
     return float(bool(answer) and same_text(answer, gold))
 
 
-def named_letter(text: str, options: tuple[str, ...]) -> str | None:
-    """As chosen_letter, but the letter may be lower case and have a reason behind it. None too if
-    that names another one; "A man walks" and "I see" name none.
-
-    >>> texts = "(b) red", "B, as it is red", "B, C", "B. blue", "A man walks"
-    >>> [named_letter(text, ("blue", "red", "green")) for text in texts]
-    ['B', 'B', None, None, None]
-    """
-    text = re.sub(r"^\(?[a-z]\b", lambda first: first[0].upper(), text.strip())
-    behind = r"\s*[).,:;–-]+(?=\s|$)|\s*\n|\s+(?=because\b|is (?:the )?(?:correct|right)\b)"
-    reason = re.match(rf"\(?([A-Z])(?:{behind})\s*(.*)", text)
-    letter = chosen_letter(text, options)
-    if letter or not reason or reason[1] not in map(chr, range(65, 65 + len(options))):
-        return letter
-    others = re.findall(r"\b([A-Za-z])\b(?!\s+(?!(?:is|or|and)\b)[a-z])", text)  # but no articles
-    others = {chosen_letter(other.upper(), options) for other in others}
-    others.add(chosen_letter(reason[2].strip(), options))
-    return reason[1] if others <= {reason[1], None} else None
-
-
-def lenient_accuracy(completion: str, gold: str, options: tuple[str, ...] = ()) -> float:
-    """For evaluation only: 1.0 also if the gold answer is given in another form than the one asked
-    for. (A reward as lenient as this would be earned by naming letters here and there.)
-
-    Of what follows the thoughts it reads the last <answer> span, or all if there is none; in it,
-    the first that names a letter: what is boxed or behind "answer", the last one first; what is
-    behind "option"; all of it; its last line. Open-ended: behind the last "answer", or the last
-    line. Who names two letters has named none. Numbers as words are not converted.
-
-    >>> two = ("blue", "red")
-    >>> [lenient_accuracy(c, "B", two) for c in ("b", "The answer is **B**.", r"\\boxed{B}", "Red")]
-    [1.0, 1.0, 1.0, 1.0]
-    >>> [lenient_accuracy(c, "A", two) for c in ("A or B", "A man walks", "<think> so A", "A. red")]
-    [0.0, 0.0, 0.0, 0.0]
-    >>> [lenient_accuracy("<answer>3</answer> No: <answer>4</answer>", gold) for gold in ("3", "4")]
-    [0.0, 1.0]
-    """
-    if accuracy_reward(completion, gold, options):
-        return 1.0
-
-    def plain(text: str) -> str:
-        return re.sub(r"\\text|[*_`$'\"‘’“”{}]", "", text.replace(r"\boxed", " answer "))
-
-    text = completion.rpartition("</think>")[2].partition("<think>")[0]
-    text = plain(text.rpartition("<answer>")[2].partition("</answer>")[0]).strip()
-    said = []
-    for word in ("answer", "(?<!not )(?:option|choice)"):
-        lead = rf"(?i)\b{word}\b(?:\s|:|is\b|the\b)*"
-        said += [text[found.end() :] for found in re.finditer(lead, text)][::-1]
-    last = text[text.rfind("\n") + 1 :]
-    if options:
-        named = [named_letter(part, tuple(map(plain, options))) for part in (*said, text, last)]
-        return float(next(filter(None, named), None) == gold)
-    cuts = [re.split(cut, part)[0] for part in (*said[:1], last) for cut in (r"\n", r"\.\s")]
-    return float(any(cut.strip() and same_text(cut, plain(gold)) for cut in cuts))
-
-
 def graded(completion: str, thinking: bool) -> str:
     """What is graded: in non-thinking mode a bare completion is the answer itself.
 
@@ -177,40 +171,40 @@ def graded(completion: str, thinking: bool) -> str:
     return f"<think></think> <answer>{completion}</answer>"
 
 
-def reward(
-    completion: str,
-    gold: str,
-    options: tuple[str, ...] = (),
-    accuracy_weight: float = 0.9,
-    format_weight: float = 0.1,
-) -> dict[str, float]:
+def reward(completion: str, example, config: Config) -> dict[str, float]:
     """The reward of one answer and its parts, 0.9 accuracy + 0.1 format (section 4).
 
-    >>> reward("<think> . </think> <answer> A </answer>", "B", ("blue", "red"))
+    example: the question (data.Example); here its answer and its options count. The parts are
+    logged and shown; "reward" is trained on, "accuracy" (0 to 1) is what evaluation reports.
+
+    >>> from types import SimpleNamespace
+    >>> example = SimpleNamespace(answer="B", options=("blue", "red"))
+    >>> reward("<think> . </think> <answer> A </answer>", example, Config())
     {'reward': 0.1, 'accuracy': 0.0, 'format': 1.0}
     """
-    right, form = accuracy_reward(completion, gold, options), format_reward(completion)
-    total = accuracy_weight * right + format_weight * form
+    right = accuracy_reward(completion, example.answer, example.options)
+    form = format_reward(completion)
+    total = config.accuracy_weight * right + config.format_weight * form
     return {"reward": total, "accuracy": right, "format": form}
 
 
 # ----------------------------------------------------------------------------------- advantages
 
 
-def advantages(rewards: Tensor, scale_std: bool = True, eps: float = 1e-6) -> Tensor:
+def advantages(rewards: Tensor, config: Config, eps: float = 1e-6) -> Tensor:
     """Group relative advantages: rewards (B, G) -> (B, G); sums to 0 in each group.
 
-    Divided by the unbiased standard deviation, as the paper does, unless scale_std is False
+    Divided by the unbiased standard deviation, as the paper does, unless config.scale_std is False
     (Dr. GRPO, arXiv 2503.20783: dividing gives easy and hard questions more weight).
 
-    >>> advantages(torch.tensor([[1.0, 0.0, 1.0, 0.0]]))
+    >>> advantages(torch.tensor([[1.0, 0.0, 1.0, 0.0]]), Config())
     tensor([[ 0.8660, -0.8660,  0.8660, -0.8660]])
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be (B, G) with G >= 2, got {tuple(rewards.shape)}")
     wide = rewards.double()  # in float32 the rounding of eight times 0.1 is not small beside eps
     out = wide - wide.mean(dim=1, keepdim=True)
-    if scale_std:
+    if config.scale_std:
         out = out / (wide.std(dim=1, keepdim=True) + eps)
     return out.to(rewards.dtype)
 
@@ -223,18 +217,6 @@ def informative(rewards: Tensor, eps: float = 1e-6) -> Tensor:
 # ----------------------------------------------------------------------------------------- loss
 
 
-@dataclass(frozen=True)
-class LossConfig:
-    """Settings of the policy loss; defaults are the released ones of Long-RL."""
-
-    clip_low: float = 0.2  # the ratio is clipped from below at 1 - clip_low
-    clip_high: float = 0.3  # and from above at 1 + clip_high
-    dual_clip: float = 3.0  # for negative advantages, -ratio * A is at most dual_clip * |A|
-    kl_coef: float = 1e-2  # weight of the KL term; 0 skips the reference model altogether
-    tis_cap: float = 0.0  # truncated importance sampling: largest weight of a token; 0: no weights
-    average: str = "token"  # mean over all tokens, or "sequence": mean over answers of token means
-
-
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """Per-token estimate of KL(pi || pi_ref) from samples of pi: unbiased and never negative
     (estimator k3, http://joschu.net/blog/kl-approx.html). Any shape.
@@ -245,7 +227,7 @@ def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     return log_ratio.exp() - log_ratio - 1
 
 
-def policy_loss(ratio: Tensor, advantage: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
+def policy_loss(ratio: Tensor, advantage: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     """Clipped surrogate per token, and where a clip is in force. Shapes broadcast to (B, G, R).
 
     With A > 0 the loss is -min(ratio, 1 + high) A: no reward for going further up. With A < 0 it
@@ -254,17 +236,17 @@ def policy_loss(ratio: Tensor, advantage: Tensor, config: LossConfig) -> tuple[T
     """
     plain = -advantage * ratio
     clipped = -advantage * ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    loss = torch.maximum(plain, clipped)
+    surrogate = torch.maximum(plain, clipped)
     bound = -advantage * config.dual_clip
-    loss_dual = torch.where(advantage < 0, torch.minimum(loss, bound), loss)
-    return loss_dual, (clipped > plain) | (loss_dual < loss)
+    dual = torch.where(advantage < 0, torch.minimum(surrogate, bound), surrogate)
+    return dual, (clipped > plain) | (dual < surrogate)
 
 
-def grpo_loss(
+def loss(
     logp: Tensor,
     advantage: Tensor,
     mask: Tensor,
-    config: LossConfig,
+    config: Config,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
     sampler_logp: Tensor | None = None,
@@ -284,9 +266,9 @@ def grpo_loss(
     total_tokens, total_sequences: of the whole global batch, if this is a part of it; the parts'
     losses and gradients then add up to the whole's.
 
-    Returns the loss (scalar) and sums over tokens (divide by `tokens` after adding up parts):
-    tokens, clipped (tokens whose gradient a clip cut off), kl, ratio_error (|ratio - 1|), tis (the
-    importance weights).
+    Returns the loss (scalar) and what to log of each token, (B, G, R) each, to be averaged under
+    the mask: clip_fraction (1.0 where a clip cut the gradient off), kl, ratio_error (|ratio - 1|),
+    tis_weight.
     """
     if logp.shape != mask.shape or advantage.shape != logp.shape[:2]:
         raise ValueError(
@@ -297,75 +279,34 @@ def grpo_loss(
         raise ValueError("kl_coef is not zero: give ref_logp")
     if config.tis_cap and sampler_logp is None:
         raise ValueError("tis_cap is not zero: give sampler_logp")
+    padding = mask == 0
     old_logp = logp.detach() if old_logp is None else old_logp
     # Padding is replaced before exp(): inf * 0 would be nan, in the gradient too.
     # The clamp keeps exp() finite: 0 * inf is the gradient of a clipped, infinite ratio.
-    ratio = (logp - old_logp).masked_fill(mask == 0, 0.0).clamp(-20, 20).exp()
-    per_token, clipped = policy_loss(ratio, advantage[..., None], config)
+    ratio = (logp - old_logp).masked_fill(padding, 0.0).clamp(-20, 20).exp()
+    per_token, clipped = policy_loss(ratio, advantage[..., None], config)  # (B, G, R) each
     tis = torch.ones_like(logp)
     if config.tis_cap:
-        gap = (old_logp - sampler_logp).masked_fill(mask == 0, 0.0)
+        gap = (old_logp - sampler_logp).masked_fill(padding, 0.0)
         tis = gap.exp().clamp(max=config.tis_cap).detach()
         per_token = per_token * tis
     kl = torch.zeros_like(logp)
     if config.kl_coef:
-        kl = kl_k3(logp.masked_fill(mask == 0, 0.0), ref_logp.masked_fill(mask == 0, 0.0))
+        kl = kl_k3(logp.masked_fill(padding, 0.0), ref_logp.masked_fill(padding, 0.0))
         per_token = per_token + config.kl_coef * kl
     per_token = per_token * mask
     if config.average == "token":
         count = mask.sum() if total_tokens is None else total_tokens
-        loss = per_token.sum() / max(count, 1)
-    elif config.average == "sequence":
+        total = per_token.sum() / max(count, 1)
+    else:
         length = mask.sum(-1)  # (B, G); a row of padding has length 0 and is no sequence
         means = per_token.sum(-1) / length.clamp(min=1)
         count = (length > 0).sum() if total_sequences is None else total_sequences
-        loss = means.sum() / max(count, 1)
-    else:
-        raise ValueError(f"average must be 'token' or 'sequence', not {config.average!r}")
-    with torch.no_grad():
-        sums = {
-            "tokens": mask.sum(),
-            "clipped": (clipped * mask).sum(),
-            "kl": (kl * mask).sum(),
-            "ratio_error": ((ratio - 1).abs() * mask).sum(),
-            "tis": (tis * mask).sum(),
-        }
-    return loss, sums
-
-
-# ----------------------------------------------------------------------- settings of the stage
-
-
-@dataclass(frozen=True)
-class GRPOConfig(LossConfig):
-    """The GRPO stage; defaults are the released ones of Long-RL where they are stated."""
-
-    steps: int = 100  # rollout batches
-    prompts: int = 512  # prompts of a rollout batch, over all ranks
-    update_prompts: int = 128  # prompts of one optimizer step; fewer than prompts: off-policy
-    micro_prompts: int = 1  # prompts in one forward pass of a rank
-    group: int = 8  # G, answers to each prompt
-    temperature: float = 1.0  # of sampling, and of the log-probs that are trained
-    top_p: float = 0.99  # nucleus of sampling
-    top_k: int = 0  # sample from the k most likely tokens; 0: from all
-    accuracy_weight: float = 0.9  # reward of a right answer
-    format_weight: float = 0.1  # reward of the right format
-    scale_std: bool = True  # divide advantages by the group's standard deviation
-    lr: float = 1e-6  # AdamW, constant
-    weight_decay: float = 1e-2  # decoupled weight decay
-    grad_clip: float = 1.0  # largest norm of the gradient
-    mean_mismatch: float = 0.1  # stop if log-probs of sampler and trainer differ by more on average
-    max_mismatch: float = 20.0  # stop if those of a single token differ by more
-    lora_rank: int = 0  # rank of adapters (LoRA) trained in place of the decoder's weights; 0: none
-    lora_alpha: float = 32.0  # what adapters add to a layer is scaled by lora_alpha / lora_rank
-
-    def __post_init__(self):
-        counts = self.prompts, self.update_prompts, self.micro_prompts
-        if min(counts) < 1 or self.group < 2 or self.temperature <= 0:
-            raise ValueError(f"need prompt counts >= 1, group >= 2 and temperature > 0: {self}")
-        if self.average not in ("token", "sequence"):
-            raise ValueError(f"average must be token or sequence, not {self.average!r}")
-        if self.tis_cap < 0 or self.mean_mismatch <= 0 or self.max_mismatch <= 0:
-            raise ValueError(f"need tis_cap >= 0 and mismatch limits > 0: {self}")
-        if self.lora_rank < 0 or self.lora_alpha <= 0:
-            raise ValueError(f"need lora_rank >= 0 and lora_alpha > 0: {self}")
+        total = means.sum() / max(count, 1)
+    seen = {
+        "clip_fraction": clipped.to(logp.dtype),
+        "kl": kl.detach(),
+        "ratio_error": (ratio.detach() - 1).abs(),
+        "tis_weight": tis,
+    }
+    return total, seen
