@@ -322,10 +322,9 @@ def pack(prompts, branches, context=None) -> Pack:
     return Pack(**moved, media=media, layout=Layout(*seen, *seen, [spans]))
 
 
-def pad_prompts(prompts, total: int):
-    """B prompts, right-padded to `total` tokens -> ids, segment, order (B, total), positions
-    (B, total) or (3, B, total), media (N, D) or None, media_at (N,) into the B * total tokens. On
-    the CPU, but for media, which are not moved."""
+def pad_prompts(prompts, total: int, device="cpu") -> list:
+    """B prompts, right-padded to L = total -> [ids, segment, order (B, L), positions (B, L) or
+    (3, B, L), media (N, D) or None, media_at (N,) into B * L]; all but media on the device."""
     shape = (len(prompts), total)
     ids = torch.zeros(shape, dtype=torch.long)
     segment = torch.full(shape, -1)  # padding, which no token sees
@@ -343,7 +342,8 @@ def pad_prompts(prompts, total: int):
     features = None
     if media:
         features = media[0] if len(media) == 1 else torch.cat(media)
-    return ids, segment, order, positions, features, torch.cat(media_at)
+    texts = [x.to(device) for x in (ids, segment, order, positions)]
+    return [*texts, features, torch.cat(media_at).to(device)]
 
 
 def copies(prompts, branches, context=None) -> tuple[list, list, list | None]:
