@@ -15,18 +15,17 @@ mrsp.py says who sees whom, so no cache is ever copied G times:
     cache of a row:   [ prompt, P keys | step 0: r_1 .. r_G | step 1: r_1 .. r_G | ... ]
     queries:            r_1 .. r_G   each sees the prompt and its own column
 
-Copied with mrsp.py it needs torch, transformers and, for TorchEngine, a policy: a torch.nn.Module
-with these attributes (model.MultiModal has them), in which AttentionInterface.register("mrsp",
-mrsp_attention) was called:
+Copied alone it needs mrsp.py, and a script AttentionInterface.register("mrsp", mrsp_attention).
+TorchEngine wants a policy, a torch.nn.Module (such as model.MultiModal) that has
 
-    llm                  decoder of transformers under attention "mrsp"; its model, lm_head, config
+    llm                  decoder of transformers, attention "mrsp"; its model, lm_head and config
     policy.inputs(ids, media, media_at)   keywords of llm.model: inputs_embeds (B, L, D), or more
-    tokenizer, eos       decode(ids) -> text; id of the token that ends an answer (-1: none does)
-    media_tokens         ids that are never sampled; () if all may be
-    media_width          W, width of the features in prompts
-    sharded              are the parameters sharded (FSDP2)? Then the engine needs a dtype, and so
-    decoder_weights()    (name, tensor) of each in llm.state_dict(), whole; and to share with a copy
-    tower, projector, cache, mesh
+    tokenizer, eos       decode(ids) -> text; id of the token that ends an answer, or -1
+    media_tokens         ids that are never sampled, or ()
+    media_width          W, width of the features of prompts
+    sharded              are the parameters sharded (FSDP2)? Then the engine needs a dtype
+    only with a dtype    decoder_weights(): (name, whole tensor) of all in llm.state_dict();
+                         tower, projector, cache, mesh: what the copy shares
 and prompts with ids (P,), positions (P,) or (3, P), media (N, W) or None, media_at (N,).
 
 DEVIATION 1: the log-prob that is kept is that of the full softmax at the given temperature, also
@@ -329,7 +328,7 @@ def import_vllm():
 
 
 def engine_kind(kind: str | None) -> str:
-    """vllm or torch, as asked; None: vllm where it is installed and a GPU is there. RolloutError."""
+    """vllm or torch, as asked; None: vllm where there is a GPU and the package. RolloutError."""
     if kind is None:
         found = torch.cuda.is_available() and importlib.util.find_spec("vllm")
         kind = "vllm" if found else "torch"
