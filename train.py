@@ -274,8 +274,8 @@ def pipeline(run: Run, method: Method, kind: str) -> dict:
         with run.stage("eval"):
             a.engine.sync(a.model)
             a.engine.wake()
-            bar = run.bar(f"eval {name}")
-            result = evaluate(a.model, a.engine, rows, method, ranks=run.ranks, bar=bar, **how)
+            asked = {"ranks": run.ranks, "bar": f"eval {name}"} | how
+            result = evaluate(a.model, a.engine, rows, method, **asked)
             a.engine.sleep()
             for record in result["records"] if file else ():
                 run.write(file, record)
