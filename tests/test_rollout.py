@@ -72,12 +72,15 @@ class Stand:
         return self.model.llm.get_input_embeddings().weight
 
 
-def gap(model, prompts, out, temperature=1.0) -> float:
-    """The largest |log-prob of the sampler - log-prob of the trainer|."""
-    with torch.no_grad():
-        packed = mrsp.pack(prompts, [[r.ids for r in group] for group in out])
-        logps, _ = model(packed, temperature)
-    return (logps - torch.cat([r.logps for group in out for r in group])).abs().max().item()
+@torch.no_grad()
+def gaps(model, prompts, out, temperature=1.0):
+    """|log-prob of the sampler - log-prob of the trainer| of each token."""
+    logps, _ = model(mrsp.pack(prompts, [[r.ids for r in group] for group in out]), temperature)
+    return (logps - torch.cat([r.logps for r in flat(out)])).abs()
+
+
+def gap(*what) -> float:
+    return gaps(*what).max().item()
 
 
 @torch.no_grad()
@@ -301,10 +304,12 @@ def test_a_stop_text_ends_an_answer_and_stays_in_its_text(stand, temperature):
         stand.scale(stand.model.llm.model.norm.weight, 3)  # no two tokens are within rounding
     n, decode = 4 if temperature else 1, stand.model.tokenizer.decode
     free = flat(stand.out(n, Sampling(temperature, max_tokens=12)))
-    # A token, a part of one, several, the last possible one, one that never comes.
-    some = ((0, 5, 6), (1, 3, 4), (2, 3, 6), (0, 11, 12))
+    # A token, the last possible one, a part of one, several.
+    some = ((0, 5, 6), (0, 11, 12), (1, 3, 4), (2, 3, 6))
     stops = [decode(free[i].ids[start:end]) for i, start, end in some]
-    stops[1] = stops[1][1:]
+    stops[2] = stops[2][1:]
+    if isinstance(stand.engine, VLLMEngine) and " " in stops[3]:
+        stops.pop()  # where a tokenizer puts spaces between tokens, the text it looks at has none
     for stop in (*stops, "nowhere"):
         out = flat(stand.out(n, Sampling(temperature, max_tokens=12, stop=stop)))
         assert any(stop in r.text for r in out) == (stop != "nowhere")
