@@ -1050,6 +1050,15 @@ def all_max(value: int) -> int:
     return int(largest)
 
 
+def even(parts: list, filler, sharded: bool) -> list:
+    """The forward passes of this rank, as many as on any other: with sharded parameters each pass
+    gathers them from all ranks, so a rank with fewer parts gets `filler` appended. Every rank calls
+    this; communication: one all-reduce of a length. Not sharded: parts as they are."""
+    if not sharded:
+        return parts
+    return parts + [filler] * (all_max(len(parts)) - len(parts))
+
+
 def gather_dealt(mine: list, count: int, group, same: int = 1) -> list:
     """Undo a deal of `count` items, item i to rank i % S of the group: all of them, in order, on
     every rank. same: so many neighbours were dealt the same items, as if they were one rank. The

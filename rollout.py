@@ -7,6 +7,8 @@ embeddings that were computed once, and their log-probs are compared with the tr
     sync(policy)    take over new weights; what was cached with the old ones is dropped
     sleep(), wake() give back and take memory, so that engine and trainer share a GPU
 
+sample() deals prompts to the engines of the ranks that train one sequence together.
+
 VLLMEngine, for GPUs (and CPUs): vLLM runs the decoder alone; no pixel is encoded twice.
 
     text       token ids
@@ -63,7 +65,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
 
-from mrsp import Layout
+from mrsp import Layout, Mesh, gather_dealt
 
 
 class RolloutError(RuntimeError):
@@ -123,6 +125,22 @@ def response(policy, ids: Tensor, logps: Tensor, finished: bool) -> Response:
     """ids (R,) and logps (R,) with their text, without the end token."""
     ended = len(ids) > 0 and ids[-1] == policy.eos
     return Response(ids, logps, policy.tokenizer.decode(ids[:-1] if ended else ids), finished)
+
+
+def sample(
+    engine, prompts: list, seeds: list[int], n: int, sampling: Sampling, mesh: Mesh
+) -> list[list[Response]]:
+    """n answers to each prompt of this rank's sequence, in order. All S ranks of a sequence call
+    this with the same prompts and seeds, and get the same answers: rank r samples for prompts r,
+    r + S, ... (with tensor parallelism the engine.tp ranks of an engine are dealt the same ones),
+    then they exchange what they have. engine.prefilled counts what this rank's engine computed."""
+    engines = mesh.sp // engine.tp  # of this sequence
+    mine = slice(mesh.sp_rank // engine.tp, None, engines)
+    engine.wake()
+    answers = engine.generate(prompts[mine], n, sampling, seeds[mine])
+    answers = gather_dealt(answers, len(prompts), mesh.sp_group, engine.tp)
+    engine.sleep()
+    return answers
 
 
 # ------------------------------------------------------------------------------- plain PyTorch

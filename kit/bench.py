@@ -41,7 +41,6 @@ import time
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import replace
-from math import gcd
 from pathlib import Path
 from statistics import median
 
@@ -59,6 +58,7 @@ import mrsp
 from data import Example, Medium
 from families.vila import VILA
 from kit.decode import Loader
+from kit.plan import PER_FRAME, SHAPES, memory, parameters, widths
 from kit.toy import write_mp4
 from model import Media, Policy, Prompt
 from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, VLLMEngine
@@ -465,80 +465,6 @@ def bench_attention(args) -> None:
 
 
 # --------------------------------------------------------------------------------------- plan
-
-SHAPES = {  # published configs, with their names; below, tokens a frame
-    "qwen2.5-vl-7b": dict(
-        num_hidden_layers=28, hidden_size=3584, intermediate_size=18944, vocab_size=152064,
-        num_attention_heads=28, num_key_value_heads=4, head_dim=128, tie_word_embeddings=False,
-    ),
-}  # fmt: skip
-SHAPES["longvila-7b"] = SHAPES["qwen2.5-vl-7b"] | {"vocab_size": 151672}  # the same decoder
-PER_FRAME = {
-    "qwen2.5-vl-7b": 71,  # the paper's 3,600 frames in ~256k tokens; depends on the resolution
-    "longvila-7b": 257,  # 448 px, 2x2 blocks, newline; 122 with 3x3 blocks; 196 at 384 px
-}
-
-
-def parameters(shape: dict) -> tuple[int, int]:
-    """Parameters of one layer, and of embedding, final norm and LM head."""
-    d, m, v, q, k = widths(shape)
-    layer = 2 * d * (q + k) + q + 2 * k + 3 * d * m + 2 * d
-    return layer, v * d * (1 if shape["tie_word_embeddings"] else 2) + d
-
-
-def widths(shape: dict) -> tuple[int, ...]:
-    """D of the model, M of the MLP, V of the vocabulary, Q of all query heads, K of all keys'."""
-    q, k = (shape[f"num_{n}_heads"] * shape["head_dim"] for n in ("attention", "key_value"))
-    return shape["hidden_size"], shape["intermediate_size"], shape["vocab_size"], q, k
-
-
-def memory(
-    shape: dict, prompt: int, answers: int, gpus=1, sp=1, c=2, chunk=8192, prefill=None, rl=True
-) -> dict[str, float]:
-    """Bytes of a GPU, by part, at the peak of a step that trains prompt + answers tokens (answers
-    of one prompt) with FSDP2 over all GPUs and sp ranks a sequence. shape: of the decoder, named as
-    in config.json; c: bytes of a number in a layer; prefill: prompt tokens that the sampler takes
-    at once (None: all, as the torch sampler does); rl: with sampler and reference.
-    N parameters, L tokens, T = L / sp; widths: D model, Q queries, K keys, M MLP, V vocabulary:
-
-        weights      4 N / gpus     float32 masters       optimizer   8 N / gpus   AdamW
-        engine       c N            the sampler's copy, whole; + c N / gpus, the reference's shards
-        gathered     c (2 N_layer + N_root)   two layers, and embedding and head throughout
-        gradients    4 N / gpus; sharded: + (4 + c) N_layer, one layer before it is added up
-        activations  c T D a layer, all that checkpointing keeps; + final norm, and layout (64 T)
-        layer        T (16 D + c (3 D + 3 Q + 2 K + 6 M)), one layer again, during its backward
-        kv           travelling: ulysses 2 c T (Q + 2 K); gather (c + 4) 2 K L
-        embeddings   c T D          (in host memory: 4 D a token of the whole video)
-        logits       16 V a token of a chunk: float32 logits, log-softmax, exponential, product
-        rollout      c layers 2 K L, the cache; + c (4 D + 3 M) a token of the prefill
-
-    Gradients grow as activations are freed, `layer` and `logits` are not held at once, rollout and
-    training neither: `total` is the largest of those moments, not the sum. The tower is left out.
-    """
-    (d, m, v, q, k), n = widths(shape), shape["num_hidden_layers"]
-    (layer_n, root_n), length = parameters(shape), prompt + answers
-    total_n, t, sharded = n * layer_n + root_n, length / sp, gpus > 1
-    ulysses = gcd(shape["num_attention_heads"], shape["num_key_value_heads"], sp)
-    part = {
-        "weights": 4 * total_n / gpus,
-        "optimizer": 8 * total_n / gpus,
-        "engine": c * total_n * (1 + 1 / gpus) * rl,
-        "gathered": c * (2 * layer_n + root_n) * (sharded or c < 4),
-        "gradients": 4 * total_n / gpus + (4 + c) * layer_n * sharded,
-        "activations": c * t * d * (n + 2) + 64 * t,
-        "layer": t * (16 * d + c * (3 * d + 3 * q + 2 * k + 6 * m)),
-        "kv": 2 * c * t * (q + 2 * k) * (ulysses > 1) + (c + 4) * 2 * k * length * (ulysses < sp),
-        "embeddings": c * t * d,
-        "logits": 16 * v * min(chunk, answers / sp),
-        "rollout": c * (n * 2 * k * length + min(prefill or prompt, prompt) * (4 * d + 3 * m)) * rl,
-    }
-    held = sum(part[name] for name in ("weights", "optimizer", "engine"))
-    # The MLP's part is freed before attention's backward, when keys and values travel.
-    running = part["layer"] + max(0, part["kv"] - 6 * c * t * m)
-    last = part["activations"] + max(running + 4 * root_n, part["logits"])  # backward begins
-    first = 2 * c * t * d + part["gradients"] + running  # its end: the first layer
-    training = part["gathered"] + part["embeddings"] + max(last, first)
-    return part | {"total": held + max(training, part["rollout"])}
 
 
 def bench_plan(args) -> None:

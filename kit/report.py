@@ -362,7 +362,9 @@ def table(summary: dict) -> str:
     rows |= {f"  {name}": value for name, value in g.get("by_category", {}).items()}
     rows |= {f"  {n} frames": value for n, value in g.get("by_frames", {}).items()}
     rows |= {names[k]: g[k] for k in ("other_environment", "wrong_video") if k in g}
-    lines = [f"accuracy on {summary['questions']} held-out questions, seed {summary['seed']}"]
+    trained_on = summary.get("trained_on", 0)
+    kind = f"questions, {trained_on} of them TRAINED ON" if trained_on else "held-out questions"
+    lines = [f"accuracy on {summary['questions']} {kind}, seed {summary['seed']}"]
     lines += [f"  {name:46s} {100 * value:5.1f} %" for name, value in rows.items()]
     seconds = "  ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
     return "\n".join([*lines, f"seconds: {seconds}"])
@@ -425,6 +427,38 @@ def plot_frames(summary: dict, path: str) -> None:
     axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def finish(run, summary: dict) -> None:
+    """The end of a training run (kit.run.Run), on one rank: summary.json, curves, table, report."""
+    out, s = run.out, run.settings
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    plot_curves(out / "metrics.jsonl", out / "curves.png")
+    pictures = {out / "curves.png": "curves over the steps of GRPO"}
+    if "by_frames" in summary.get("grpo", {}):
+        plot_frames(summary, out / "frames.png")
+        pictures[out / "frames.png"] = "accuracy over the number of frames"
+    rows = "" if s.recipe.data else f" --data {s.run.test_data or 'ROWS.jsonl'}"
+    rows += f" --video_dir {s.run.video_dir}" if rows and s.run.video_dir else ""
+    if summary["questions"]:
+        print(f"\n{table(summary)}\n", flush=True)
+    print(f"Look at the pictures and samples.jsonl in {out}/, ask again with")
+    print(
+        f"    python eval.py --model {out}/model{rows}\nthen read grpo.py and sft.py.", flush=True
+    )
+    if summary["questions"]:
+        files = {"before GRPO": "answers_before.jsonl", "after GRPO": "answers_after.jsonl"}
+        write_report(
+            out / "report.html",
+            f"{out.name}: before and after GRPO",
+            data.load_rows(s.run.test_data, s.run.video_dir, []),
+            {name: read_answers(out / file) for name, file in files.items()},
+            s.recipe.frames,
+            pictures,
+            table(summary),
+            loader=run.loader,
+        )
+        print(f"Every question with its frames and answers: {out}/report.html", flush=True)
 
 
 # --------------------------------------------------------------------------------- command line

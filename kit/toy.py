@@ -21,7 +21,7 @@ Check this file alone:  python -m kit.toy /tmp/toy   (writes a small toy, prints
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerFast
 from data import frame_indices, load_media, load_rows
 from families.vila import VILA
 from model import Recipe
+from sft import SFTConfig
 
 T, SIZE, FPS = 256, 32, 4
 COLORS = {
@@ -225,6 +226,19 @@ class ToyConfig:
     clips: int = 3  # clips per base video
     texts: int = 4  # texts per clip
     careful: float = 0.45  # share of SFT rows whose reasoning cites its evidence
+    # pretraining on single frames
+    images_stage: SFTConfig = SFTConfig(
+        steps=100, groups=192, texts=4, micro_batches=4, train="all", optimizer="muon", lr=2e-3
+    )
+    # pretraining on clips
+    base_stage: SFTConfig = SFTConfig(
+        steps=350, groups=32, texts=4, micro_batches=4, train="llm", optimizer="muon", lr=2e-3
+    )
+
+    def __post_init__(self):
+        for name in ("base", "sft", "rl", "test", "other", "images", "clips", "texts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
 def toy_build(folder: str, config: ToyConfig, seed: int, rank: int = 0, world: int = 1, bar=iter):
@@ -340,6 +354,66 @@ def toy_make(out: Path, config: ToyConfig, recipe: Recipe, seed: int, rank=0, wo
         rows = [e for f in sorted((out / "data").glob("*.jsonl")) for e in load_rows(str(f))]
         texts = [f"{e.problem} {e.response}" for e in rows]
         toy_checkpoint(str(out / "init"), texts, SIZE, recipe, seed)
+
+
+def named(settings, out: Path, model: Path):
+    """The settings of a run on the toy in `out`, from the checkpoint `model`; rows that the command
+    line names stay."""
+    data, run = out / "data", settings.run
+    run = replace(
+        run,
+        model=str(model),
+        data=run.data or str(data / "rl.jsonl"),
+        sft_data=run.sft_data or str(data / "sft.jsonl"),
+        test_data=run.test_data or str(data / "test.jsonl"),
+    )
+    other = settings.eval.other_data or str(data / "test_other.jsonl")
+    return replace(settings, run=run, eval=replace(settings.eval, other_data=other))
+
+
+def sketch(settings, folder: Path):
+    """A toy of one video a split in a folder, for a look at it."""
+    toy_make(folder, ToyConfig(1, 1, 1, 1, 1), settings.recipe, settings.chance.seed)
+    return named(settings, folder, folder / "init")
+
+
+PLAN = """\
+LongVILA-R1 in miniature, {world} rank(s) on {device}; every stage shows the time it has left:
+  1 data    {videos} videos (mp4) with questions; train and test videos are disjoint
+  2 base    a tiny VILA learns to see and to read: stands for the pretrained model
+  3 SFT     chains of thought, careful and hasty ones mixed
+  4 GRPO    {steps} steps, {prompts} prompts x {group} answers; reward: right answer, right format
+  5 test    {questions} questions on videos never trained on, greedy, after the last step
+Everything goes to {out}/"""
+
+
+def prepare(run):
+    """What the toy has in place of a data set and a pretrained checkpoint: data/, init/ (untrained)
+    and base/, pretrained on single frames, then on clips. All ranks. run: kit.run.Run. Returns the
+    settings of a run from there on."""
+    s, out, ranks = run.settings, run.out, run.ranks
+    sizes, c = s.toy, s.grpo
+    run.say(
+        PLAN.format(
+            world=ranks.world,
+            device=ranks.device,
+            out=out,
+            videos=sizes.base + sizes.sft + sizes.rl + sizes.test + sizes.other,
+            questions=5 * sizes.test,
+            steps=c.steps,
+            prompts=c.prompts,
+            group=c.group,
+        )
+    )
+    with run.stage("data"):
+        bar = run.bar("videos")
+        toy_make(out, sizes, s.recipe, s.chance.seed, ranks.rank, ranks.world, bar)
+    model = run.load_policy(out / "init")
+    for name, config in (("images", sizes.images_stage), ("base", sizes.base_stage)):
+        file = {"images": "base_images", "base": "base"}[name]
+        run.supervised(model, run.rows(str(out / "data" / f"{file}.jsonl")), config, name)
+    run.save(model, "base")
+    return named(s, out, out / "base")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import answers
+from conftest import answers, run_ranks
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import mrsp
@@ -207,3 +207,14 @@ def test_a_window_shorter_than_the_sequence_is_refused():
     with pytest.raises(ValueError, match="this layer one of 4 tokens"):
         mrsp.mrsp_attention(None, q, q, q, None, mrsp=layout, sliding_window=4)
     mrsp.mrsp_attention(None, q, q, q, None, mrsp=layout, sliding_window=5)
+
+
+def _even_rank(rank):
+    parts = [["a", "b"], []][rank]
+    assert mrsp.even(parts, None, sharded=True) == [["a", "b"], [None, None]][rank]
+    assert mrsp.even(parts, None, sharded=False) is parts  # no communication: ranks may differ
+
+
+def test_with_sharded_parameters_every_rank_gets_as_many_parts_as_the_busiest():
+    assert mrsp.even(["a"], None, sharded=True) == ["a"]
+    run_ranks(_even_rank, 2)

@@ -2,18 +2,28 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from conftest import answers, deepstack, wide_prompt
+from conftest import answers, deepstack, run_ranks, wide_prompt
 
 import data
 import eval as evaluation
 import mrsp
 import train
+from families.vila import VILA
 from grpo import GRPOConfig
 from model import ModelError
-from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, make_engine, salt
+from rollout import (
+    RolloutConfig,
+    RolloutError,
+    Sampling,
+    TorchEngine,
+    make_engine,
+    salt,
+    sample,
+)
 
 
 def test_sampler_logprobs_equal_the_trainers_for_the_same_tokens(model, prompts):
@@ -429,3 +439,26 @@ def test_settings_of_sampling_reach_the_engine(toy, model):
     seen.clear()
     evaluation.evaluate(model, engine, rows)
     assert seen == [(1, Sampling(0.0, max_tokens=5, stop="B"))]
+
+
+def _sample_rank(rank, folder):
+    model, sampling = VILA.from_pretrained(f"{folder}/init"), Sampling(max_tokens=4)
+    prompts = [model.prompt(row, num_frames=3) for row in data.load_rows(f"{folder}/rl.jsonl")[:3]]
+    lengths = [len(p.ids) for p in prompts]
+    expected = TorchEngine(model).generate(prompts, 2, sampling, [7, 8, 9])
+    mesh, calls = mrsp.make_mesh(2), []
+    # One engine each: rank 0 samples for prompts 0 and 2. One for both: all of them, on each rank.
+    for tp, dealt in ((1, lengths[rank::2]), (2, lengths)):
+        engine = TorchEngine(model)
+        engine.tp = tp
+        engine.wake, engine.sleep = (partial(calls.append, name) for name in ("wake", "sleep"))
+        found = sample(engine, prompts, [7, 8, 9], 2, sampling, mesh)
+        for a, b in zip(sum(found, []), sum(expected, []), strict=True):
+            assert a.ids.equal(b.ids) and torch.allclose(a.logps, b.logps, atol=1e-5)
+            assert (a.text, a.finished) == (b.text, b.finished)
+        assert engine.prefilled == sum(dealt) and len(found) == 3
+    assert calls == ["wake", "sleep"] * 2
+
+
+def test_the_ranks_of_a_sequence_share_the_sampling_and_get_all_answers_in_order(toy):
+    run_ranks(_sample_rank, 2, str(toy))

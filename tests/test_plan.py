@@ -1,0 +1,88 @@
+"""The plan of a run predicts the memory that a step takes."""
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import mrsp
+from kit import bench, plan
+
+
+def shape(layers=2, hidden=64, mlp=192, vocab=512, tied=True):
+    return dict(
+        num_hidden_layers=layers, hidden_size=hidden, intermediate_size=mlp, vocab_size=vocab,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=hidden // 4,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that are alive after each operation."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.seen, self.peak = {}, 0
+        self.note(held)
+
+    def note(self, values):
+        for x in tree_leaves(values):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                known = StorageWeakRef(storage), storage.nbytes()
+                self.seen.setdefault(storage._cdata, known)
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        self.seen = {k: v for k, v in self.seen.items() if not v[0].expired()}
+        self.note(out)
+        self.peak = max(self.peak, sum(size for _, size in self.seen.values()))
+        return out
+
+
+@pytest.mark.parametrize(
+    "sizes, prompt, answers",
+    [
+        ({}, 700, [20] * 4),
+        (dict(layers=6, hidden=96, mlp=512), 600, [10] * 8),  # MLPs
+        (dict(vocab=4000, hidden=32, mlp=96), 600, [64] * 4),  # logits
+        (dict(layers=8, hidden=128, mlp=512, tied=False), 600, [16] * 2),  # weights
+    ],
+)
+def test_predicted_memory_is_within_a_fifth_of_the_counted(sizes, prompt, answers, monkeypatch):
+    monkeypatch.setattr(mrsp, "DENSE_LIMIT", 0)  # by blocks, as long sequences are
+    tiny = shape(**sizes)
+    policy, (layer, rest) = bench.decoder(tiny), plan.parameters(tiny)
+    assert sum(p.numel() for p in policy.parameters()) == tiny["num_hidden_layers"] * layer + rest
+    optimizer = torch.optim.AdamW(policy.parameters())
+    branches = [[torch.ones(r, dtype=torch.long) for r in answers]]
+    pack = mrsp.pack([bench.text_prompt(prompt, tiny["vocab_size"])], branches)
+    for p in policy.parameters():  # the optimizer's averages exist from its first step on
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    held = [list(policy.parameters()), [list(s.values()) for s in optimizer.state.values()]]
+    with LiveBytes(held) as counted:
+        policy(mrsp.shard(pack, mrsp.Mesh()))[0].sum().backward()
+        optimizer.step()
+    predicted = plan.memory(tiny, prompt, sum(answers), c=4, rl=False)["total"]
+    assert abs(predicted / counted.peak - 1) < 0.2, (predicted, counted.peak)
+
+
+def test_plan_of_a_7b(capsys):
+    qwen = plan.SHAPES["qwen2.5-vl-7b"]
+    layer, rest = plan.parameters(qwen)
+    assert round((28 * layer + rest) / 1e9, 2) == 7.62  # as published
+    one, eight = (plan.memory(qwen, 256_000, 16_384, n, n) for n in (1, 8))
+    assert eight["optimizer"] * 8 == one["optimizer"] and eight["layer"] * 8 == one["layer"]
+    assert plan.memory(qwen, 512_000, 16_384, 8, 8)["total"] > eight["total"]
+    bench.main(["plan", "--frames", "128"])
+    out = capsys.readouterr().out
+    assert "\nfits into 92 % of 80 GiB" in out and "9,088 tokens" in out
+    bench.main(["plan", "--frames", "3600", "--gpus", "1"])
+    out = capsys.readouterr().out
+    assert "does NOT fit" in out and "with --chunk 1024" in out
+    bench.main(["plan", "--frames", "3600", "--sp", "4", "--model", "longvila-7b"])
+    out = capsys.readouterr().out
+    assert "with --sp 8" in out and out.strip().endswith("fits")
