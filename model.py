@@ -11,10 +11,8 @@
        v
     policy     [prompt | answers] -> log-probs of the answers' tokens (M,)
 
-Here is what all families of models share: media are decoded and encoded by the ranks of a sequence
-together, and cached; the prompt; log-probs; adapters; sharded parameters; recipe.json. How a family
-sees, hears and places media, and its checkpoint's layout, is a file in families/ (its __init__.py
-lists what a family defines).
+Here is what all families of models share; a file in families/ says how one sees, hears and places
+media, and how its checkpoint is laid out (families/__init__.py lists what a family defines).
 
 build_prompt is the ONE builder of the sequence: rollout, policy and reference get the same Prompt,
 so they cannot see different inputs (in the public code they do: the video stands at its token in
@@ -22,18 +20,15 @@ the rollout, and behind the text in training). A Prompt holds token ids and medi
 text embeddings belong to the policy, which is being trained, and are looked up when they are used;
 the public code keeps a stale copy of them for the rollout.
 
-Differences from the public code (those of a family stand in its file):
+Differences from the public code (those of a family are in its file):
     DEVIATION 1: the LM head sees only the hidden states that predict an answer's token, in chunks;
         L x V logits (256k x 152k) never exist.
     DEVIATION 2: frames are resized with torch (bicubic, antialiased, not rounded), not with PIL.
-    DEVIATION 3: M-RoPE is computed here, once for sampler and trainer: text behind a medium goes on
-        at the largest position of all three rows + 1, as in the original code; transformers'
-        Qwen2.5-VL goes on at max(h, w), as if a video took no time.
 
 Glossary: F frames, T groups of frames, h w tokens of one, K tokens a frame, A tokens of a sound,
 P prompt tokens, D decoder width, W = D (1 + deepstack levels) width of a feature, L packed length,
 M predicted tokens, V vocabulary.
-Check this file alone:  pytest tests/test_model.py model.py
+Check this file alone:  pytest tests/test_model.py
 """
 
 import functools
@@ -68,7 +63,6 @@ THINKING = (
     "<think> </think>. Then give the final answer inside <answer> </answer>; if there are "
     "options, answer with the letter of the right one."
 )
-BARE = "{problem}"  # non-thinking mode is the bare question
 # The turns of a checkpoint whose tokenizer has no chat template of its own.
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -249,10 +243,9 @@ class MultiModal(nn.Module):
     def save_pretrained(self, folder: str, write: bool = True) -> None:
         """Write the published layout, loadable again. With sharded parameters every rank calls this
         (they are gathered one by one), and one of them writes."""
-        weights = {}
-        for name, value in self.decoder_weights():
-            if write:  # copied if gathered: a view of a larger, padded tensor cannot be saved
-                weights[name] = value.to("cpu", copy=self.sharded)
+        each = self.decoder_weights()
+        # Copied if gathered: a view of a larger, padded tensor cannot be saved.
+        weights = {name: x.to("cpu", copy=self.sharded) for name, x in each if write}
         if write:
             root = Path(folder)
             root.mkdir(parents=True, exist_ok=True)
@@ -283,14 +276,10 @@ class MultiModal(nn.Module):
 
     def check_taken(self, medium: Medium, name: str) -> None:
         """ModelError, naming question and file, if the family does not take such media."""
-        lacks = None
-        if medium.kind not in self.takes:
-            lacks = medium.kind
-        elif medium.track and "audio" not in self.takes:
-            lacks = "audio track"
-        if lacks:
+        if medium.kind not in self.takes or (medium.track and "audio" not in self.takes):
+            what = "audio track" if medium.kind in self.takes else medium.kind
             raise ModelError(
-                f"question {name}: {type(self).__name__} takes no {lacks}, only "
+                f"question {name}: {type(self).__name__} takes no {what}, only "
                 f"{' and '.join(self.takes) or 'text'}: {medium.path}"
             )
 
@@ -334,10 +323,7 @@ class MultiModal(nn.Module):
         themselves. at: of this range alone."""
         size = size or self.fit(kind, *frames.shape[:3])
         parts = self.passes(frames.shape, at or range(len(frames)), at_once)
-        if isinstance(frames, Frames):
-            pieces = frames.pieces(parts)
-        else:
-            pieces = (frames[part] for part in parts)
+        pieces = frames.pieces(parts) if isinstance(frames, Frames) else (frames[p] for p in parts)
         return torch.cat([self.see(pixels, size, kind) for pixels in pieces])
 
     def passes(self, shape, at: range, at_once: int = 64) -> list[slice]:
@@ -374,9 +360,8 @@ class MultiModal(nn.Module):
     def key(self, medium: Medium, num_frames: int | Rate, kind: str | None = None) -> str:
         """The cache's name for what is seen of a medium, or (kind audio) heard; OSError."""
         kind = kind or medium.kind
-        if kind == "audio":
-            taken = (medium.segment,)
-        else:
+        taken = (medium.segment,)
+        if kind != "audio":
             taken = (medium.num_frames or num_frames, medium.segment, self.recipe.max_pixels)
         return mrsp.media_key(mrsp.file_hash(medium.path), self.encoder_hash(), kind, *taken)
 
@@ -397,13 +382,12 @@ class MultiModal(nn.Module):
         """One medium of question `name`, seen or heard; cached: kept, and found again. DataError,
         on all ranks of the group, if one of them cannot decode its share."""
         self.check_taken(medium, name)
-        errors = functools.partial(named_errors, medium, medium.kind, name)
 
         def found(kind: str, compute) -> Tensor:
             make = functools.partial(compute, medium, num_frames, name, group)
             if not cached:
                 return make()
-            with agreed(group), errors():
+            with agreed(group), named_errors(medium, medium.kind, name):
                 key = self.key(medium, num_frames, kind)
             return self.cache.get(key, make, group)
 
@@ -412,7 +396,7 @@ class MultiModal(nn.Module):
         features = found(medium.kind, self.look)
         times = ()
         if self.timed:  # known, if the file was opened just now
-            with agreed(group), errors():
+            with agreed(group), named_errors(medium, medium.kind, name):
                 times = self.frame_times(medium, num_frames, name)
         track = found("audio", self.listen) if medium.track else None
         return Media(medium.kind, features, times, track)
@@ -451,22 +435,24 @@ class MultiModal(nn.Module):
         """features() of these examples will be wanted, in this order: videos that are not in the
         cache may be opened."""
         num_frames = num_frames or self.recipe.frames
-        names = {}
+        names = {}  # of the first question about each video
         for e in examples:
             for m in e.media:
-                names.setdefault(m, e.id)
+                if m.kind == "video":
+                    names.setdefault(m, e.id)
 
         def first(shape) -> slice:
+            """What this rank decodes first, of frames of this shape."""
             share, _, _ = mrsp.encoder_share(shape[0], group, self.together)
             return self.passes(shape, range(shape[0])[share])[0]
 
-        def wanted():
+        def plan():
             for m, name in names.items():
                 with suppress(OSError):  # who wants it will say so
-                    if m.kind == "video" and self.key(m, num_frames) not in self.cache:
+                    if self.key(m, num_frames) not in self.cache:
                         yield m, num_frames, name, first
 
-        self.loader.ahead(wanted())
+        self.loader.ahead(plan())
 
     def usable(self, examples: list, see, lost: dict | None) -> tuple[list, list]:
         """see(examples), a list, without the examples whose media do not decode: what is left of
@@ -498,13 +484,9 @@ class MultiModal(nn.Module):
         messages = [{"role": "user", "content": MEDIA + TEXT}]
         if self.recipe.system is not None:
             messages.insert(0, {"role": "system", "content": self.recipe.system})
-        whole = self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.tokenizer.chat_template or CHATML,
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=thinking,
-        )
+        template = self.tokenizer.chat_template or CHATML
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
+        whole = self.tokenizer.apply_chat_template(messages, chat_template=template, **options)
         found = re.fullmatch(f"([^{TEXT}]*){MEDIA}([^{TEXT}]*){TEXT}([^{TEXT}]*)", whole)
         if not found:
             raise ModelError("the tokenizer's chat template changes the user's text")
@@ -515,35 +497,38 @@ class MultiModal(nn.Module):
 
             [system turn] user turn: {media}{text} assistant turn: {prefill}
 
-        media from features(), in front of the text with nothing between. thinking: ask by the
-        recipe's template, else the bare question. prefill: the beginning of the answer, if it is
-        forced.
-        """
+        media: from features(). thinking: ask by the recipe's template, else the bare question.
+        prefill: the beginning of the answer, if it is forced."""
         self.check_question(example)
         head, between, behind = self.turns(thinking)
         pieces = [Piece(self.tokenize(head))]
         for m in media:
             pieces += self.place(m)
         shared = sum(len(piece.ids) for piece in pieces)
-        template = self.recipe.template if thinking else BARE
+        template = self.recipe.template if thinking else "{problem}"
         asked = template.replace("{problem}", example.problem)
         rest = self.tokenize(f"{between}{asked}{behind}{prefill}")
         pieces.append(Piece(rest))
         ids = [i for piece in pieces for i in piece.ids]
         places = torch.tensor([piece.places for piece in pieces for _ in piece.ids])
         media_at = places.nonzero()[:, 0]
-        positions = mrope_positions(pieces) if self.mrope else torch.arange(len(ids))
         device = self.llm.get_input_embeddings().weight.device
         device = torch.device("cpu") if device.type == "meta" else device
         rows = [self.rows(m) for m in media]
+        if len(rows) > 1:  # one is not copied
+            rows = [torch.cat(rows)]
         return Prompt(
             ids=torch.tensor(ids, device=device),
-            positions=positions.to(device),
-            media=torch.cat(rows) if rows else None,
+            positions=self.positions(pieces).to(device),
+            media=rows[0] if rows else None,
             media_at=media_at.to(device),
             text=f"{head}[{len(media_at)} media tokens]{self.tokenizer.decode(rest)}",
             shared=shared,
         )
+
+    def positions(self, pieces: list[Piece]) -> Tensor:
+        """Of the tokens of a prompt: (P,), or with M-RoPE (3, P)."""
+        return torch.arange(sum(len(piece.ids) for piece in pieces))
 
     def rows(self, m: Media) -> Tensor:
         """The features of a medium as rows (n, W), in the order of their places."""
@@ -566,9 +551,8 @@ class MultiModal(nn.Module):
         self.llm.gradient_checkpointing_enable({"use_reentrant": False})
 
     def add_adapters(self, rank: int, alpha: float, seed: int) -> None:
-        """Freeze the model; every linear layer of the decoder, but not the LM head, gets a LoRA
-        adapter to train, the same on all ranks, whole also where the layers are sharded (LoRA,
-        arXiv 2106.09685):
+        """Freeze the model and give every linear layer of the decoder, but not the LM head, a LoRA
+        adapter to train (arXiv 2106.09685), the same, and whole, on all ranks:
 
             W x + alpha / rank * B A x      W (out, in) frozen, A (rank, in) random, B (out, rank) 0
 
@@ -613,12 +597,11 @@ class MultiModal(nn.Module):
 
         weight = next(self.llm.parameters())
         mesh = init_device_mesh(weight.device.type, (dist.get_world_size(),))
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        settings = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(dtype, wide)}
+        precision = MixedPrecisionPolicy(dtype, torch.promote_types(weight.dtype, torch.float32))
         for module in (*self.llm.model.layers, self.policy):
             # Freed after each forward, the root too: what a later optimizer step changes is never
             # read from an old copy.
-            fully_shard(module, **settings, reshard_after_forward=True)
+            fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
             # FSDP averages over ranks; ours is a sum (each rank's loss is divided by global counts)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has nothing but sums
@@ -627,33 +610,6 @@ class MultiModal(nn.Module):
         self.llm.requires_grad_(True)
         with torch.no_grad():
             self(self.idle())
-
-
-def mrope_positions(pieces: list[Piece]) -> Tensor:
-    """M-RoPE: positions (3, P) in time, height and width. A piece begins behind the largest
-    position so far (DEVIATION 3); text has three equal rows.
-
-    >>> mrope_positions([Piece([7, 8]), Piece([9] * 4, True, grid((0, 3), 1, 2)), Piece([7])])
-    tensor([[0, 1, 2, 2, 5, 5, 6],
-            [0, 1, 2, 2, 2, 2, 6],
-            [0, 1, 2, 3, 2, 3, 6]])
-    """
-    parts = []
-    begin = 0
-    for piece in pieces:
-        if piece.ids:
-            cells = piece.cells
-            if cells is None:
-                cells = torch.arange(len(piece.ids)).expand(3, -1)
-            parts.append(begin + cells)
-            begin += int(cells.max()) + 1
-    return torch.cat(parts, 1)
-
-
-def grid(times, h: int, w: int) -> Tensor:
-    """Positions (3, T h w) of T groups of frames at these times (in positions), in order."""
-    cells = torch.cartesian_prod(torch.arange(len(times)), torch.arange(h), torch.arange(w)).T
-    return torch.stack([torch.as_tensor(times)[cells[0]], *cells[1:]])
 
 
 class Policy(nn.Module):
