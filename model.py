@@ -116,15 +116,14 @@ class Recipe:
 
 
 def read_recipe(root: Path) -> Recipe | None:
-    """The recipe.json of a checkpoint folder; None if it has none. ModelError, with file and field,
-    if it is no JSON object, or has unknown fields or values that cannot be."""
-    path = Path(root) / "recipe.json"
-    if not path.exists():
-        return None
+    """The recipe.json of a checkpoint folder; None if there is none. ModelError, with file and
+    field, if it is no JSON object, or has unknown fields or values that cannot be."""
     try:
-        return Recipe(**json.loads(path.read_text()))
+        return Recipe(**json.loads((root / "recipe.json").read_text()))
+    except FileNotFoundError:
+        return None
     except (TypeError, ValueError) as error:  # of Recipe, of JSON
-        raise ModelError(f"{path}: {error}") from None
+        raise ModelError(f"{root}/recipe.json: {error}") from None
 
 
 class Media(NamedTuple):

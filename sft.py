@@ -107,8 +107,8 @@ def batches(items: list, size: int, steps: int, seed: int):
 
 
 def deal(model, batch: list) -> list:
-    """Every dp-th group of a batch by size, for this rank's sequence: so the ranks have like amounts
-    of work, and groups of like length share a pack (it is padded to the longest)."""
+    """Every dp-th group of a batch, by size, for this rank's sequence: so the ranks have like work,
+    and groups of like length share a pack (it is padded to the longest)."""
 
     def size(group: list) -> float:  # roughly its tokens (4 characters each)
         frames = sum(m.num_frames or model.recipe.num_frames for m in group[0].media)

@@ -48,10 +48,10 @@ def graph() -> dict[str, set[str]]:
     out = {}
     for name, file in known.items():
         own = {x for x in imported(file) if x in known and x != name}
-        rooms = {"kit", "families"}  # `from kit import x` imports kit/x.py, not the room's face
-        out[name] = own - (
-            rooms if any(x.split(".")[0] in rooms and "." in x for x in own) else set()
-        )
+        for room in ("kit", "families"):  # `from kit import x`: kit/x.py, not its face
+            if any(x.startswith(f"{room}.") for x in own):
+                own -= {room}
+        out[name] = own
     return out
 
 
