@@ -288,7 +288,7 @@ def pipeline(run: Run, method: Method, kind: str) -> dict:
             a.engine.wake()
             result = evaluation.evaluate(
                 a.model, a.engine, rows, method, num_frames, prefill,
-                ranks=run.ranks, bar=run.bar(f"eval {name}"),
+                ranks=run.ranks, bar=f"eval {name}",
             )  # fmt: skip
             a.engine.sleep()
             for record in result["records"] if file else ():
