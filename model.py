@@ -125,6 +125,16 @@ class Recipe:
         return self.num_frames if self.fps is None else Rate(self.fps, self.max_frames)
 
 
+def read_recipe(root: Path) -> Recipe | None:
+    """The recipe.json of a checkpoint folder; None if there is none. ModelError if it is broken."""
+    try:
+        return Recipe(**json.loads((root / "recipe.json").read_text()))
+    except FileNotFoundError:
+        return None
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{root}/recipe.json: {error}") from None
+
+
 class Media(NamedTuple):
     """What a tower made of one medium: features (T, h, w, W) of a video or image (VILA:
     (F, K, W)), (A, W) of audio; times (F,) in seconds of the frames, where the family uses

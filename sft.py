@@ -12,9 +12,6 @@ the prompt, question + answer are the branches, and only the answer's tokens are
     [ video ............ | question_1 answer_1 | question_2 answer_2 | ... ]
       prompt, once          context   targets
 
-With lora_rank, low-rank adapters are trained instead of the decoder's weights (model.add_adapters)
-and merged when the stage ends.
-
 The large systems repeat the video for every question. Settings are not stated in the paper; VILA's
 nearest public recipe is AdamW, 2e-5, cosine, warm-up 0.03, no weight decay, everything trained.
 
@@ -22,11 +19,13 @@ DEVIATION 1: the prefix of several questions about one video is computed once.
 DEVIATION 2: optimizer "muon" (torch.optim.Muon for matrices, AdamW for the rest) is offered: from
     random weights, as in the toy, it needs several times fewer steps.
 
-Check this file alone:  pytest tests/test_sft.py
+Copied it needs mrsp.py, data.py and model.py. Check this file alone:  pytest tests/test_sft.py
 """
 
+import math
 import random
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from transformers import get_cosine_schedule_with_warmup
@@ -44,8 +43,8 @@ class SFTConfig:
     groups: int = 16  # groups (videos, images) in a step, over all ranks
     texts: int = 8  # questions taken from a group
     micro_batches: int = 1  # parts that a rank's share of a step is computed in
-    train: str = "all"  # all, llm (tower and projector frozen, embeddings cached), or projector
-    optimizer: str = "adamw"  # adamw, or muon for the decoder's and tower's matrices
+    train: Literal["all", "llm", "projector"] = "all"  # llm: tower frozen, embeddings cached
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for decoder's and tower's matrices
     lr: float = 2e-5  # peak learning rate of AdamW
     muon_lr: float = 0.03  # peak learning rate of Muon
     warmup: float = 0.03  # share of the steps with rising learning rate; then cosine to 0
@@ -55,14 +54,20 @@ class SFTConfig:
     lora_alpha: float = 32.0  # what adapters add to a layer is scaled by lora_alpha / lora_rank
 
     def __post_init__(self):
+        least = dict.fromkeys(("steps", "groups", "texts", "micro_batches"), 1)
+        least |= dict.fromkeys(("warmup", "weight_decay", "lora_rank"), 0)
+        for name, smallest in least.items():
+            if not getattr(self, name) >= smallest:  # nan fails too
+                raise ValueError(f"{name} must be at least {smallest}, not {getattr(self, name)}")
+        for name in ("lr", "muon_lr", "grad_clip", "lora_alpha"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.train not in ("all", "llm", "projector"):
             raise ValueError(f"train must be all, llm or projector, not {self.train!r}")
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer must be adamw or muon, not {self.optimizer!r}")
-        if self.lora_rank < 0 or self.lora_alpha <= 0:
-            raise ValueError(f"need lora_rank >= 0 and lora_alpha > 0: {self}")
         if self.lora_rank and (self.train, self.optimizer) != ("llm", "adamw"):
-            raise ValueError(f"lora_rank needs train llm and optimizer adamw: {self}")
+            raise ValueError("lora_rank needs train llm and optimizer adamw")
 
 
 def group_rows(examples, texts: int) -> list[list]:
@@ -92,12 +97,24 @@ def check_rows(rows: list) -> None:
 def batches(items: list, size: int, steps: int, seed: int):
     """steps batches of `size` items; every epoch in a new order, the last of one epoch and the
     first of the next may share a batch. The same on every rank."""
-    rng, queue = random.Random(seed), []
+    rng = random.Random(seed)
+    queue = []
     for _ in range(steps):
         while len(queue) < size:
             queue += rng.sample(items, len(items))
         yield queue[:size]
         queue = queue[size:]
+
+
+def deal(model, batch: list) -> list:
+    """Every dp-th group of a batch, by size, for this rank's sequence: so the ranks have like work,
+    and groups of like length share a pack (it is padded to the longest)."""
+
+    def size(group: list) -> float:  # roughly its tokens (4 characters each)
+        frames = sum(m.num_frames or model.recipe.num_frames for m in group[0].media)
+        return frames + sum(len(row.problem) + len(row.response) for row in group) / 4
+
+    return sorted(batch, key=size)[model.mesh.dp_rank :: model.mesh.dp]
 
 
 def to_branches(model, rows: list, features) -> tuple:
@@ -113,7 +130,7 @@ def to_branches(model, rows: list, features) -> tuple:
         branches.append(torch.cat([full.ids[cut:].cpu(), torch.tensor(answer)]))
         context.append(len(full.ids) - cut)
     if not all(head.equal(heads[0]) for head in heads):
-        raise ModelError("the chat template begins otherwise with thinking: use --sft_texts 1")
+        raise ModelError("the chat template begins otherwise with thinking: use --sft.texts 1")
     # DEVIATION 1: the part up to the media is one prompt for all of them.
     return replace(full, ids=full.ids[:cut], positions=full.positions[..., :cut]), branches, context
 
@@ -138,70 +155,85 @@ def optimizers(model, config: SFTConfig, seed: int) -> list[torch.optim.Optimize
     if not matrices + rest:
         raise ModelError(f"train {config.train}: a {type(model).__name__} model has no such part")
     groups = [{"params": kind} for kind in mrsp.split_sharded(rest)]
-    out = [
-        torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))
-    ]
+    decay = config.weight_decay
+    found = [torch.optim.AdamW(groups, lr=config.lr, weight_decay=decay, betas=(0.9, 0.95))]
     if matrices:
-        out.append(torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
-    return out
+        found.append(torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=decay))
+    return found
+
+
+def look(model, groups: list, config: SFTConfig, lost: dict | None) -> list[tuple]:
+    """[(group, features of its media)] of the groups that can be seen. Rows of a group share their
+    media, and their fate: those of the others go to `lost`, or raise (see MultiModal.usable)."""
+    frames, together = model.recipe.frames, model.mesh.sp_group
+
+    def see(examples: list) -> list:
+        if config.train == "llm":
+            return [model.features(e, frames, together) for e in examples]
+        return model.features_trainable(examples, frames)  # new with every step: no cache
+
+    seen, media = model.usable([group[0] for group in groups], see, lost)
+    for group in groups:
+        if group[0] not in seen:
+            lost.update(dict.fromkeys(group, lost[group[0]]))
+    kept = [group for group in groups if group[0] in seen]
+    return list(zip(kept, media, strict=True))
+
+
+def make_packs(model, seen: list[tuple], config: SFTConfig) -> tuple[list, int]:
+    """The forward passes of a step on this rank (None: the idle pack, because every rank has to
+    gather sharded parameters equally often), and the target tokens on all ranks."""
+    parts = [to_branches(model, group, media) for group, media in seen]
+    own = 0
+    for _, branches, context in parts:
+        own += sum(len(branch) - given for branch, given in zip(branches, context))
+    tokens = mrsp.all_sum(torch.tensor(own)).item() // model.mesh.sp
+    size = max(1, math.ceil(len(parts) / config.micro_batches))
+    chunks = [parts[i : i + size] for i in range(0, len(parts), size)]
+    packs = []
+    for chunk in chunks:
+        prompts, branches, context = zip(*chunk)
+        packs.append(mrsp.pack(prompts, branches, context))
+    return mrsp.even(packs, None, model.sharded), tokens
 
 
 def train(model, rows, config: SFTConfig, seed=0, bar=iter, log=None, lost=None) -> None:
     """Train model in place on rows (Examples with a response). Every rank calls this with the same
     rows; of each batch the ranks of one sequence (model.mesh) take every dp-th group. bar wraps
-    the steps, log(step, metrics) takes loss, grad_norm, lr and tokens (see train.METRICS). lost: a
-    dict that takes {row: message} of those whose media do not decode; None: that is an error."""
-    mesh = model.mesh
+    the steps, log(step, metrics) takes loss, grad_norm, lr and tokens. lost: a dict that takes
+    {row: message} of those whose media do not decode; None: that is an error."""
     check_rows(rows)
-    groups, opts = group_rows(rows, config.texts), optimizers(model, config, seed)
+    opts = optimizers(model, config, seed)
     trained = [p for p in model.parameters() if p.requires_grad]
-    warm, frames = round(config.steps * config.warmup), model.recipe.frames
-    schedules = [get_cosine_schedule_with_warmup(o, warm, config.steps) for o in opts]
-
-    def size(group):  # roughly its tokens (4 characters each)
-        media = sum(m.num_frames or model.recipe.num_frames for m in group[0].media)
-        return media + sum(len(r.problem) + len(r.response) for r in group) / 4
-
-    def dealt(batch):
-        # By size: the ranks have like amounts of work, and groups of like length, which are
-        # padded to the longest of them, share a pack.
-        return sorted(batch, key=size)[mesh.dp_rank :: mesh.dp]
-
-    def see(examples):
-        if config.train == "llm":
-            return [model.features(e, frames, mesh.sp_group) for e in examples]
-        return model.features_trainable(examples, frames)  # new with every step: no cache
-
+    warm = round(config.steps * config.warmup)
+    schedules = [get_cosine_schedule_with_warmup(opt, warm, config.steps) for opt in opts]
     model.train()
-    plan = [*batches(groups, config.groups, config.steps, seed), []]
+    plan = [*batches(group_rows(rows, config.texts), config.groups, config.steps, seed), []]
     for step in bar(range(config.steps)):
-        mine = dealt(plan[step])
-        if config.train == "llm":  # while this batch trains, the first files of the next one open
-            soon = [group[0] for group in mine + dealt(plan[step + 1])]
-            model.ahead(soon, frames, mesh.sp_group)
-        seen, media = model.usable([group[0] for group in mine], see, lost)
-        for group in [g for g in mine if g[0] not in seen]:  # they share media, and their fate
-            mine.remove(group)
-            lost.update(dict.fromkeys(group, lost[group[0]]))
-        parts = [to_branches(model, g, m) for g, m in zip(mine, media)]
-        count = sum(len(b) - c for _, bs, cs in parts for b, c in zip(bs, cs))
-        tokens, loss = mrsp.all_sum(torch.tensor(count)).item() // mesh.sp, 0.0
-        each = max(1, -(-len(parts) // config.micro_batches))
-        micro = [mrsp.pack(*zip(*parts[i : i + each])) for i in range(0, len(parts), each)]
-        while model.sharded and len(micro) < config.micro_batches:
-            micro.append(None)  # every rank gathers parameters equally often
-        for packed in micro:
-            logp, _ = model(packed or model.idle())
-            part = -logp.sum() / max(tokens, 1) * (packed is not None)
-            # the graph of the tower's features serves all parts
-            part.backward(retain_graph=config.train != "llm")
-            loss += part.item()
+        # 1. See the media; meanwhile the first files of the next batch are opened.
+        mine = deal(model, plan[step])
+        if config.train == "llm":
+            soon = [group[0] for group in mine + deal(model, plan[step + 1])]
+            model.ahead(soon, model.recipe.frames, model.mesh.sp_group)
+        seen = look(model, mine, config, lost)
+
+        # 2. Log-probs of the answers, their mean over all ranks, backward.
+        packs, tokens = make_packs(model, seen, config)
+        own = 0.0
+        for pack in packs:
+            logp, _ = model(pack or model.idle())
+            loss = -logp.sum() / max(tokens, 1) * (pack is not None)
+            # The graph of the tower's features serves all packs.
+            loss.backward(retain_graph=config.train != "llm")
+            own += loss.item()
+
+        # 3. Optimizer step.
         mrsp.all_reduce_gradients(trained)
         norm = mrsp.clip_gradients(trained, config.grad_clip)
-        loss = mrsp.all_sum(torch.tensor(loss, dtype=torch.float64)).item() / mesh.sp
+        total = mrsp.all_sum(torch.tensor(own, dtype=torch.float64)).item() / model.mesh.sp
         if log:
-            metrics = {"loss": loss, "grad_norm": norm, "tokens": tokens}
-            log(step, metrics | {"lr": schedules[0].get_last_lr()[0]})
+            lr = schedules[0].get_last_lr()[0]
+            log(step, {"loss": total, "grad_norm": norm, "tokens": tokens, "lr": lr})
         for optimizer, scheduler in zip(opts, schedules):
             if tokens:  # else all rows were left out: no step of momentum and decay alone
                 optimizer.step()

@@ -21,9 +21,9 @@ of its prompts each, and train their share of its tokens; the dp groups take eve
 a batch. Gradients are summed over all ranks and the loss is divided by global counts, so that any
 number of ranks trains the same model. --fsdp shards the parameters over all of them.
 
-Every run starts from a checkpoint and rows. The preset "toy" makes its own first (kit/toy.py) and
-is from there on a run like any other. SFT runs if --sft_data names rows, the evaluation if
---test_data does. Nothing is saved before SFT or GRPO ends.
+Every run starts from a checkpoint and rows; the preset "toy" makes its own first (kit/toy.py). SFT
+runs if --sft_data names rows, the evaluation if --test_data does. Nothing is saved before SFT or
+GRPO ends.
 
 Outputs (--output_dir): report.html (every test question with its frames, before and after RL),
 summary.json, metrics.jsonl (kit/run.METRICS explains each), samples.jsonl, answers_before.jsonl,
@@ -35,23 +35,22 @@ tokens. Check this file alone:  pytest tests/test_train.py
 """
 
 import math
-import time
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
 
-import eval as evaluation
 import grpo
 import mrsp
 import sft
 from data import DataError, Example
+from eval import evaluate, swap_media
 from kit import plan, report, toy
 from kit.actors import Actors, begin_grpo, make_actors
 from kit.method import Method
 from kit.presets import read_settings
-from kit.run import Meter, Run, find_ranks, reported
-from model import ModelError, Prompt
+from kit.run import METRICS, Meter, Run, check_mismatch, find_ranks, reported
+from model import Prompt
 from rollout import Response, Sampling, engine_kind, sample
 
 # ------------------------------------------------------------------------------ one GRPO step
@@ -63,7 +62,7 @@ class Group:
 
     example: Example
     prompt: Prompt
-    seed: int  # of its sampling: it follows the prompt, not the rank
+    seed: int  # of its sampling
     update: int  # which optimizer step of the batch trains it
     answers: list[Response] = field(default_factory=list)  # G
     grades: list[dict] = field(default_factory=list)  # G, the parts of each reward
@@ -115,7 +114,7 @@ def grpo_step(a: Actors, batch: list, step: int, soon: list = ()) -> tuple[dict,
         updates = []
         for u in range(math.ceil(len(batch) / c.update_prompts)):
             own = [group for group in groups if group.update == u]
-            updates.append((make_parts(a, own, on_policy=u == 0), count(own, model.mesh)))
+            updates.append((make_parts(a, own, meter, on_policy=u == 0), count(own, model.mesh)))
 
         # 4. Loss, backward, optimizer step.
         for u, (parts, totals) in enumerate(updates):
@@ -125,13 +124,12 @@ def grpo_step(a: Actors, batch: list, step: int, soon: list = ()) -> tuple[dict,
                 loss, seen = a.method.loss(logp, part.advantage, part.mask, c, **known)
                 loss.backward()
                 meter.total("loss", loss.item() / len(updates))
-                meter.total("tokens", part.mask.sum())
                 for name, values in (seen | {"entropy": entropy}).items():
                     meter.mean(name, values, part.mask)
                 if u == 0:  # before anything has changed: sampler and trainer must agree
-                    gap = (logp - part.others["sampler_logp"]).abs()
+                    gap = (logp - part.others["sampler_logp"]).abs() * part.mask
                     meter.mean("mismatch_mean", gap, part.mask)
-                    meter.largest("mismatch_max", gap * part.mask)
+                    meter.largest("mismatch_max", gap)
             if u == 0:
                 check_mismatch(meter.read(), c)
             meter.mean("grad_norm", update(a))
@@ -139,20 +137,20 @@ def grpo_step(a: Actors, batch: list, step: int, soon: list = ()) -> tuple[dict,
         engine.sync(model)
     for name in ("hits", "misses", "bytes"):
         meter.total(f"cache_{name}", getattr(model.cache, name))
-    return meter.read() | {"lr": c.lr}, groups
+    return dict.fromkeys(METRICS, 0.0) | meter.read() | {"lr": c.lr}, groups
 
 
 def look(a: Actors, batch: list, soon: list, step: int, meter: Meter) -> list[Group]:
     """Stage 1 of MR-SP: the prompts that this rank's sequence trains, from the embeddings of their
     media. Of each update the sequence takes every dp-th row of the batch. Rows that cannot be seen
     are left out, and counted."""
-    model, mesh = a.model, a.model.mesh
+    model, mesh, size = a.model, a.model.mesh, a.config.update_prompts
 
     def deal(rows: list) -> list[tuple[int, Example]]:
         """[(place in the batch, row)] for this sequence."""
-        numbered, size = list(enumerate(rows)), a.config.update_prompts
-        starts = range(0, len(rows), size)
-        return [pair for s in starts for pair in numbered[s : s + size][mesh.dp_rank :: mesh.dp]]
+        numbered = list(enumerate(rows))
+        updates = [numbered[i : i + size] for i in range(0, len(rows), size)]
+        return [pair for rows in updates for pair in rows[mesh.dp_rank :: mesh.dp]]
 
     def see(examples: list) -> list[Prompt]:
         return [model.prompt(e, group=mesh.sp_group) for e in examples]
@@ -162,11 +160,11 @@ def look(a: Actors, batch: list, soon: list, step: int, meter: Meter) -> list[Gr
     _, prompts = model.usable([e for _, e in dealt], see, a.lost)
     kept = [(i, e) for i, e in dealt if not a.lost or e not in a.lost]
     meter.total("lost_rows", len(dealt) - len(kept))
-    first = (a.seed * 10**6 + step) * 10**6
-    return [
-        Group(e, prompt, seed=first + i, update=i // a.config.update_prompts)
-        for (i, e), prompt in zip(kept, prompts, strict=True)
-    ]
+    first = (
+        a.seed * 10**6 + step
+    ) * 10**6  # seeds of sampling: they follow the prompt, not the rank
+    paired = zip(kept, prompts, strict=True)
+    return [Group(e, prompt, first + i, i // size) for (i, e), prompt in paired]
 
 
 def grade(a: Actors, groups: list[Group], answers: list, meter: Meter) -> None:
@@ -202,7 +200,7 @@ def count(groups: list[Group], mesh: mrsp.Mesh) -> dict[str, int]:
 
 
 @torch.no_grad()
-def make_parts(a: Actors, groups: list[Group], on_policy: bool) -> list[Part]:
+def make_parts(a: Actors, groups: list[Group], meter: Meter, on_policy: bool) -> list[Part]:
     """The forward passes of an update: micro_prompts groups each, sharded over their sequence's
     ranks, with the log-probs of the old policy and of the reference where they are needed."""
     size, temperature = a.config.micro_prompts, a.config.temperature
@@ -218,25 +216,15 @@ def make_parts(a: Actors, groups: list[Group], on_policy: bool) -> list[Part]:
             sampled = torch.cat([answer.logps for group in chunk for answer in group.answers])
         share = mrsp.shard(pack, a.model.mesh)
         sampled, mask = share.pad(sampled.to(pack.ids.device))  # (B, G, R) each
-        part = Part(share, mask * bool(chunk), advantage.to(mask.device), {"sampler_logp": sampled})
+        mask = mask * bool(chunk)
+        meter.total("tokens", mask.sum())
+        part = Part(share, mask, advantage.to(mask.device), {"sampler_logp": sampled})
         if not on_policy:  # in the first update the old policy is the policy itself
             part.others["old_logp"] = part.log_probs(a.model, temperature)[0]
         if a.config.kl_coef:
             part.others["ref_logp"] = part.log_probs(a.reference, temperature)[0]
         parts.append(part)
     return parts
-
-
-def check_mismatch(metrics: dict, config: grpo.Config) -> None:
-    """ModelError, on all ranks alike, if the sampler's log-probs are not the trainer's."""
-    mean, most = metrics.get("mismatch_mean", 0.0), metrics.get("mismatch_max", 0.0)
-    if not (mean <= config.mean_mismatch and most <= config.max_mismatch):  # nan is no agreement
-        raise ModelError(
-            "log-probs of the sampled tokens differ between sampler and trainer by "
-            f"{mean:.3g} on average, {most:.3g} at most (limits --grpo.mean_mismatch "
-            f"{config.mean_mismatch}, --grpo.max_mismatch {config.max_mismatch}): they see "
-            "different inputs or weights, or compute in too different a precision"
-        )
 
 
 def update(a: Actors) -> float:
@@ -279,17 +267,15 @@ def pipeline(run: Run, method: Method, kind: str) -> dict:
     taught = run.rows(s.run.sft_data) if s.run.sft_data else []
     test = run.rows(s.run.test_data) if s.run.test_data else []
     a = make_actors(run, method, kind)
-    found = {"seed": s.chance.seed, "questions": len(test)}
+    found = run.describe(test, rl + taught)
 
-    def test_on(rows: list, name: str, file: str = "", num_frames=None, prefill="") -> dict:
-        """Greedy answers to rows, graded. file: of the run, for the answers."""
+    def test_on(rows: list, name: str, file: str = "", **how) -> dict:
+        """Greedy answers to rows, graded; as eval.py does it. file: of the run, for the answers."""
         with run.stage("eval"):
             a.engine.sync(a.model)
             a.engine.wake()
-            result = evaluation.evaluate(
-                a.model, a.engine, rows, method, num_frames, prefill,
-                ranks=run.ranks, bar=f"eval {name}",
-            )  # fmt: skip
+            asked = {"ranks": run.ranks, "bar": f"eval {name}"} | how
+            result = evaluate(a.model, a.engine, rows, method, **asked)
             a.engine.sleep()
             for record in result["records"] if file else ():
                 run.write(file, record)
@@ -300,9 +286,6 @@ def pipeline(run: Run, method: Method, kind: str) -> dict:
         run.supervised(a.model, taught, s.sft, "sft")
         run.save(a.model, "sft")
     if test:
-        found["chance"] = sum(1 / len(e.options) for e in test if e.options) / len(test)
-        trained = {(e.media, e.problem) for e in rl + taught}
-        found["trained_on"] = sum((e.media, e.problem) in trained for e in test)
         found["sft"] = test_on(test, "before GRPO", "answers_before.jsonl")
         if s.eval.prefill:
             found["control"] = test_on(test, "control", prefill=s.eval.prefill)
@@ -320,11 +303,10 @@ def pipeline(run: Run, method: Method, kind: str) -> dict:
             others = run.rows(s.eval.other_data)
             after["other_environment"] = test_on(others, "other environment")["accuracy"]
         if s.eval.wrong_media:
-            swapped = evaluation.swap_media(test)
-            after["wrong_video"] = test_on(swapped, "wrong video")["accuracy"]
+            after["wrong_video"] = test_on(swap_media(test), "wrong video")["accuracy"]
     a.engine.close()
     found["lost"] = run.list_lost()
-    return found | {"seconds": run.seconds | {"total": time.time() - run.started}}
+    return found | {"seconds": run.seconds | {"total": run.age}}
 
 
 def main(argv=None) -> dict | None:

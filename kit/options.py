@@ -94,7 +94,8 @@ def one_line(box: str) -> str:
     'lr must be above 0; --help lists all options'
     """
     lines = [line.strip(f"{BOX} ") for line in box.splitlines()]
-    text = " ".join(line for line in lines[1:] if line and not line.startswith("For full help"))
+    lines = [line for line in lines if line.strip("-")]  # where there is no Unicode, rules are ---
+    text = " ".join(line for line in lines[1:] if not line.startswith("For full help"))
     text = re.sub(r"Perhaps you meant:\s+(--\S+).*", r"perhaps you meant \1", text)
     text = re.sub(r" Argument helptext: .*", "", text).removesuffix(".")
     return f"{text}; --help lists all options"

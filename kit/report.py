@@ -362,7 +362,9 @@ def table(summary: dict) -> str:
     rows |= {f"  {name}": value for name, value in g.get("by_category", {}).items()}
     rows |= {f"  {n} frames": value for n, value in g.get("by_frames", {}).items()}
     rows |= {names[k]: g[k] for k in ("other_environment", "wrong_video") if k in g}
-    lines = [f"accuracy on {summary['questions']} held-out questions, seed {summary['seed']}"]
+    trained_on = summary.get("trained_on", 0)
+    kind = f"questions, {trained_on} of them TRAINED ON" if trained_on else "held-out questions"
+    lines = [f"accuracy on {summary['questions']} {kind}, seed {summary['seed']}"]
     lines += [f"  {name:46s} {100 * value:5.1f} %" for name, value in rows.items()]
     seconds = "  ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
     return "\n".join([*lines, f"seconds: {seconds}"])

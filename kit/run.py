@@ -207,6 +207,18 @@ def maximum(values: list[float]) -> float:
     return torch.tensor(values, dtype=torch.float64).max().item()
 
 
+def check_mismatch(metrics: dict, config) -> None:
+    """ModelError, on all ranks alike, if the sampler's log-probs are not the trainer's."""
+    mean, most = metrics.get("mismatch_mean", 0.0), metrics.get("mismatch_max", 0.0)
+    if not (mean <= config.mean_mismatch and most <= config.max_mismatch):  # nan is no agreement
+        raise ModelError(
+            "log-probs of the sampled tokens differ between sampler and trainer by "
+            f"{mean:.3g} on average, {most:.3g} at most (limits --grpo.mean_mismatch "
+            f"{config.mean_mismatch}, --grpo.max_mismatch {config.max_mismatch}): they see "
+            "different inputs or weights, or compute in too different a precision"
+        )
+
+
 # --------------------------------------------------------------------------------------- a run
 
 
@@ -314,6 +326,21 @@ class Run:
             self.write("samples.jsonl", line)
             asked, first = " / ".join(e.problem.splitlines()), answers[0]
             tqdm.write(f"step {step}: {asked} -> {first['text']} reward {first['reward']:g}")
+
+    def describe(self, test: list, trained: list) -> dict:
+        """Of the test rows, for the summary: how many questions; the accuracy of guessing; how many
+        of them are among the rows that are trained on (those are not held out)."""
+        known = {(e.media, e.problem) for e in trained}
+        found = {"seed": self.settings.chance.seed, "questions": len(test)}
+        if test:
+            found["chance"] = sum(1 / len(e.options) for e in test if e.options) / len(test)
+            found["trained_on"] = sum((e.media, e.problem) in known for e in test)
+        return found
+
+    @property
+    def age(self) -> float:
+        """Seconds since the start."""
+        return time.time() - self.started
 
     def list_lost(self) -> int:
         """Rows left out, on any rank, in lost.jsonl; returns how many."""

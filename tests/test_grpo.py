@@ -10,16 +10,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from eval import lenient_accuracy
 from grpo import (
-    LossConfig,
+    Config,
     accuracy_reward,
     advantages,
     chosen_letter,
     format_reward,
-    grpo_loss,
     informative,
     kl_k3,
-    lenient_accuracy,
+    loss,
     policy_loss,
 )
 
@@ -78,14 +78,22 @@ def plain_loss(logp, old, ref, mask, advantage, config, total_tokens=None, total
     return sum(sum(tokens) / len(tokens) for tokens in answers) / count, sums
 
 
+def loss_and_sums(logp, advantage, mask, config, *others, **totals):
+    """grpo.loss, and the sums of what it says of each token."""
+    value, seen = loss(logp, advantage, mask, config, *others, **totals)
+    names = {"clip_fraction": "clipped", "tis_weight": "tis"}
+    sums = {names.get(name, name): (x * mask).sum() for name, x in seen.items()}
+    return value, {"tokens": mask.sum()} | sums
+
+
 def loss_and_gradient(logp, old, ref, mask, advantage, config, **totals):
     logp = logp.clone().requires_grad_()
-    loss, sums = grpo_loss(logp, advantage, mask, config, old, ref, **totals)
-    return loss.detach(), torch.autograd.grad(loss, logp)[0], sums
+    value, sums = loss_and_sums(logp, advantage, mask, config, old, ref, **totals)
+    return value.detach(), torch.autograd.grad(value, logp)[0], sums
 
 
 CONFIGS = [
-    LossConfig(kl_coef=kl_coef, average=average)
+    Config(kl_coef=kl_coef, average=average)
     for kl_coef in (0.0, 0.05)
     for average in ("token", "sequence")
 ]
@@ -134,7 +142,7 @@ def test_on_policy_equals_old_logp_given_as_logp(config):
 
 def test_on_policy_gradient_is_minus_the_advantage_a_token():
     logp, _, _, mask, advantage = batch()
-    _, gradient, _ = loss_and_gradient(logp, None, None, mask, advantage, LossConfig(kl_coef=0))
+    _, gradient, _ = loss_and_gradient(logp, None, None, mask, advantage, Config(kl_coef=0))
     expected = -advantage[..., None] * mask / sum(map(sum, LENGTHS))
     torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-15)
 
@@ -156,7 +164,7 @@ def test_on_policy_gradient_is_minus_the_advantage_a_token():
 )
 def test_clips_cut_where_there_is_nothing_to_gain(advantage, ratio, loss, slope, cut):
     rho = torch.tensor([ratio], dtype=torch.float64, requires_grad=True)
-    value, clipped = policy_loss(rho, torch.tensor([advantage], dtype=torch.float64), LossConfig())
+    value, clipped = policy_loss(rho, torch.tensor([advantage], dtype=torch.float64), Config())
     assert value.item() == pytest.approx(loss, abs=1e-12)
     assert torch.autograd.grad(value.sum(), rho)[0].item() == pytest.approx(slope, abs=1e-12)
     assert clipped.item() is cut
@@ -166,13 +174,13 @@ def test_clips_cut_where_there_is_nothing_to_gain(advantage, ratio, loss, slope,
 def test_zero_variance_groups_train_nothing(average):
     logp, old, ref, mask, _ = batch()
     rewards = torch.tensor([[1.0, 0.0, 1.0, 0.1], [1.1] * 4, [0.0] * 4], dtype=torch.float64)
-    config = LossConfig(kl_coef=0, average=average)
-    _, gradient, _ = loss_and_gradient(logp, old, ref, mask, advantages(rewards), config)
+    config = Config(kl_coef=0, average=average)
+    _, gradient, _ = loss_and_gradient(logp, old, ref, mask, advantages(rewards, Config()), config)
     assert torch.count_nonzero(gradient[1:]) == 0 and gradient[0].abs().max() > 0
 
     # Leaving them out, with the totals of the whole batch, changes nothing.
     totals = {"total_tokens": mask.sum().item(), "total_sequences": 11.0}
-    kept = [x[:1] for x in (logp, old, ref, mask, advantages(rewards))]
+    kept = [x[:1] for x in (logp, old, ref, mask, advantages(rewards, Config()))]
     _, alone, _ = loss_and_gradient(*kept, config, **totals)
     torch.testing.assert_close(alone, gradient[:1], rtol=0, atol=1e-15)
 
@@ -217,37 +225,37 @@ def test_averages_weigh_a_long_answer_differently():
     logp = torch.zeros(1, 2, 4, dtype=torch.float64)
     mask = torch.tensor([[[1.0, 1, 1, 1], [1, 0, 0, 0]]], dtype=torch.float64)
     advantage = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
-    config = LossConfig(kl_coef=0)
-    assert grpo_loss(logp, advantage, mask, config)[0].item() == pytest.approx(-3 / 5)
+    config = Config(kl_coef=0)
+    assert loss_and_sums(logp, advantage, mask, config)[0].item() == pytest.approx(-3 / 5)
     config = replace(config, average="sequence")
-    assert grpo_loss(logp, advantage, mask, config)[0].item() == pytest.approx(0)
+    assert loss_and_sums(logp, advantage, mask, config)[0].item() == pytest.approx(0)
 
 
 def test_wrong_use_is_an_error():
     logp, old, ref, mask, advantage = batch()
-    config = LossConfig()
+    config = Config()
     with pytest.raises(ValueError, match="kl_coef"):
-        grpo_loss(logp, advantage, mask, config)
+        loss_and_sums(logp, advantage, mask, config)
     with pytest.raises(ValueError, match="average"):
-        grpo_loss(logp, advantage, mask, replace(config, average="group"), old, ref)
+        loss_and_sums(logp, advantage, mask, replace(config, average="group"), old, ref)
     with pytest.raises(ValueError, match="mask"):
-        grpo_loss(logp, advantage, mask[..., 1:], config, old, ref)
+        loss_and_sums(logp, advantage, mask[..., 1:], config, old, ref)
     with pytest.raises(ValueError, match="advantage"):
-        grpo_loss(logp, advantage[:, :1], mask, config, old, ref)
+        loss_and_sums(logp, advantage[:, :1], mask, config, old, ref)
 
 
 @pytest.mark.parametrize("advantage", (1.0, -1.0))
 def test_a_clipped_token_has_no_gradient_however_large_its_ratio(advantage):
     logp, old = torch.tensor([[[-1.0]]]), torch.tensor([[[-100.0]]])
     a, mask = torch.tensor([[advantage]]), torch.ones(1, 1, 1)
-    _, gradient, _ = loss_and_gradient(logp, old, None, mask, a, LossConfig(kl_coef=0))
+    _, gradient, _ = loss_and_gradient(logp, old, None, mask, a, Config(kl_coef=0))
     assert gradient.item() == 0
 
 
 @pytest.mark.parametrize("average", ("token", "sequence"))
 def test_a_part_without_tokens_has_loss_zero(average):
-    config, zero = LossConfig(kl_coef=0, average=average), torch.zeros(1, 2, 3)
-    assert grpo_loss(zero, torch.zeros(1, 2), zero, config)[0].item() == 0
+    config, zero = Config(kl_coef=0, average=average), torch.zeros(1, 2, 3)
+    assert loss_and_sums(zero, torch.zeros(1, 2), zero, config)[0].item() == 0
 
 
 # --------------------------------------------------------------- truncated importance sampling
@@ -288,7 +296,7 @@ def test_importance_weights_equal_a_scalar_loop(config, on_policy, cap):
 
     at = logp.clone().requires_grad_()
     sampled = sampled.masked_fill(mask == 0, math.nan)  # padding changes nothing
-    loss, sums = grpo_loss(at, advantage, mask, config, old, ref, sampled)
+    loss, sums = loss_and_sums(at, advantage, mask, config, old, ref, sampled)
     gradient = torch.autograd.grad(loss, at)[0]
     assert abs(loss.item() - expected) < 1e-12
     assert abs(sums["tis"].item() - sum(k[3] for k in tokens)) < 1e-10
@@ -299,18 +307,18 @@ def test_importance_weights_equal_a_scalar_loop(config, on_policy, cap):
 
 def test_importance_weights_carry_no_gradient():
     logp, old, _, mask, advantage = batch()
-    config, plain = LossConfig(kl_coef=0, tis_cap=9.0), LossConfig(kl_coef=0)
+    config, plain = Config(kl_coef=0, tis_cap=9.0), Config(kl_coef=0)
     sampled = old - 0.5  # one weight for all tokens: the gradient is that many times as large
     at = [logp.clone().requires_grad_() for _ in range(3)]
     said = sampled.clone().requires_grad_()
-    one, _ = grpo_loss(at[0], advantage, mask, config, old, None, said)
-    two, _ = grpo_loss(at[1], advantage, mask, plain, old)
+    one, _ = loss_and_sums(at[0], advantage, mask, config, old, None, said)
+    two, _ = loss_and_sums(at[1], advantage, mask, plain, old)
     factor = math.exp(0.5)
     gradient, own = torch.autograd.grad(one, (at[0], said), allow_unused=True)
     torch.testing.assert_close(gradient, factor * torch.autograd.grad(two, at[1])[0])
     assert own is None
     # On-policy pi_old is the policy itself, and still a constant.
-    three, _ = grpo_loss(at[2], advantage, mask, config, None, None, logp - 0.5)
+    three, _ = loss_and_sums(at[2], advantage, mask, config, None, None, logp - 0.5)
     expected = -factor * advantage[..., None] * mask / mask.sum()
     torch.testing.assert_close(torch.autograd.grad(three, at[2])[0], expected)
 
@@ -319,21 +327,21 @@ def test_importance_weights_carry_no_gradient():
 @each_policy
 def test_without_a_cap_the_sampler_s_log_probs_change_nothing(config, on_policy):
     logp, old, ref, mask, advantage = batch(on_policy)
-    one, sums = grpo_loss(logp, advantage, mask, config, old, ref)
-    two, _ = grpo_loss(logp, advantage, mask, config, old, ref, logp + 1)
+    one, sums = loss_and_sums(logp, advantage, mask, config, old, ref)
+    two, _ = loss_and_sums(logp, advantage, mask, config, old, ref, logp + 1)
     assert one == two and sums["tis"] == sums["tokens"]
 
 
 def test_a_cap_needs_the_sampler_s_log_probs():
     logp, old, ref, mask, advantage = batch()
     with pytest.raises(ValueError, match="tis_cap is not zero: give sampler_logp"):
-        grpo_loss(logp, advantage, mask, LossConfig(tis_cap=2.0), old, ref)
+        loss_and_sums(logp, advantage, mask, Config(tis_cap=2.0), old, ref)
 
 
 def test_a_weight_stays_finite_however_far_the_sampler_is():
     logp = torch.tensor([[[-1.0, -200.0]]], requires_grad=True)
     said, a, mask = torch.tensor([[[-200.0, -1.0]]]), torch.tensor([[1.0]]), torch.ones(1, 1, 2)
-    loss, sums = grpo_loss(logp, a, mask, LossConfig(kl_coef=0, tis_cap=5.0), None, None, said)
+    loss, sums = loss_and_sums(logp, a, mask, Config(kl_coef=0, tis_cap=5.0), None, None, said)
     gradient = torch.autograd.grad(loss, logp)[0]
     assert gradient[0, 0].tolist() == pytest.approx([-2.5, 0.0], abs=1e-6) and sums["tis"] < 5.01
 
@@ -345,13 +353,13 @@ REWARDS = torch.tensor([[1.1, 0.1, 1.0, 0.0, 1.1], [0.1, 0.1, 0.1, 0.1, 1.1]], d
 
 @pytest.mark.parametrize("scale_std", (True, False))
 def test_advantages_of_a_group_sum_to_zero(scale_std):
-    total = advantages(REWARDS, scale_std).sum(dim=1)
+    total = advantages(REWARDS, Config(scale_std=scale_std)).sum(dim=1)
     torch.testing.assert_close(total, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("scale_std", (True, False))
 def test_advantages_are_centred_and_divided_by_the_unbiased_std(scale_std):
-    result = advantages(REWARDS, scale_std).tolist()
+    result = advantages(REWARDS, Config(scale_std=scale_std)).tolist()
     for group, values in zip(REWARDS.tolist(), result, strict=True):
         mean = math.fsum(group) / len(group)
         variance = math.fsum((r - mean) ** 2 for r in group) / (len(group) - 1)
@@ -361,18 +369,20 @@ def test_advantages_are_centred_and_divided_by_the_unbiased_std(scale_std):
 
 @pytest.mark.parametrize("scale_std", (True, False))
 def test_equal_rewards_have_advantage_zero(scale_std):
-    assert torch.equal(advantages(torch.full((2, 8), 1.1), scale_std), torch.zeros(2, 8))
+    assert torch.equal(
+        advantages(torch.full((2, 8), 1.1), Config(scale_std=scale_std)), torch.zeros(2, 8)
+    )
 
 
 @pytest.mark.parametrize("group, reward", ((8, 0.1), (8, 0.7), (12, 1.1)))
 def test_equal_rewards_have_advantage_zero_whatever_rounding_does(group, reward):
-    assert advantages(torch.full((1, group), reward)).abs().max() < 1e-4  # is up to 0.1
+    assert advantages(torch.full((1, group), reward), Config()).abs().max() < 1e-4  # is up to 0.1
 
 
 @pytest.mark.parametrize("shape", ((3, 1), (3, 0), (4,), (1, 2, 3)))
 def test_advantages_need_groups_of_two_or_more(shape):
     with pytest.raises(ValueError, match="must be"):
-        advantages(torch.zeros(shape))
+        advantages(torch.zeros(shape), Config())
 
 
 def test_informative_groups_are_those_whose_rewards_differ():

@@ -16,9 +16,12 @@ import mrsp
 import sft
 import train
 from families.vila import VILA
+from grpo import Config
+from kit.actors import Actors
+from kit.method import Method
+from kit.run import METRICS
 from model import ModelError
 from rollout import Response, Sampling, TorchEngine
-from train import GRPOConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -63,7 +66,14 @@ class FixedEngine:
     wake = sleep = lambda self: None
 
 
-CONFIG = GRPOConfig(
+def step_of(model, reference, engine, optimizer, batch, step, config, **more):
+    """One GRPO step -> its metrics; more: of Actors."""
+    method = more.pop("method", None) or Method()
+    actors = Actors(model, reference, engine, optimizer, method, config, **more)
+    return train.grpo_step(actors, batch, step)[0]
+
+
+CONFIG = Config(
     prompts=5, update_prompts=3, micro_prompts=2, group=4, temperature=0.8, lr=1e-4,
     kl_coef=0.1,
 )  # fmt: skip
@@ -93,7 +103,7 @@ def three_steps(folder, dtype, average, sp=1, fsdp=False):
     for step in range(3):
         batch = rows[step * 5 : step * 5 + (5, 5, 1)[step]]
         config = replace(CONFIG, average=average)
-        metrics, _ = train.grpo_step(model, reference, engine, optimizer, batch, step, config)
+        metrics = step_of(model, reference, engine, optimizer, batch, step, config)
         seen.append({k: v for k, v in metrics.items() if not k.startswith("seconds")})
     return seen, {k: mrsp.whole(v).detach().clone() for k, v in model.llm.state_dict().items()}
 
@@ -159,7 +169,7 @@ def test_groups_of_equal_reward_are_skipped_and_counted_and_change_nothing(toy, 
     engine = FixedEngine(VILA.from_pretrained(toy / "init"), gold)
     optimizer = torch.optim.SGD(model.llm.parameters(), lr=0.0)
     config = replace(CONFIG, prompts=3, update_prompts=3, micro_prompts=8, kl_coef=0.0)
-    metrics, _ = train.grpo_step(model, None, engine, optimizer, rows, 0, config)
+    metrics = step_of(model, None, engine, optimizer, rows, 0, config)
     assert metrics["skipped_groups"] == 1 and packed == [2]  # one pass: no old, no reference pass
 
 
@@ -175,7 +185,7 @@ def test_bare_answers_earn_their_reward_in_non_thinking_mode(toy, thinking):
 
     optimizer = torch.optim.SGD(model.llm.parameters(), lr=0.0)
     config = replace(CONFIG, prompts=2, update_prompts=2, group=4, kl_coef=0.0)
-    metrics, _ = train.grpo_step(model, None, Letters(model), optimizer, rows, 0, config)
+    metrics = step_of(model, None, Letters(model), optimizer, rows, 0, config)
     assert (metrics["accuracy"], metrics["format"]) == ((0, 0) if thinking else (0.25, 1))
 
 
@@ -189,9 +199,7 @@ def test_leaving_out_groups_of_equal_reward_changes_nothing(toy):
         }
         config = replace(CONFIG, prompts=4, update_prompts=4, kl_coef=kl_coef)
         optimizer = torch.optim.SGD(model.llm.parameters(), lr=1.0)
-        metrics, _ = train.grpo_step(
-            model, model, FixedEngine(model, gold), optimizer, rows, 0, config
-        )
+        metrics = step_of(model, model, FixedEngine(model, gold), optimizer, rows, 0, config)
         assert metrics["skipped_groups"] == 2 and metrics["grad_norm"] > 1e-3
         after.append({k: v.detach().clone() for k, v in model.llm.state_dict().items()})
     for name, value in after[0].items():
@@ -210,13 +218,10 @@ def test_two_updates_with_kl_equal_the_loss_written_out(toy):
     prompts = [hand.prompt(r) for r in rows]
     answers = engine.generate(prompts, 4, Sampling(config.temperature), None)
     optimizer = torch.optim.SGD(ours.llm.parameters(), lr=0.5)
-    train.grpo_step(ours, ref, engine, optimizer, rows, 0, config)
+    step_of(ours, ref, engine, optimizer, rows, 0, config)
 
-    scores = [
-        [grpo.reward(a.text, r.answer, r.options)["reward"] for a in g]
-        for g, r in zip(answers, rows)
-    ]
-    adv = grpo.advantages(torch.tensor(scores))
+    scores = [[grpo.reward(a.text, r, config)["reward"] for a in g] for g, r in zip(answers, rows)]
+    adv = grpo.advantages(torch.tensor(scores), config)
     groups = [[a.ids for a in g] for g in answers]
     logp = lambda m, i: m(mrsp.pack(*mrsp.copies([prompts[i]], [groups[i]])[:2]), 0.8)[0]  # noqa: E731
     with torch.no_grad():
@@ -258,7 +263,7 @@ def test_seeds_follow_the_prompt_and_not_the_rank(toy, model):
         engine = Recorder(model)
         engine.world = model.mesh.dp, model.mesh.sp
         with pytest.raises(StopIteration):
-            train.grpo_step(model, None, engine, None, rows, 3, CONFIG)
+            step_of(model, None, engine, None, rows, 3, CONFIG)
     assert seen[1, 1] == seen[2, 1] == seen[1, 2] and len(set(seen[1, 1].values())) == 5
 
 
@@ -269,12 +274,12 @@ def test_a_sampler_that_sees_other_weights_stops_training(toy, model):
         engine.policy.llm.model.norm.weight.mul_(3.0)
     optimizer = torch.optim.SGD(model.llm.parameters(), lr=0.0)
     config = replace(CONFIG, prompts=4, update_prompts=4, kl_coef=1e-3, max_mismatch=0.1)
-    with pytest.raises(ModelError, match="sampler and trainer.*--grpo_max_mismatch 0.1"):
-        train.grpo_step(model, model, engine, optimizer, rows, 0, config)
+    with pytest.raises(ModelError, match="sampler and trainer.*--grpo.max_mismatch 0.1"):
+        step_of(model, model, engine, optimizer, rows, 0, config)
     with torch.no_grad():
         model.llm.model.norm.weight.fill_(torch.nan)  # nan is no agreement either
     with pytest.raises(ModelError, match="trainer by nan"):
-        train.grpo_step(model, model, engine, optimizer, rows, 0, config)
+        step_of(model, model, engine, optimizer, rows, 0, config)
 
 
 def test_overfitting_24_fixed_prompts_drives_the_reward_to_one(toy, model):
@@ -289,80 +294,32 @@ def test_overfitting_24_fixed_prompts_drives_the_reward_to_one(toy, model):
         steps=120, groups=4, texts=10, train="llm", optimizer="muon", lr=2e-3, muon_lr=0.01
     )
     sft.train(model, guesses, config)
-    config = GRPOConfig(
+    config = Config(
         prompts=24, update_prompts=24, micro_prompts=24, group=8, top_p=1.0, lr=3e-4,
         weight_decay=0.0, kl_coef=0.0, scale_std=False,
     )  # fmt: skip
     optimizer, engine = torch.optim.AdamW(model.llm.parameters(), lr=3e-4), TorchEngine(model)
     history = []
     for step in range(100):
-        metrics, _ = train.grpo_step(model, None, engine, optimizer, rows, step, config)
+        metrics = step_of(model, None, engine, optimizer, rows, step, config)
         history.append(metrics["reward"])
         if history[-1] > 0.99:
             break
     assert history[0] < 0.7 and history[-1] > 0.99, history[::10]
 
 
-# -------------------------------------------------------------------------------------- options
-
-
-def test_presets_give_defaults_and_options_override_them():
-    preset = train.parse_options(["--grpo_steps", "3", "--seed", "5", "--sft_lr", "1e-3"])
-    assert (preset.grpo.steps, preset.run.seed, preset.sft.lr) == (3, 5, 1e-3)
-    assert replace(preset.grpo, steps=120) == replace(train.PRESETS["toy"].grpo, steps=120)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ("--sp 3", "--sp 3 does not divide the 1 rank.*torchrun --nproc_per_node 3"),
-        ("--sp 0", "sp >= 1"),
-        ("--sp_attention foo", "sp_attention must be one of auto, ulysses, .*not 'foo'"),
-        ("--dtype bfloat16", "bfloat16 with --fsdp true"),
-        ("--dtype int8 --fsdp true", "dtype must be float32"),
-        ("--fsdp true --sft_optimizer muon", "muon needs whole matrices"),
-        ("--cache_gb 0", "cache_gb > 0"),
-    ],
-)
-def test_settings_of_ranks_are_checked_before_anything_runs(options, message, tmp_path):
-    with pytest.raises(SystemExit, match=f"(?s)error: .*{message}"):
-        train.main([*options.split(), "--output_dir", str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("bad", [["--grpo_step", "3"], ["--see", "1"], ["--frobnicate"], ["stray"]])
-def test_an_unknown_option_is_an_error_of_one_line(bad):
-    with pytest.raises(SystemExit, match=f"error: unknown option {bad[0]}"):
-        train.main(bad)
-
-
-@pytest.mark.parametrize(
-    "bad",
-    ["--grpo_group 1", "--grpo_average x", "--grpo_update_prompts 0", "--frame_counts a"]
-    + ["--sft_train x", "--recipe_template why", "--recipe_num_frames 0", "--grpo_temperature 0"],
-)  # fmt: skip
-def test_an_impossible_setting_is_an_error_before_anything_runs(bad, tmp_path):
-    with pytest.raises(SystemExit, match="error: options of"):
-        train.main([*bad.split(), "--output_dir", str(tmp_path / "none")])
-    assert not (tmp_path / "none").exists()
-
-
-def test_every_setting_and_every_metric_is_explained(toy, model):
-    for part in ("run", "recipe", "toy", "images", "sft", "grpo"):
-        config = getattr(train.PRESETS["toy"], part)
-        helps = train.sentences(type(config))
-        assert all(len(helps.get(name, "")) > 9 for name in vars(config)), part
-    metrics, _ = three_steps(toy, torch.float32, "token")
-    assert set(metrics[0]) <= set(train.METRICS)
+def test_every_metric_is_explained(one_rank):
+    metrics, _ = one_rank(torch.float32, "token")
+    assert set(metrics[0]) <= set(METRICS) and {"reward", "accuracy", "format"} <= set(metrics[0])
 
 
 # ---------------------------------------------------------------------------------- smoke test
 
 SMALLEST = (
-    "--toy_base 8 --toy_sft 4 --toy_rl 8 --toy_test 6 --toy_other 4 --images_steps 2 "
-    "--images_groups 8 --base_steps 2 --base_groups 4 --sft_steps 4 --sft_groups 4 --grpo_steps 2 "
-    "--grpo_prompts 4 --grpo_update_prompts 2 --frame_counts 4,8 --recipe_num_frames 8 "
-    "--recipe_max_tokens 6"
+    "--toy.base 8 --toy.sft 4 --toy.rl 8 --toy.test 6 --toy.other 4 --toy.images_stage.steps 2 "
+    "--toy.images_stage.groups 8 --toy.base_stage.steps 2 --toy.base_stage.groups 4 "
+    "--sft.steps 4 --sft.groups 4 --grpo.steps 2 --grpo.prompts 4 --grpo.update_prompts 2 "
+    "--eval.frames 4 8 --recipe.num_frames 8 --recipe.max_tokens 6"
 ).split()
 
 
