@@ -14,10 +14,11 @@ while they train (DAPO's dynamic sampling: sample on until a batch is informativ
 every run again what is found here once. Other limits (--low, --high) ask nothing again: all rates
 are kept in OUT_rates/, where a killed filter goes on, with any number of ranks.
 
-Check this file alone:  pytest tests/test_eval.py -k "filter or pass_rates"
+Check this file alone:  pytest tests/test_filter.py
 """
 
 import json
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -48,10 +49,14 @@ class FilterConfig(AskConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("answers", "temperature", "top_p"):
-            above_zero(name, getattr(self, name))
+        above_zero("answers", self.answers)
+        above_zero("top_p", self.top_p)
         if self.top_p > 1:
             raise ValueError(f"top_p must be at most 1, not {self.top_p}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be at least 0, not {self.temperature}")
+        if self.temperature == 0 and self.answers > 1:
+            raise ValueError("temperature 0 is greedy: give --answers 1, or a temperature")
         if not self.low < self.high:
             raise ValueError(f"--low {self.low:g} --high {self.high:g}: no row lies between them")
         if len(self.frames) > 1:
