@@ -49,7 +49,7 @@ from kit import plan, report, toy
 from kit.actors import Actors, begin_grpo, make_actors
 from kit.method import Method
 from kit.presets import read_settings
-from kit.run import METRICS, Meter, Run, check_mismatch, find_ranks, reported
+from kit.run import EMPTY, Meter, Run, check_mismatch, find_ranks, reported
 from model import Prompt
 from rollout import Response, Sampling, engine_kind, sample
 
@@ -137,7 +137,7 @@ def grpo_step(a: Actors, batch: list, step: int, soon: list = ()) -> tuple[dict,
         engine.sync(model)
     for name in ("hits", "misses", "bytes"):
         meter.total(f"cache_{name}", getattr(model.cache, name))
-    return dict.fromkeys(METRICS, 0.0) | meter.read() | {"lr": c.lr}, groups
+    return EMPTY | meter.read() | {"lr": c.lr}, groups
 
 
 def look(a: Actors, batch: list, soon: list, step: int, meter: Meter) -> list[Group]:

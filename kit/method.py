@@ -16,9 +16,11 @@ from pathlib import Path
 
 import grpo
 from data import DataError
+from kit.run import METRICS
 
 NAMES = ("reward", "advantages", "loss", "Config")
 NEEDED = ("reward", "accuracy")  # of the parts that a reward returns
+PARTS = (*NEEDED, "format")  # those that METRICS explains
 
 
 class Method:
@@ -52,6 +54,8 @@ class Method:
                 f"{self.file}: reward() must return a dict with reward and accuracy, not {parts!r}"
             )
         for name, value in parts.items():
+            if name in METRICS and name not in PARTS:
+                raise DataError(f"{self.file}: {name} is the name of a metric: call it otherwise")
             if not isinstance(value, int | float) or not math.isfinite(value):
                 raise DataError(
                     f"{self.file}: reward() gives {name} = {value!r} to question {example.id}: "

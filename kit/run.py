@@ -142,6 +142,9 @@ METRICS = {
     "seconds_sync": "new weights to the sampler",
 }
 
+# What a step says in which all rows were left out; "format" only where a reward has that part.
+EMPTY = {name: 0.0 for name in METRICS if name != "format"}
+
 
 class Meter:
     """The numbers of one step, collected on each rank and put together by read().
