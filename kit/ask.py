@@ -193,9 +193,9 @@ class Job:
         """All that the answers depend on. Of weights the files' sizes and times: to read them all
         would take as long as to load them. Of media names and sizes: their folder may move, but
         answers to one that was not there, or cut off, are not those to what came instead."""
-        options = {
-            k: v for k, v in asdict(self.config).items() if k not in self.config.FREE.split()
-        }
+        free = self.config.FREE.split()
+        found = {k: v for k, v in asdict(self.config).items() if k not in free}
+        found |= asdict(self.recipe)
         method = self.config.method and Path(self.config.method).read_text()
         root = folder_of(self.config.model)
         weights = sorted({*root.rglob("*.safetensors"), *root.rglob("config.json")})
@@ -206,25 +206,22 @@ class Job:
         for e in self.examples:
             names = [m._replace(path=Path(m.path).name) for m in e.media]
             questions.append((e.id, e.problem, e.answer, names))
-        return (
-            options
-            | asdict(self.recipe)
-            | {
-                "data": self.source,
-                "rollout": self.kind,
-                "num_frames": list(self.frames),
-                "method": digest(method),
-                "weights": digest(times, sizes(weights)),
-                "questions": digest(questions, self.malformed),
-                "media": digest(sizes(media)),
-                "srt": digest([file.name for file in spoken], sizes(spoken)),
-            }
-        )
+        return found | {
+            "data": self.source,
+            "rollout": self.kind,
+            "num_frames": list(self.frames),
+            "method": digest(method),
+            "weights": digest(times, sizes(weights)),
+            "questions": digest(questions, self.malformed),
+            "media": digest(sizes(media)),
+            "srt": digest([file.name for file in spoken], sizes(spoken)),
+        }
 
     @functools.cached_property
     def asked(self) -> tuple:
         """The model and its engine, on this rank."""
-        config, dtype = self.config, getattr(torch, self.config.dtype)
+        config = self.config
+        dtype = getattr(torch, config.dtype)
         model = load(config.model, dtype).to(self.ranks.device)
         model.recipe = self.recipe
         model.loader = self.loader

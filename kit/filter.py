@@ -75,7 +75,8 @@ def pass_rate(job: Job, example: Example, answers) -> dict:
 def sample_rates(job: Job, folder: Folder) -> dict[str, dict]:
     """{id: line} of all questions, on all ranks. A question's seed follows its place, so that its
     answers depend on neither ranks nor interruptions."""
-    config, recipe = job.config, job.recipe
+    config = job.config
+    recipe = job.recipe
     model, engine = job.asked
     (frames,) = job.frames.values()
     limits = (config.temperature, config.top_p, recipe.max_tokens)

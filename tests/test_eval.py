@@ -453,7 +453,8 @@ class Judge:
     model = "wise"
 
     def __init__(self, reply):
-        self.reply, self.asked = reply, []
+        self.reply = reply
+        self.asked = []
 
     def ask(self, messages):
         (message,) = messages
