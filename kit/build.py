@@ -386,7 +386,8 @@ class Builder:
         count = Counter()
         for reason in lost.values():
             what, *details = reason.split(": ")
-            count[details[0] if what.startswith(str(self.root)) else what] += 1
+            is_file = details and what.startswith(str(self.root))
+            count[details[0] if is_file else what] += 1
         for what, n in count.most_common():
             print(f"  {n:6d} {what}")
 
@@ -400,7 +401,8 @@ def cut(lengths: dict[str, dict]) -> dict[str, Clip]:
     clips = {}
     for video, line in lengths.items():
         for i in range(line["clips"]):
-            start, end = (line["seconds"] * k / line["clips"] for k in (i, i + 1))
+            start = line["seconds"] * i / line["clips"]
+            end = line["seconds"] * (i + 1) / line["clips"]
             clips[f"{video}#{i:04}"] = Clip(video, start, end)
     return clips
 

@@ -7,7 +7,6 @@ replies hang on what is asked alone; `faults` says for which requests they are w
 
 import base64
 import collections
-import http.server
 import io
 import itertools
 import json
@@ -26,12 +25,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from stub import Server, completion
 
 from data import DataError, load_media, load_rows
 from kit import build, chat
 from kit.build import CATEGORIES
 from kit.chat import ReplyError
 from kit.toy import COLORS, write_mp4
+from kit.work import read_lines
 
 FPS = 4
 NAMES = {  # color: (path, seconds); of every kind of ending some
@@ -77,29 +78,31 @@ def good_rewriting(answer):
     return {"reasoning": f"{text} with nothing else in it at all. The answer is: {answer}."}
 
 
-class Stub(http.server.ThreadingHTTPServer):
+class Stub(Server):
     """Both servers. log: (stage, color, part) of each request, part a clip's times or a category.
     faults {(stage, color, part): function(number of the request, good text) -> text, or
     (status, text), or seconds to sleep}; before: called with the number of a request."""
 
-    daemon_threads = True
-    request_queue_size = 64
-
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.log, self.bodies, self.images, self.problems = [], [], {}, []
-        self.faults, self.before, self.lock = {}, lambda n: None, threading.Lock()
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        self.log, self.images, self.faults = [], {}, {}
+        self.before, self.lock = lambda n: None, threading.Lock()
+        super().__init__()
 
-    def handle_error(self, request, address):
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that was killed
-            self.problems.append(repr(sys.exc_info()[1]))
-
-    def end(self):
-        self.shutdown()
-        self.server_close()
-        assert not self.problems
+    def answer(self, body):
+        what, text = self.read(body["messages"][0]["content"])
+        with self.lock:
+            self.log.append(what)
+            number, nth = len(self.log), self.log.count(what)
+        self.before(number)
+        fault = self.faults.get(what, lambda n, text: text)(nth, text)
+        if isinstance(fault, float):
+            time.sleep(fault)
+        elif isinstance(fault, tuple):
+            status, text = fault
+            return (200, completion(text, "length")) if status == "length" else (status, text)
+        else:
+            text = fault
+        return 200, completion(text)
 
     def read(self, content):
         """(stage, color, part), good reply of what is asked."""
@@ -128,48 +131,6 @@ class Stub(http.server.ThreadingHTTPServer):
         return ("draft", color, category), json.dumps(draft)
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def send(self, status, body):
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_GET(self):
-        is_list = self.path == "/v1/models"
-        self.send(200 if is_list else 404, b'{"data": [{"id": "stub"}, {"id": "other"}]}')
-
-    def do_POST(self):
-        assert self.path == "/v1/chat/completions"
-        stub, length = self.server, int(self.headers["Content-Length"])
-        if len(body := self.rfile.read(length)) < length:
-            return  # the client was killed as it asked
-        body = json.loads(body)
-        what, text = stub.read(body["messages"][0]["content"])
-        with stub.lock:
-            stub.log.append(what)
-            stub.bodies.append(body)
-            number, nth = len(stub.log), stub.log.count(what)
-        stub.before(number)
-        fault = stub.faults.get(what, lambda n, text: text)(nth, text)
-        status, end = 200, "stop"
-        if isinstance(fault, float):
-            time.sleep(fault)
-        elif isinstance(fault, tuple):
-            status, text = fault
-        else:
-            text = fault
-        if status == "length":
-            status, end = 200, "length"
-        reply = {"choices": [{"message": {"content": text}, "finish_reason": end}]}
-        self.send(status, json.dumps(reply).encode() if status == 200 else text.encode())
-
-
 def once(fault):
     return lambda n, text: fault if n == 1 else text
 
@@ -187,9 +148,7 @@ def stub():
 
 @pytest.fixture(autouse=True)
 def no_sleep(monkeypatch):
-    slept = []
-    monkeypatch.setattr(chat, "time", SimpleNamespace(sleep=slept.append))
-    return slept
+    monkeypatch.setattr(chat, "time", SimpleNamespace(sleep=lambda seconds: None))
 
 
 def command(videos, stub, out, *more):
@@ -198,16 +157,12 @@ def command(videos, stub, out, *more):
     return [str(x) for x in [*where, "--clip_side", 32, "--parallel", 2, *more]]
 
 
-def lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
 def lost(out):
-    return {line["key"]: line["lost"] for line in lines(out / "lost.jsonl")}
+    return {line["key"]: line["lost"] for line in read_lines(out / "lost.jsonl")}
 
 
 def rows_of(out):
-    return lines(out / "sft.jsonl") + lines(out / "rl.jsonl")
+    return read_lines(out / "sft.jsonl") + read_lines(out / "rl.jsonl")
 
 
 def contents(out):
@@ -226,23 +181,19 @@ def whole(videos, tmp_path_factory):
 
 @pytest.fixture
 def go_on(whole, videos, stub, tmp_path):
-    """go_on(options, forget=(), **settings): the command in a folder where all clips but those to
-    forget, (color, number), have captions, under these settings. Returns the folder."""
+    """go_on(options): the command in a folder, which it returns, where all clips have captions but
+    those to forget, (color, number)."""
+    out = tmp_path / "out"
 
-    def run(*more, forget=(), **changed):
-        out = tmp_path / "out"
+    def run(*more, forget=()):
         if not out.exists():
             out.mkdir()
-            for name in ("videos.jsonl", "lost.jsonl", "captions.jsonl"):
-                (out / name).write_bytes((whole[0] / name).read_bytes())
-            kept = json.loads((whole[0] / "settings.json").read_text())
-            (out / "settings.json").write_text(json.dumps(kept | changed))
             gone = {f"{NAMES[color][0]}#{i:04}" for color, i in forget}
-            captions = [line for line in lines(out / "captions.jsonl") if line["clip"] not in gone]
-            text = "".join(json.dumps(line) + "\n" for line in captions)
-            (out / "captions.jsonl").write_text(text)
-        for name, value in changed.items():
-            more += (f"--{name}", *(value if isinstance(value, list) else [value]))
+            for name in ("videos.jsonl", "lost.jsonl", "captions.jsonl"):
+                kept = [
+                    line for line in read_lines(whole[0] / name) if line.get("clip") not in gone
+                ]
+                (out / name).write_text("".join(json.dumps(line) + "\n" for line in kept))
         build.main(command(videos, stub, out, *more))
         return out
 
@@ -256,10 +207,8 @@ def test_rows_are_what_training_reads(whole, videos):
     out, _ = whole
     sft, rl = (load_rows(str(out / name), str(videos)) for name in ("sft.jsonl", "rl.jsonl"))
     assert (len(sft), len(rl)) == (8, 16)
-    keys = [(e.media[0].path, e.category) for e in sft + rl]
-    assert sorted(keys) == sorted(
-        (str(videos / path), category) for path in VIDEOS for category in CATEGORIES
-    )
+    keys = {(e.media[0].path, e.category) for e in sft + rl}
+    assert keys == {(str(videos / path), name) for path in VIDEOS for name in CATEGORIES}
     assert not {e.media for e in sft} & {e.media for e in rl}
     assert len({e.id for e in sft + rl}) == 24
     for e in sft + rl:
@@ -276,7 +225,7 @@ def test_rows_are_what_training_reads(whole, videos):
         assert len(load_media(e.media[0], 4)[0]) == 4
     assert 4 <= sum(bool(e.options) for e in sft + rl) <= 20
     for name in ("sft.jsonl", "rl.jsonl"):
-        ids = [row["problem_id"] for row in lines(out / name)]
+        ids = [row["problem_id"] for row in read_lines(out / name)]
         assert ids == sorted(ids)
 
 
@@ -290,20 +239,18 @@ def test_the_captioner_sees_frames_of_its_clip(whole):
     images = whole[1].images
     assert collections.Counter(color for color, _ in images) == CLIPS
     for color, n in CLIPS.items():
-        seconds, starts = NAMES[color][1], []
+        seconds = NAMES[color][1]
         own = sorted((span, rest) for (c, span), rest in images.items() if c == color)
         for i, (span, (greys, shape, prompt)) in enumerate(own):
             start, end = seconds * i / n, seconds * (i + 1) / n
-            assert len(greys) == 8 and shape == (24, 32, 3)
-            assert np.all(np.diff(greys) > 0)
+            assert len(greys) == 8 and shape == (24, 32, 3) and np.all(np.diff(greys) > 0)
             # the first frame of the clip is its first, the last its last, but for compression
             assert abs(greys[0] - start) < 0.5 and abs(greys[-1] - (end - 1 / FPS)) < 0.5
             assert span == f"00:{round(start):02}-00:{round(end):02}" and "8 frames" in prompt
-            starts.append(start)
 
 
 def test_the_llm_reads_all_captions_with_their_times_in_order(whole):
-    prompts = [b["messages"][0]["content"] for b in whole[1].bodies]
+    prompts = [body["messages"][0]["content"] for _, body, _ in whole[1].asked]
     drafts = [p for p in prompts if isinstance(p, str) and p.startswith("Here are captions")]
     assert len(drafts) == 24
     for prompt in drafts:
@@ -314,7 +261,7 @@ def test_the_llm_reads_all_captions_with_their_times_in_order(whole):
         assert "\n".join(f"[{s}] A {color} room, from {s}." for s in spans) in prompt
         assert sum(about in prompt for about in CATEGORIES.values()) == 1
         assert (build.CHOICE in prompt) == ('"options"' in prompt) == (build.OPEN not in prompt)
-    assert {b["temperature"] for b in whole[1].bodies} == {0.6}
+    assert {body["temperature"] for _, body, _ in whole[1].asked} == {0.6}
     near = [re.search(r"seen near (\d\d):(\d\d) plays", p).groups() for p in drafts]
     assert len(set(near)) > 5 and {m for m, _ in near} == {"00"} and max(near)[1] <= "31"
     rewritings = [p for p in prompts if isinstance(p, str) and p not in drafts]
@@ -337,7 +284,7 @@ def test_a_finished_run_asks_nothing_and_writes_the_same(whole, videos, stub, ca
 
 @pytest.mark.parametrize("share", [0, 1])
 def test_the_share_of_open_ended_questions(share, go_on):
-    rows = rows_of(go_on(open=share, categories=["plot", "goal"], questions=2))
+    rows = rows_of(go_on("--open", share, "--categories", "plot", "goal", "--questions", 2))
     assert len(rows) == 24 and {row["problem_type"] for row in rows} == {"plot", "goal"}
     assert all(("\nA. " in row["problem"]) == (share == 0) for row in rows)
 
@@ -389,75 +336,83 @@ def test_the_right_letter_is_uniform_and_hangs_on_the_key_alone():
     assert min(collections.Counter(places)[i] for i in range(4)) > 75
 
 
+REFUSED = {  # reason: what an LLM may have put in place of DRAFT's fields
+    "question is missing": [{"question": x} for x in (None, "  ", "?!", 7)],
+    "several lines": [{"question": "Which?\nA man"}],
+    "holds options": [{"question": "Which? A. red B. blue"}],
+    "option letters": [{"question": "Which? (A) red (B) blue"}],
+    "speaks of its source: transcript": [{"question": "What does the transcript say?"}],
+    "speaks of its source: Clip": [{"question": "Who is in the second Clip?"}],
+    "holds a tag: <image>": [{"question": "Who is <image> here?"}],
+    "number of options": [
+        *({"options": x} for x in (None, "the blue box", ["the blue box"])),
+        {"options": [*map(str, range(8)), "the blue box"]},
+    ],
+    "option is missing": [{"options": ["the blue box", *x]} for x in ([2, 3, 4], ["", "a", "b"])],
+    "options are the same": [{"options": ["the blue box", "The blue  box.", "a", "b"]}],
+    "speaks of its source: caption": [{"options": ["the blue box", "a caption", "a", "b"]}],
+    "option letters: A. ": [{"options": ["A. red", "the blue box", "c", "d"]}],
+    "none of the options": [{"options": ["a", "b", "c", "d"]}, {"answer": "B"}],
+    "answer is missing": [{"answer": None}],
+    "reasoning is missing": [{"reasoning": ""}, {"reasoning": ["a"]}],
+}
+REFUSED_OPEN = {
+    "question is missing": [{"question": "?!"}],
+    "holds a tag: <answer>": [{"answer": "a <answer> tag"}],
+    "speaks of its source: caption": [{"answer": "as the caption says"}],
+    "number of options": [{"options": DRAFT["options"]}],
+}
+
+
+@pytest.mark.parametrize("choice, refused", [(True, REFUSED), (False, REFUSED_OPEN)])
+def test_drafts_are_refused_by_name(choice, refused):
+    for reason, changes in refused.items():
+        for change in changes:
+            changed = DRAFT | ({} if choice else {"options": []}) | change
+            with pytest.raises(ReplyError, match=re.escape(reason)):
+                build.parse_draft(json.dumps(changed), "key", choice)
+            for field in change if choice else ():  # nor without it
+                del changed[field]
+                with pytest.raises(ReplyError):
+                    build.parse_draft(json.dumps(changed), "key", choice)
+
+
 @pytest.mark.parametrize(
-    "change, choice, reason",
+    "text",
     [
-        ({"question": None}, True, "question is missing"),
-        ({"question": "  "}, True, "question is missing"),
-        ({"question": "?!"}, False, "question is missing"),
-        ({"question": 7}, False, "question is missing"),
-        ({"question": "Which?\nA man"}, True, "several lines"),
-        ({"question": "Which? A. red B. blue"}, True, "holds options"),
-        ({"question": "Which? (A) red (B) blue"}, True, "option letters"),
-        ({"question": "What does the transcript say?"}, True, "speaks of its source: transcript"),
-        ({"question": "Who is in the second Clip?"}, True, "speaks of its source: Clip"),
-        ({"question": "Who is <image> here?"}, True, "holds a tag: <image>"),
-        ({"options": None}, True, "number of options"),
-        ({"options": "the blue box"}, True, "number of options"),
-        ({"options": ["the blue box"]}, True, "number of options"),
-        ({"options": [*map(str, range(8)), "the blue box"]}, True, "number of options"),
-        ({"options": ["the blue box", 2, 3, 4]}, True, "option is missing"),
-        ({"options": ["the blue box", "", "a", "b"]}, True, "option is missing"),
-        ({"options": ["the blue box", "The blue  box.", "a", "b"]}, True, "options are the same"),
-        ({"options": ["the blue box", "a caption", "a", "b"]}, True, "speaks of its source"),
-        ({"options": ["A. red", "the blue box", "c", "d"]}, True, "option letters"),
-        ({"options": ["a", "b", "c", "d"]}, True, "none of the options"),
-        ({"answer": None}, True, "answer is missing"),
-        ({"answer": "B"}, True, "none of the options"),
-        ({"answer": "a <answer> tag"}, False, "holds a tag"),
-        ({"answer": "as the caption says"}, False, "speaks of its source"),
-        ({}, False, "number of options"),
-        ({"reasoning": ""}, True, "reasoning is missing"),
-        ({"reasoning": ["a"]}, True, "reasoning is missing"),
+        "",
+        "I cannot.",
+        "{}",
+        "[1]",
+        TEXT[:-1],
+        "{" * 5000,
+        "[" * 9999,
+        '{"a":' * 1500,
+        f"<think> {TEXT} </think>",
     ],
 )
-def test_drafts_are_refused_by_name(change, choice, reason):
-    changed = DRAFT | ({} if choice or not change else {"options": []}) | change
-    with pytest.raises(ReplyError, match=re.escape(reason)):
-        build.parse_draft(json.dumps(changed), "key", choice)
-    for field in change:
-        if field != "options" or choice:
-            fewer = {k: v for k, v in changed.items() if k != field}
-            with pytest.raises(ReplyError):
-                build.parse_draft(json.dumps(fewer), "key", choice)
-
-
-@pytest.mark.parametrize("reply", ["", "I cannot.", "{}", "[1]", TEXT[:-1], "{" * 5000, "[" * 9999,
-                                   '{"a":' * 5000, f"<think> {TEXT} </think>"])  # fmt: skip
-def test_replies_without_the_object_are_refused(reply):
+def test_replies_without_the_object_are_refused(text):
     with pytest.raises(ReplyError, match="no JSON object with a question"):
-        build.parse_draft(reply, "key", True)
+        build.parse_draft(text, "key", True)
 
 
 LONG = "At 0:05 the man opens the red box, at 0:15 the green one, at 0:25 he carries the blue one."
-KEPT = build.parse_draft(TEXT, "v.mp4#goal-0", True) | {
-    "draft": "v.mp4#goal-0", "video": "v.mp4", "category": "goal",
-}  # fmt: skip
+END = "The answer is: the blue box."
+PLACE = {"draft": "v.mp4#goal-0", "video": "v.mp4", "category": "goal"}
+KEPT = PLACE | build.parse_draft(TEXT, "v.mp4#goal-0", True)
+
+
+def rewritten(text, draft=KEPT):
+    return build.parse_rewritten(json.dumps({"reasoning": text}), draft)
 
 
 def test_a_rewriting_becomes_a_row():
-    reply = {"reasoning": f"{LONG}\n**The answer is: The blue box.**"}
-    reply["reasoning"] = reply["reasoning"].replace("**", '"')
-    row = build.parse_rewritten(json.dumps(reply), KEPT)
+    row = rewritten(f'{LONG}\n"The answer is: The blue box."')
     letter = "ABCD"[KEPT["options"].index("the blue box")]
     assert row["answer"] == f"<answer>{letter}</answer>" and row["videos"] == "v.mp4"
-    assert row["problem"].splitlines()[1:] == [
-        f"{a}. {text}" for a, text in zip("ABCD", KEPT["options"])
-    ]
-    open_ended = KEPT | {"options": [], "answer": "3.5 km"}
-    row = build.parse_rewritten(
-        json.dumps({"reasoning": f"{LONG} The answer is: 3.5 km."}), open_ended
-    )
+    listed = [f"{letter}. {option}" for letter, option in zip("ABCD", KEPT["options"])]
+    assert row["problem"].splitlines() == [DRAFT["question"], *listed]
+    row = rewritten(f"{LONG} The answer is: 3.5 km.", KEPT | {"options": [], "answer": "3.5 km"})
     assert row["answer"] == "<answer>3.5 km</answer>" and row["problem"] == DRAFT["question"]
 
 
@@ -466,30 +421,27 @@ def test_a_rewriting_becomes_a_row():
     [
         (f"{LONG} The answer is: the red box.", "does not end with the answer"),
         (f"{LONG} The answer is: not the blue box.", "does not end with the answer"),
-        (f"The answer is: the blue box. {LONG}", "does not end with the answer"),
-        ("He opens it. The answer is: the blue box.", "fewer than 20 words"),
-        (f"In the caption, {LONG} The answer is: the blue box.", "speaks of its source: caption"),
-        (f"Captioned. {LONG} The answer is: the blue box.", "speaks of its source"),
-        (f"By the description, {LONG} The answer is: the blue box.", "speaks of its source"),
-        (f"{LONG} Not option A. The answer is: the blue box.", "option letters: option A"),
-        (f"{LONG} So (B) it is. The answer is: the blue box.", "option letters"),
-        (f"{LONG} </think> The answer is: the blue box.", "holds a tag|no JSON"),
-        (f"{LONG} <answer> The answer is: the blue box.", "holds a tag: <answer>"),
+        (f"{END} {LONG}", "does not end with the answer"),
+        (f"He opens it. {END}", "fewer than 20 words"),
+        (f"In the caption, {LONG} {END}", "speaks of its source: caption"),
+        (f"Captioned. {LONG} {END}", "speaks of its source: Captioned"),
+        (f"By the description, {LONG} {END}", "speaks of its source: description"),
+        (f"{LONG} Not option A. {END}", "option letters: option A"),
+        (f"{LONG} So (B) it is. {END}", "option letters:  .B."),
+        (f"{LONG} </think> {END}", "no JSON"),
+        (f"{LONG} <answer> {END}", "holds a tag: <answer>"),
         ("", "reasoning is missing"),
         (None, "reasoning is missing"),
     ],
 )
 def test_rewritings_are_refused_by_name(text, reason):
     with pytest.raises(ReplyError, match=reason):
-        build.parse_rewritten(json.dumps({"reasoning": text}), KEPT)
+        rewritten(text)
 
 
 def test_a_row_that_data_py_refuses_is_no_row():
-    broken = KEPT | {"video": ""}
     with pytest.raises(DataError, match="field 'videos'"):
-        build.parse_rewritten(
-            json.dumps({"reasoning": f"{LONG} The answer is: the blue box."}), broken
-        )
+        rewritten(f"{LONG} {END}", KEPT | {"video": ""})
 
 
 @pytest.mark.parametrize("text", ["an eclipse", "clipped, clipboard", "Option: Alaska", "(Alice)"])
@@ -499,46 +451,31 @@ def test_words_that_only_look_like_forbidden_ones_pass(text):
 
 # ------------------------------------------------------------------- what goes wrong on the way
 
-FAULTS = {
-    "no JSON object": "Here you are.",
-    "the reply is empty": " \n",
-    "the reply is cut off": ("length", TEXT),
-    "the server answers 400": (400, "too long"),
-    "no reply within": 1.0,
-    "the answer is none": json.dumps(good_draft("red", "plot", True) | {"answer": "?1"}),
-    "two options are": json.dumps(good_draft("red", "plot", True) | {"options": ["a"] * 4}),
+FAULTS = {  # reason: stage, and what the server answers
+    "no JSON object": ("draft", "Here you are."),
+    "the reply is empty": ("draft", " \n"),
+    "the reply is cut off": ("draft", ("length", TEXT)),
+    "the server answers 400": ("draft", (400, b"too long")),
+    "no reply within": ("draft", 1.0),
+    "the answer is none": ("draft", json.dumps(good_draft("red", "plot", 1) | {"answer": "?1"})),
+    "two options are": ("draft", json.dumps(good_draft("red", "plot", 1) | {"options": [*"aaa"]})),
+    "the reasoning speaks": ("rewrite", json.dumps({"reasoning": f"As the caption says, {LONG}"})),
 }
 
 
 @pytest.mark.parametrize("reason", FAULTS)
 def test_a_bad_reply_is_asked_again_then_lost(reason, stub, go_on, capsys):
-    stub.faults = {
-        ("draft", "red", "plot"): always(FAULTS[reason]),
-        ("draft", "cyan", "plot"): once(FAULTS[reason]),
-    }
-    out = go_on("--timeout", 0.4, categories=["plot"], open=0)
+    stage, fault = FAULTS[reason]
+    stub.faults = {(stage, "red", "plot"): always(fault), (stage, "cyan", "plot"): once(fault)}
+    out = go_on("--timeout", 0.4, "--categories", "plot", "--open", 0)
     asked = collections.Counter(stub.log)
-    assert asked["draft", "red", "plot"] == 3 and asked["draft", "cyan", "plot"] == 2
+    assert asked[stage, "red", "plot"] == 3 and asked[stage, "cyan", "plot"] == 2
+    if stage == "rewrite":  # of the same draft
+        assert asked["draft", "red", "plot"] == asked["draft", "cyan", "plot"] == 1
     assert lost(out).keys() == UNREADABLE | {"red.mp4#plot-0"}
     assert lost(out)["red.mp4#plot-0"].startswith(reason)
     assert {VIDEOS[row["videos"]] for row in rows_of(out)} == set(NAMES) - {"red"}
     assert reason in capsys.readouterr().out
-
-
-def test_a_server_that_stumbles_is_asked_again_by_the_client(stub, go_on, no_sleep):
-    stub.faults = {("rewrite", "red", "goal"): once((500, "busy"))}
-    assert lost(go_on("--tries", 1)).keys() == UNREADABLE
-    assert stub.log.count(("rewrite", "red", "goal")) == 2 and max(no_sleep) == 1
-
-
-def test_a_bad_rewriting_keeps_the_draft(stub, go_on):
-    bad = json.dumps({"reasoning": "The caption says so. " + LONG})
-    stub.faults = {("rewrite", "red", "goal"): always(bad), ("rewrite", "blue", "goal"): once(bad)}
-    out = go_on()
-    asked = collections.Counter(stub.log)
-    assert asked["rewrite", "red", "goal"] == 3 and asked["rewrite", "blue", "goal"] == 2
-    assert asked["draft", "red", "goal"] == asked["draft", "blue", "goal"] == 1
-    assert "speaks of its source" in lost(out)["red.mp4#goal-0"]
 
 
 def test_a_video_is_lost_with_more_than_half_of_its_clips(stub, go_on):
@@ -562,7 +499,7 @@ def test_a_video_is_lost_with_more_than_half_of_its_clips(stub, go_on):
     asked = collections.Counter(stub.log)
     assert asked["caption", "red", "00:00-00:12"] == 3
     assert {color for stage, color, _ in asked if stage == "draft"} == set(NAMES) - {"cyan", "blue"}
-    prompts = [b["messages"][0]["content"] for b in stub.bodies]
+    prompts = [body["messages"][0]["content"] for _, body, _ in stub.asked]
     green = [p for p in prompts if "A green room" in p and p.startswith("Here")]
     assert green and all("[00:20-00:30]" in p and "[00:10-00:20]" not in p for p in green)
     before, n = contents(out), len(stub.log)
@@ -573,7 +510,7 @@ def test_a_video_is_lost_with_more_than_half_of_its_clips(stub, go_on):
 def test_a_run_without_rows_is_an_error(stub, go_on):
     stub.faults = {("draft", color, "goal"): always("no") for color in NAMES}
     with pytest.raises(SystemExit, match="error: not one row was made; .*lost.jsonl says why"):
-        go_on(categories=["goal"])
+        go_on("--categories", "goal")
 
 
 def test_every_clip_has_a_frame_and_one_frame_is_no_video(stub, tmp_path):
@@ -587,7 +524,7 @@ def test_every_clip_has_a_frame_and_one_frame_is_no_video(stub, tmp_path):
     reasons = lost(out)
     assert reasons.pop("one.mp4") == "a video of one frame"
     assert list(reasons) == [os.fsdecode(b"not utf-8 \xff.mp4")]
-    keys = [line["clip"] for line in lines(out / "captions.jsonl")]
+    keys = [line["clip"] for line in read_lines(out / "captions.jsonl")]
     assert keys == [f"four.mp4#000{i}" for i in range(4)]
 
 
@@ -609,7 +546,7 @@ def test_lost_things_are_asked_for_only_with_retry_lost(stub, whole, go_on):
 
 
 def test_a_server_that_refuses_us_ends_the_run_and_the_next_goes_on(stub, whole, go_on, tmp_path):
-    stub.faults = {("draft", "red", "goal"): always((401, "wrong key"))}
+    stub.faults = {("draft", "red", "goal"): always((401, b"wrong key"))}
     with pytest.raises(SystemExit, match="^error: .*wrong key; the same command goes on where it"):
         go_on("--parallel", "1")
     before = [key for key in stub.log if key != ("draft", "red", "goal")]
@@ -619,17 +556,6 @@ def test_a_server_that_refuses_us_ends_the_run_and_the_next_goes_on(stub, whole,
     out = go_on()
     assert all(stub.log.count(key) == 1 for key in before)
     assert contents(out) == contents(whole[0])
-
-
-def test_a_server_that_goes_away_ends_the_run(stub, go_on):
-    def leave(n):
-        if n == 3:
-            stub.shutdown()
-            stub.socket.close()
-
-    stub.before = lambda n: threading.Thread(target=leave, args=(n,)).start()
-    with pytest.raises(SystemExit, match="^error: http.*refused.*the same command goes on"):
-        go_on("--parallel", 1)
 
 
 # ------------------------------------------------------------------------------- the command
@@ -643,7 +569,6 @@ def test_a_server_that_goes_away_ends_the_run(stub, go_on):
         ({"--captioner": "localhost"}, "error: localhost/models: .*unknown url type"),
         ({"--captioner": "{url}/v2"}, "error: .*404"),
         ({"--videos": "{empty}"}, "error: --videos .*: no file ends in .mp4, .mkv"),
-        ({"--nonsense": "1"}, "^error: Unrecognized options: --nonsense"),
         ({"--question": "1"}, "^error: Unrecognized options: --question.*meant --questions"),
         ({"--questions": "0"}, "^error: .*questions must be above 0, not 0"),
         ({"--clip_seconds": "nan"}, "^error: .*clip_seconds must be above 0, not nan"),
@@ -651,9 +576,7 @@ def test_a_server_that_goes_away_ends_the_run(stub, go_on):
         ({"--open": "1.5"}, "^error: .*open must be a share from 0 to 1, not 1.5"),
         ({"--open": "nan"}, "^error: .*open must be a share from 0 to 1, not nan"),
         ({"--categories": "history"}, "^error: .*categories must be of temporal, .*not 'history'"),
-        ({"--videos": None}, "^error: Missing .*--videos"),
-        ({"--llm": None}, "^error: Missing .*--llm"),
-        ({"--captioner": None}, "^error: Missing .*--captioner"),
+        (dict.fromkeys(["--videos", "--llm", "--captioner"]), "Missing .*videos.*llm.*captioner"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line_before_anything_is_asked(
@@ -669,31 +592,22 @@ def test_what_is_wrong_is_said_in_a_line_before_anything_is_asked(
     assert stub.log == [] and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "more, name",
-    [
-        (["--clip_seconds", "5"], "clip_seconds was 10.*, now 5"),
-        (["--clip_frames", "4"], "clip_frames"),
-        (["--clip_side", "64"], "clip_side"),
-        (["--categories", "goal"], "categories"),
-        (["--questions", "2"], "questions"),
-        (["--open", "0.4"], "open"),
-        (["--llm_model", "other"], "llm_model was 'stub', now 'other'"),
-        (["--captioner_model", "other"], "captioner_model"),
-        (["--videos", "{copy}"], "videos"),
-        ([], "prompts"),
-    ],
-)
-def test_other_settings_in_a_folder_are_refused(
-    more, name, whole, videos, stub, tmp_path, monkeypatch
-):
+OTHER = """clip_seconds=5 clip_frames=4 clip_side=64 categories=goal questions=2 open=0.4
+llm_model=other captioner_model=other videos=COPY prompts"""
+
+
+@pytest.mark.parametrize("other", OTHER.split())
+def test_other_settings_in_a_folder_are_refused(other, whole, videos, stub, tmp_path, monkeypatch):
     out, _ = whole
     before = contents(out)
     (tmp_path / "v.mp4").write_bytes(b"")
-    if not more:
+    more = [f"--{other}".replace("COPY", str(tmp_path))]
+    if other == "prompts":
         monkeypatch.setattr(build, "OPEN", "Another form.")
-    with pytest.raises(SystemExit, match=rf"other settings \({name}.*another --out"):
-        build.main([x.format(copy=tmp_path) for x in command(videos, stub, out, *more)])
+        more = []
+    name = other.partition("=")[0]
+    with pytest.raises(SystemExit, match=rf"other settings \({name} was .*, now .*another --out"):
+        build.main(command(videos, stub, out, *more))
     assert stub.log == [] and contents(out) == before
 
 
@@ -722,7 +636,7 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_was_not(
     for at in (8, 24, 48):
         run = start(command(videos, stub, tmp_path, "--parallel", 3))
         stub.before = lambda n, at=at, run=run: n == at and run.kill()
-        assert run.wait(60) == -signal.SIGKILL, run.stderr.read()
+        assert run.wait(200) == -signal.SIGKILL, run.stderr.read()
     stub.before = lambda n: None
     build.main(command(videos, stub, tmp_path))
     asked = collections.Counter(stub.log)
@@ -734,8 +648,8 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_was_not(
 def test_ctrl_c_ends_in_one_line(videos, stub, tmp_path):
     run = start(command(videos, stub, tmp_path))
     stub.before = lambda n: run.send_signal(signal.SIGINT) if n == 5 else None
-    stub.faults = {("caption", "red", "00:00-00:12"): always(30.0)}  # nobody waits for this one
-    said = run.communicate(timeout=40)[1]
+    stub.faults = {("caption", "red", "00:00-00:12"): always(300.0)}  # nobody waits for this one
+    said = run.communicate(timeout=200)[1]
     assert run.returncode == 130
     assert said.endswith("\nerror: interrupted; the same command goes on where it stopped\n")
     assert "Traceback" not in said
