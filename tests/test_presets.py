@@ -244,7 +244,8 @@ def test_what_is_missing_is_said_in_a_line_each(models, rows, tmp_path, capsys):
     (line,) = error("--model", str(tmp_path))
     assert "--model" in line and "config.json is missing" in line
     assert len(error("--model", str(tmp_path), "--data", "gone.jsonl")) == 2
-    (line,) = error("--recipe.max_tokens", "2000000000", dry=False)
+    long = ("--recipe.max_tokens", "2000000000", "--rollout.max_len", "None")
+    (line,) = error(*long, dry=False)
     assert "memory: a rank needs" in line and "8 GPUs of 80 GB" in line
     with pytest.raises(SystemExit, match="--sp 3 does not divide the 1 rank.*--nproc_per_node 3"):
         train.main([*argv, "--sp", "3"])
