@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import says
 
 import data
 import eval as evaluation
@@ -266,26 +267,29 @@ def test_subtitles_are_those_at_the_times_of_the_frames(tmp_path):
         assert replace(new, problem=example.problem) == example
 
 
-def test_the_command_line_asks_a_benchmark_with_subtitles(toy, model, tmp_path, capsys):
-    model.save_pretrained(tmp_path / "m")
+def test_the_command_asks_a_benchmark_with_subtitles(toy, saved, oracle, tmp_path, capsys):
+    made = oracle(says)
     stems = sorted(p.stem for p in (toy / "videos").iterdir())[:3]
     rows = [VIDEOMME | {"videoID": v, "question_id": f"{v}-1", "duration": d}
             for v, d in zip(stems, ("long", "short", "long"))]  # fmt: skip
     (tmp_path / "srt").mkdir()
     (tmp_path / "srt" / f"{stems[0]}.srt").write_text(SRT)
-    argv = ["--model", str(tmp_path / "m"), "--data", write(tmp_path / "t.parquet", rows)]
-    argv += ["--benchmark", "videomme", "--video_dir", str(toy), "--frames", "2,3"]
-    argv += ["--subtitles", str(tmp_path / "srt"), "--output", str(tmp_path / "out")]
-    result = evaluation.main(argv)
+    argv = ["--model", str(saved), "--data", write(tmp_path / "t.parquet", rows)]
+    argv += ["--benchmark", "videomme", "--video_dir", str(toy), "--frames", "2", "3"]
+    argv += ["--decode_ahead", "0", "--output", str(tmp_path / "out"), "--subtitles"]
+    result = evaluation.main([*argv, str(tmp_path / "srt")])
     assert [r["category"] for r in result["records"]] == ["long", "short", "long"]
-    assert not result["errors"]
+    longer = [len(p.ids) > len(made[0].prompts[1].ids) for p in made[0].prompts[:3]]
+    assert longer == [True, False, False] and not result["errors"]
     found = json.loads((tmp_path / "out/result.json").read_text())
     assert found["videos_without_subtitles"] == 2 and list(found["frames"]) == ["2", "3"]
     assert "videomme, with subtitles (2 of 3 videos have none), 3 frames" in capsys.readouterr().out
-    for folder in ("none", "m"):
-        argv[argv.index("--subtitles") + 1] = str(tmp_path / folder)
+    with pytest.raises(SystemExit, match="other settings .*srt was"):
+        (tmp_path / "srt" / f"{stems[1]}.srt").write_text(SRT)
+        evaluation.main([*argv, str(tmp_path / "srt")])
+    for folder in ("none", "out"):
         with pytest.raises(SystemExit, match=f"error: .*{folder}: no .srt files"):
-            evaluation.main(argv)
+            evaluation.main([*argv, str(tmp_path / folder)])
 
 
 def test_subtitles_of_one_video_open_it_once_more(toy, model, monkeypatch):
@@ -299,21 +303,16 @@ def test_subtitles_of_one_video_open_it_once_more(toy, model, monkeypatch):
     assert len(rows) > 2 and len(opened) == 2
 
 
-def test_a_vnbench_question_counts_only_if_all_its_shuffles_are_right(
-    toy, model, tmp_path, monkeypatch
-):
+def test_a_vnbench_question_counts_only_if_all_its_shuffles_are_right(toy, saved, oracle, tmp_path):
     stem = sorted(p.stem for p in (toy / "videos").iterdir())[0]
     gold = [("cnt", 3), ("cnt", 3), ("ret", 3), ("ret", 4)]  # B is 3, A is 4
     rows = [VN | {"video": f"x/{stem}.mp4", "type": t, "gt": g, "try": i % 2}
             for i, (t, g) in enumerate(gold)]  # fmt: skip
-    model.save_pretrained(tmp_path / "m")
-    said = "<think> . </think> <answer> B </answer>"
-    monkeypatch.setattr(evaluation, "ask", lambda model, engine, examples, *rest, **how: [
-        [type("Answer", (), {"text": said, "ids": [1]})] for _ in examples])  # fmt: skip
-    argv = ["--model", str(tmp_path / "m"), "--data", write(tmp_path / "t.json", rows)]
-    argv += ["--benchmark", "vnbench", "--video_dir", str(toy), "--output", str(tmp_path / "o")]
-    result = evaluation.main(argv)
+    oracle(lambda text: says("B"))
+    argv = ["--model", str(saved), "--data", write(tmp_path / "t.json", rows)]
+    argv += ["--benchmark", "vnbench", "--video_dir", str(toy), "--decode_ahead", "0", "--output"]
+    result = evaluation.main([*argv, str(tmp_path / "o")])
     assert result["questions"] == 2 and result["accuracy"] == 0.5 and len(result["records"]) == 4
     assert result["by_category"] == {"cnt": 1.0, "ret": 0.0}
-    short = evaluation.main([*argv[:-1], str(tmp_path / "o1"), "--limit", "1"])
+    short = evaluation.main([*argv, str(tmp_path / "o1"), "--limit", "1"])
     assert len(short["records"]) == 2 and short["questions"] == 1
