@@ -350,7 +350,8 @@ class Mrsp(Small):
 
 def ratios(found: dict) -> dict[str, float]:
     """How many times faster ours is, and its memory with sharding against that without."""
-    ours, alone = found["ours"], found["ours, sp 1"]
+    ours = found["ours"]
+    alone = found["ours, sp 1"]
     out = {}
     for bar in ("none", "stage 1", "stage 1+2"):
         out[f"faster_than_{bar}"] = round(found[bar]["seconds"] / ours["seconds"], 3)
