@@ -79,9 +79,9 @@ class Pass:
     fixed: dict[str, Tensor]  # sampler_logp and, where needed, old_logp, ref_logp: (B, G, R) each
 
     def log_probs(self, model, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies of the answers' tokens, (B, G, R) each: stage 2 of MR-SP. Every
-        rank of a sequence has all of them, and the same loss; its gradient is that of its own tokens
-        alone (mrsp.collect), so that summing over ranks counts each once."""
+        """Log-probs and entropies of the answers' tokens, (B, G, R) each: stage 2 of MR-SP. All
+        ranks of a sequence have all of them, and the same loss, but each the gradient of its own
+        tokens alone (mrsp.collect): summed over ranks, each token counts once."""
         logp, entropy = model.policy(self.share, temperature)  # (M,) each
         return self.share.pad(logp)[0], self.share.pad(entropy)[0]
 
@@ -188,8 +188,8 @@ def grade(a: Actors, groups: list[Group], answers: list, meter: Meter) -> None:
 
 
 def count(groups: list[Group], mesh: mrsp.Mesh) -> dict[str, int]:
-    """Tokens and answers of an update over all ranks; those of a sequence have the same. Groups that
-    teach nothing count: leaving them out of the packs changes nothing but the time."""
+    """Tokens and answers of an update over all ranks; those of a sequence hold the same. Groups
+    that teach nothing count: leaving them out of the packs changes nothing but the time."""
     answers = [answer for group in groups for answer in group.answers]
     own = torch.tensor([sum(len(answer.ids) for answer in answers), len(answers)])
     tokens, sequences = (mrsp.all_sum(own) // mesh.sp).tolist()
