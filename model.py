@@ -1,8 +1,8 @@
 """The policy: towers for what is seen and heard, a decoder, and the one prompt builder.
 
     video, image (F, H, W, 3) uint8            audio (S,) 16 kHz
-       | fit: to which size; preprocess           | log-mel
-       | tower, projector                         | tower
+       | fit: to which size; scaled               | log-mel
+       | see: tower, projector                    | hear: tower
     features (T, h, w, W) or (F, K, W)         (A, W)             mrsp.EmbeddingCache: the
        |                                          |               towers are frozen in RL
        | place: Pieces, runs of text tokens and of places for features, with their positions
@@ -11,15 +11,8 @@
        v
     policy     [prompt | answers] -> log-probs of the answers' tokens (M,)
 
-A family says how it sees (fit, see), hears (hear) and places media in the prompt (place); the rest
-is shared:
-                     tower                       a video becomes                        positions
-    VILA             SigLIP + projector          F x K tokens, "\\n" after each frame   1-D
-    Qwen2.5-VL       own size, groups of 2       <start> T h w <end>                    M-RoPE
-    Qwen3-VL         the same, and deepstack     T x "<1.5 seconds><start> h w <end>"  M-RoPE
-    Qwen2.5-Omni     Qwen2.5-VL's and Whisper's  <start> T h w <end>, or, with its audio track,
-                                                 2 s of video, 2 s of audio, ...        M-RoPE
-    text             none                                                               1-D
+Here is what all families of models share; a file in families/ says how one sees, hears and places
+media, and how its checkpoint is laid out (families/__init__.py lists what a family defines).
 
 build_prompt is the ONE builder of the sequence: rollout, policy and reference get the same Prompt,
 so they cannot see different inputs (in the public code they do: the video stands at its token in
@@ -27,37 +20,25 @@ the rollout, and behind the text in training). A Prompt holds token ids and medi
 text embeddings belong to the policy, which is being trained, and are looked up when they are used;
 the public code keeps a stale copy of them for the rollout.
 
-Checkpoints are the published ones, a local folder or a hub id; load() tells them apart by
-config.json and layout, never by name. Only safetensors are read, and no remote code runs.
-
-Differences from the public code:
+Differences from the public code (those of a family are in its file):
     DEVIATION 1: the LM head sees only the hidden states that predict an answer's token, in chunks;
         L x V logits (256k x 152k) never exist.
-    DEVIATION 2: frames are resized with torch (bicubic, antialiased, not rounded), not with PIL;
-        VILA's images are resized like its frames, never cut into tiles.
-    DEVIATION 3: M-RoPE is computed here, once for sampler and trainer: text behind a medium goes on
-        at the largest position of all three rows + 1, as in the original code; transformers'
-        Qwen2.5-VL goes on at max(h, w), as if a video took no time.
-    DEVIATION 4: a group's seconds come from the times of the frames that were really taken.
-    DEVIATION 5: TSP averages what is left where the frames do not divide; VILA fails there.
-    DEVIATION 6: Qwen3-VL's groups stand in their own marks alone, as its first processor wrote it;
-        that of transformers 5.10 and later puts another pair of marks around the video.
-    DEVIATION 7: Omni's frames that are further apart than 2 s stand whole, before the sound of
-        their time; its processor splits their tokens over the chunks.
+    DEVIATION 2: frames are resized with torch (bicubic, antialiased, not rounded), not with PIL.
 
-Glossary: F frames, T groups of 2 frames, h w tokens of one, K tokens a frame, A tokens of a sound,
-P prompt tokens, D decoder width, W = D (1 + deepstack levels) width of a feature, C tower width,
-L packed length, M predicted tokens, V vocabulary.
-Check this file alone:  pytest tests/test_model.py tests/test_qwen.py tests/test_families.py
+Glossary: F frames, T groups of frames, h w tokens of one, K tokens a frame, A tokens of a sound,
+P prompt tokens, D decoder width, W = D (1 + deepstack levels) width of a feature, L packed length,
+M predicted tokens, V vocabulary.
+Check this file alone:  pytest tests/test_model.py
 """
 
 import functools
+import hashlib
 import json
 import math
 import re
 import sys
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,6 +47,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
@@ -81,13 +63,14 @@ THINKING = (
     "<think> </think>. Then give the final answer inside <answer> </answer>; if there are "
     "options, answer with the letter of the right one."
 )
-BARE = "{problem}"  # non-thinking mode is the bare question
 # The turns of a checkpoint whose tokenizer has no chat template of its own.
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{{ '<|im_start|>assistant\n' }}"  # a bare newline at the end of a template is dropped
 )
-TEXT, MEDIA = "\ufdd0", "\ufdd1"  # no characters: they stand for what a chat template goes around
+# Placeholders in a rendered chat template: Unicode noncharacters, which no text contains.
+TEXT = "\ufdd0"
+MEDIA = "\ufdd1"
 
 
 class ModelError(ValueError):
@@ -97,7 +80,7 @@ class ModelError(ValueError):
 @dataclass(frozen=True)
 class Recipe:
     """How a model is asked. It belongs to a checkpoint (recipe.json), as its weights do: other
-    frames or another wording are another experiment."""
+    frames or another wording are another experiment. ValueError for a value that cannot be."""
 
     num_frames: int = 64  # frames taken from a video
     max_tokens: int = 2048  # longest answer
@@ -111,13 +94,20 @@ class Recipe:
     max_frames: int = 8192  # of a video, with fps
 
     def __post_init__(self):
-        counts = min(self.num_frames, self.max_tokens, self.max_pixels or 1, self.max_frames)
-        rate = self.fps is None or 0 < self.fps < math.inf
-        if counts < 1 or "{problem}" not in self.template or not rate:
-            raise ValueError(
-                "need num_frames, max_tokens, max_pixels, max_frames >= 1, fps > 0, and {problem} "
-                f"in template: {self}"
-            )
+        for field in fields(self):
+            value = getattr(self, field.name)
+            allowed = field.type | int if field.name == "fps" else field.type  # JSON's 2 is a rate
+            if not isinstance(value, allowed):
+                name = getattr(field.type, "__name__", field.type)
+                raise ValueError(f"{field.name} must be of type {name}, not {value!r}")
+        for name in ("num_frames", "max_tokens", "max_pixels", "max_frames"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise ValueError(f"fps must be above 0 and finite, not {self.fps}")
+        if "{problem}" not in self.template:
+            raise ValueError(f"template must contain {{problem}}, unlike {self.template!r}")
 
     @property
     def frames(self) -> int | Rate:
@@ -126,12 +116,13 @@ class Recipe:
 
 
 def read_recipe(root: Path) -> Recipe | None:
-    """The recipe.json of a checkpoint folder; None if there is none. ModelError if it is broken."""
+    """The recipe.json of a checkpoint folder; None if there is none. ModelError, with file and
+    field, if it is no JSON object, or has unknown fields or values that cannot be."""
     try:
         return Recipe(**json.loads((root / "recipe.json").read_text()))
     except FileNotFoundError:
         return None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:  # of Recipe, of JSON
         raise ModelError(f"{root}/recipe.json: {error}") from None
 
 
@@ -173,26 +164,40 @@ class Prompt:
 # ------------------------------------------------------------------------- what families share
 
 
+@contextmanager
+def agreed(group=None):
+    """A block that all ranks of the group enter: a DataError of one of them is raised on all."""
+    error = None
+    try:
+        yield
+    except DataError as failed:
+        error = failed
+    mrsp.agree(error, group)
+
+
 class MultiModal(nn.Module):
     """The policy. forward() gives log-probs of a Pack's targets, features() those of an example's
-    media. A family adds its checkpoints and fit(), see(), hear() and place()."""
+    media. A family sets these attributes, and defines the methods that families/ lists."""
 
-    takes: tuple[str, ...] = ()  # kinds of media
-    mrope = False  # positions of three rows
-    together = 1  # frames that the tower sees as one
-    timed = False  # does place() use the times of frames?
-    levels = 0  # features of lower tower layers that the decoder adds after its first layers
-    decoder_kind: tuple | None = (
-        None  # class and model_type of the decoder, if they are not its own
-    )
+    takes: tuple[str, ...] = ()  # kinds of media: video, image, audio
+    mrope = False  # positions have three rows: time, height, width
+    together = 1  # frames of a video that become one group of features
+    timed = False  # place() uses the times of the frames
+    levels = 0  # of deepstack: features of lower tower layers, added after the first decoder layers
+    decoder_kind: tuple[str, str] | None = None  # class and model_type for samplers, if not its own
 
     def __init__(self, llm, tower, tokenizer, preprocess: dict, media=(), controls=()):
         """media: tokens that stand for features; controls: further tokens no question may hold."""
         super().__init__()
-        self.recipe, self.cache, self.loader = Recipe(), mrsp.EmbeddingCache(), Opener()
-        self.mesh, self.sharded = mrsp.Mesh(), False  # ranks of a sequence; parameters in FSDP2?
-        self.tokenizer, self.preprocess = tokenizer, preprocess
-        self.policy, self.tower = Policy(llm), tower
+        self.recipe = Recipe()
+        self.cache = mrsp.EmbeddingCache()
+        self.loader = Opener()
+        self.mesh = mrsp.Mesh()  # the ranks of a sequence
+        self.sharded = False  # parameters, by FSDP2
+        self.tokenizer = tokenizer
+        self.preprocess = preprocess
+        self.policy = Policy(llm)
+        self.tower = tower
         llm.set_attn_implementation("mrsp")
         self.ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (*media, *controls)}
         if lacking := [token for token, i in self.ids.items() if i is None]:
@@ -203,7 +208,7 @@ class MultiModal(nn.Module):
         self.media_tokens = tuple(self.ids[token] for token in media)  # never to be sampled
         self.eos = tokenizer.eos_token_id
         self.times = {}  # of frames; a video whose features are cached is opened once a run
-        self._tower_hash, self._turns = None, {}
+        self._tower_hash = None
 
     @property
     def llm(self):
@@ -212,6 +217,10 @@ class MultiModal(nn.Module):
     @property
     def media_width(self) -> int:
         return self.llm.config.hidden_size * (1 + self.levels)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, as it is."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
 
     # -- checkpoints
 
@@ -233,9 +242,9 @@ class MultiModal(nn.Module):
     def save_pretrained(self, folder: str, write: bool = True) -> None:
         """Write the published layout, loadable again. With sharded parameters every rank calls this
         (they are gathered one by one), and one of them writes."""
-        # A gathered tensor may be a view of a larger, padded one, which is not to be saved: copied.
-        each, copied = self.decoder_weights(), self.sharded
-        weights = {name: value.to("cpu", copy=copied) for name, value in each if write}
+        each = self.decoder_weights()
+        # Copied if gathered: a view of a larger, padded tensor cannot be saved.
+        weights = {name: x.to("cpu", copy=self.sharded) for name, x in each if write}
         if write:
             root = Path(folder)
             root.mkdir(parents=True, exist_ok=True)
@@ -243,13 +252,8 @@ class MultiModal(nn.Module):
             (root / "recipe.json").write_text(json.dumps(asdict(self.recipe), indent=2))
 
     def load_recipe(self, root: Path, default: Recipe | None = None) -> None:
-        """Take over recipe.json, if the folder has one."""
-        self.recipe = default or self.recipe
-        if (root / "recipe.json").exists():
-            try:
-                self.recipe = Recipe(**json.loads((root / "recipe.json").read_text()))
-            except (TypeError, ValueError) as error:
-                raise ModelError(f"{root}/recipe.json: {error}") from None
+        """Take over recipe.json; without one, the default if there is one."""
+        self.recipe = read_recipe(root) or default or self.recipe
 
     def save_config(self, folder: str) -> None:
         """Config and tokenizer of the decoder as a text model, no weights: what vLLM builds."""
@@ -259,19 +263,58 @@ class MultiModal(nn.Module):
         config |= {"architectures": [name], "model_type": kind}
         Path(folder, "config.json").write_text(json.dumps(config))
 
-    # -- media
+    # -- media: how many features
+
+    def check_question(self, example: Example) -> None:
+        """ModelError, naming the question, if it cannot be asked."""
+        for m in example.media:
+            self.check_taken(m, example.id)
+        for token in self.controls:
+            if token in example.problem:
+                raise ModelError(f"question {example.id} contains the control token {token}")
+
+    def check_taken(self, medium: Medium, name: str) -> None:
+        """ModelError, naming question and file, if the family does not take such media."""
+        if medium.kind not in self.takes or (medium.track and "audio" not in self.takes):
+            what = "audio track" if medium.kind in self.takes else medium.kind
+            raise ModelError(
+                f"question {name}: {type(self).__name__} takes no {what}, only "
+                f"{' and '.join(self.takes) or 'text'}: {medium.path}"
+            )
+
+    def blank(self, kind: str, frames: int, height: int, width: int, times) -> Media:
+        """Features without values, on the device "meta", of frames of this size."""
+        tokens = self.seen(self.fit(kind, frames, height, width), kind)
+        shape = (math.ceil(frames / self.together), *tokens, self.media_width)
+        return Media(kind, torch.empty(shape, device="meta"), times)
+
+    def measure(self, medium: Medium, num_frames: int | Rate, name="") -> Media:
+        """What perceive() would give, on the device "meta": its shape, from the file's alone."""
+        self.check_taken(medium, name)
+        track = None
+        with named_errors(medium, medium.kind, name):
+            if medium.kind == "audio" or medium.track:
+                samples = len(self.loader.sound(medium, name=name))
+                track = torch.empty(self.heard(samples), self.media_width, device="meta")
+            if medium.kind == "audio":
+                return Media("audio", track)
+            with self.loader.open(medium, num_frames, name) as frames:
+                seen = self.blank(medium.kind, *frames.shape[:3], frames.times)
+            return seen._replace(track=track)
+
+    # -- media: the features
 
     def scaled(self, frames, size: tuple[int, int]) -> Tensor:
         """(F, H, W, 3) uint8 -> (F, 3, *size), normalised as preprocessor_config.json says, on the
         tower's device and in its precision."""
-        weight, p = next(self.projector.parameters()), self.preprocess
-        x = torch.as_tensor(np.ascontiguousarray(frames)).to(weight.device).permute(0, 3, 1, 2)
-        x = x.float()
+        weight = next(self.projector.parameters())
+        p = self.preprocess
+        x = torch.as_tensor(np.ascontiguousarray(frames)).to(weight.device)
+        x = x.permute(0, 3, 1, 2).float()  # (F, 3, H, W)
         if x.shape[-2:] != size:  # DEVIATION 2
             x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 255)
-        mean, std = (
-            torch.tensor(p[k], device=x.device)[:, None, None] for k in ("image_mean", "image_std")
-        )
+        mean = torch.tensor(p["image_mean"], device=x.device)[:, None, None]
+        std = torch.tensor(p["image_std"], device=x.device)[:, None, None]
         return ((x * p.get("rescale_factor", 1 / 255) - mean) / std).to(weight.dtype)
 
     def encode(self, frames, size=None, at=None, at_once: int = 64, kind="video") -> Tensor:
@@ -279,25 +322,21 @@ class MultiModal(nn.Module):
         themselves. at: of this range alone."""
         size = size or self.fit(kind, *frames.shape[:3])
         parts = self.passes(frames.shape, at or range(len(frames)), at_once)
-        pieces = (
-            frames.pieces(parts) if isinstance(frames, Frames) else map(frames.__getitem__, parts)
-        )
+        pieces = frames.pieces(parts) if isinstance(frames, Frames) else (frames[p] for p in parts)
         return torch.cat([self.see(pixels, size, kind) for pixels in pieces])
 
     def passes(self, shape, at: range, at_once: int = 64) -> list[slice]:
         """The parts of frames (F, H, W, 3) that go through decoder and tower together: at_once of
         them (or a group), fewer of large ones: 512 MiB of pixels, and the hidden states of all
         layers of the tower, are held at a time."""
-        fit = min(at_once, 2**29 // math.prod(shape[1:]))
-        step = max(fit // self.together, 1) * self.together
+        most = min(at_once, 2**29 // math.prod(shape[1:]))
+        step = max(most // self.together, 1) * self.together
         return [slice(i, min(i + step, at.stop)) for i in at[::step]]
 
     def encoder_hash(self) -> str:
         """Hash of everything that features depend on: weights of tower and projector, settings.
         Computed once: call forget_encoder() after training the tower."""
         if self._tower_hash is None:
-            import hashlib
-
             settings = json.dumps(self.encoder_settings(), sort_keys=True)
             digest = hashlib.sha256(settings.encode())
             for module in (self.tower, self.projector):
@@ -317,6 +356,14 @@ class MultiModal(nn.Module):
             p.data = p.data.to(dtype)
         self.forget_encoder()
 
+    def key(self, medium: Medium, num_frames: int | Rate, kind: str | None = None) -> str:
+        """The cache's name for what is seen of a medium, or (kind audio) heard; OSError."""
+        kind = kind or medium.kind
+        taken = (medium.segment,)
+        if kind != "audio":
+            taken = (medium.num_frames or num_frames, medium.segment, self.recipe.max_pixels)
+        return mrsp.media_key(mrsp.file_hash(medium.path), self.encoder_hash(), kind, *taken)
+
     @torch.no_grad()
     def features(self, example: Example, num_frames: int | Rate, group=None) -> list[Media]:
         """Features of an example's media, in order. Computed once: on a hit of the cache the file
@@ -324,27 +371,87 @@ class MultiModal(nn.Module):
         the same examples in the same order, and encode a medium together."""
         return [self.perceive(m, num_frames, example.id, group, True) for m in example.media]
 
+    def features_trainable(self, examples: list, num_frames: int | Rate) -> list[list[Media]]:
+        """features() of several examples, with gradients into tower and projector; no cache. The
+        ranks of a sequence have the same examples, and encode each medium together."""
+        group = self.mesh.sp_group
+        return [[self.perceive(m, num_frames, e.id, group) for m in e.media] for e in examples]
+
+    def perceive(self, medium, num_frames: int | Rate, name="", group=None, cached=False) -> Media:
+        """One medium of question `name`, seen or heard; cached: kept, and found again. DataError,
+        on all ranks of the group, if one of them cannot decode its share."""
+        self.check_taken(medium, name)
+
+        def found(kind: str, compute) -> Tensor:
+            make = functools.partial(compute, medium, num_frames, name, group)
+            if not cached:
+                return make()
+            with agreed(group), named_errors(medium, medium.kind, name):
+                key = self.key(medium, num_frames, kind)
+            return self.cache.get(key, make, group)
+
+        if medium.kind == "audio":
+            return Media("audio", found("audio", self.listen))
+        features = found(medium.kind, self.look)
+        times = ()
+        if self.timed:  # known, if the file was opened just now
+            with agreed(group), named_errors(medium, medium.kind, name):
+                times = self.frame_times(medium, num_frames, name)
+        track = found("audio", self.listen) if medium.track else None
+        return Media(medium.kind, features, times, track)
+
+    def look(self, medium: Medium, num_frames: int | Rate, name: str, group=None) -> Tensor:
+        """Features of a video or image: each rank of the group decodes and encodes its share."""
+        with ExitStack() as stack:
+            with agreed(group), named_errors(medium, medium.kind, name):
+                frames = stack.enter_context(self.loader.open(medium, num_frames, name))
+                size = self.fit(medium.kind, *frames.shape[:3])
+            if self.timed:
+                self.times[medium, num_frames] = frames.times
+
+            def encode(at: range) -> Tensor:
+                with agreed(group):  # every rank encodes some frames, once
+                    return self.encode(frames, size, at, kind=medium.kind)
+
+            return mrsp.encode_parallel(encode, range(len(frames)), group, self.together)
+
+    def listen(self, medium: Medium, num_frames, name: str, group=None) -> Tensor:
+        """Features of a sound, or of a video's audio track."""
+        with agreed(group), named_errors(medium, medium.kind, name):
+            sound = self.loader.sound(medium, name=name)
+            self.heard(len(sound))  # an error if it is too short
+        return self.hear(sound, group)
+
+    def frame_times(self, medium: Medium, num_frames: int | Rate, name="") -> np.ndarray:
+        """When the frames that the model sees of a medium are shown: (F,) seconds."""
+        known = medium, num_frames
+        if known not in self.times:
+            with self.loader.open(medium, num_frames, name) as frames:
+                self.times[known] = frames.times
+        return self.times[known]
+
     def ahead(self, examples: list, num_frames=None, group=None) -> None:
         """features() of these examples will be wanted, in this order: videos that are not in the
         cache may be opened."""
-        frames = num_frames or self.recipe.frames
+        num_frames = num_frames or self.recipe.frames
+        names = {}  # of the first question about each video
+        for e in examples:
+            for m in e.media:
+                if m.kind == "video":
+                    names.setdefault(m, e.id)
 
         def first(shape) -> slice:
+            """What this rank decodes first, of frames of this shape."""
             share, _, _ = mrsp.encoder_share(shape[0], group, self.together)
             return self.passes(shape, range(shape[0])[share])[0]
 
-        names = {}
-        for e in examples:
-            for m in e.media:
-                names.setdefault(m, e.id)
-
-        def wanted():
+        def plan():
             for m, name in names.items():
                 with suppress(OSError):  # who wants it will say so
-                    if m.kind == "video" and self.key(m, frames) not in self.cache:
-                        yield m, frames, name, first
+                    if self.key(m, num_frames) not in self.cache:
+                        yield m, num_frames, name, first
 
-        self.loader.ahead(wanted())
+        self.loader.ahead(plan())
 
     def usable(self, examples: list, see, lost: dict | None) -> tuple[list, list]:
         """see(examples), a list, without the examples whose media do not decode: what is left of
@@ -363,126 +470,6 @@ class MultiModal(nn.Module):
                 if self.mesh.sp_rank == 0:
                     print(f"left out: {error}", file=sys.stderr, flush=True)
 
-    def features_trainable(self, examples: list, num_frames: int | Rate) -> list[list[Media]]:
-        """features() of several examples, with gradients into tower and projector; no cache. The
-        ranks of a sequence have the same examples, and encode each medium together."""
-        see = functools.partial(self.perceive, group=self.mesh.sp_group)
-        return [[see(m, num_frames, e.id) for m in e.media] for e in examples]
-
-    def check_question(self, example: Example) -> None:
-        """ModelError, naming the question, if it cannot be asked."""
-        for m in example.media:
-            self.check_taken(m, example.id)
-        for token in self.controls:
-            if token in example.problem:
-                raise ModelError(f"question {example.id} contains the control token {token}")
-
-    def check_taken(self, medium: Medium, name: str) -> None:
-        """ModelError, naming question and file, if the family does not take such media."""
-        if medium.kind not in self.takes or (medium.track and "audio" not in self.takes):
-            what = medium.kind if medium.kind not in self.takes else "audio track"
-            raise ModelError(
-                f"question {name}: {type(self).__name__} takes no {what}, only "
-                f"{' and '.join(self.takes) or 'text'}: {medium.path}"
-            )
-
-    def key(self, medium: Medium, num_frames: int | Rate, kind: str | None = None) -> str:
-        """The cache's name for what is seen of a medium, or (kind audio) heard; OSError."""
-        kind = kind or medium.kind
-        taken = medium.num_frames or num_frames, medium.segment, self.recipe.max_pixels
-        taken = taken if kind != "audio" else (medium.segment,)
-        return mrsp.media_key(mrsp.file_hash(medium.path), self.encoder_hash(), kind, *taken)
-
-    def perceive(self, medium, num_frames: int | Rate, name="", group=None, cached=False) -> Media:
-        """One medium of question `name`, seen or heard; cached: kept, and found again. DataError,
-        on all ranks of the group, if one of them cannot decode its share."""
-        self.check_taken(medium, name)
-
-        def agreed(decode):  # on all ranks, or none; each calls this equally often
-            value = error = None
-            try:
-                with named_errors(medium, medium.kind, name):
-                    value = decode()
-            except DataError as failed:
-                error = failed
-            mrsp.agree(error, group)
-            return value
-
-        def kept(kind: str, compute) -> Tensor:
-            if not cached:
-                return compute()
-            key = agreed(lambda: self.key(medium, num_frames, kind))
-            return self.cache.get(key, compute, group)
-
-        def listen():
-            sound = self.loader.sound(medium, name=name)
-            self.heard(len(sound))  # it is long enough
-            return sound
-
-        def hear():
-            return self.hear(agreed(listen), group)
-
-        with ExitStack() as stack:
-            file = functools.partial(self.loader.open, medium, num_frames, name)
-            frames = functools.cache(lambda: stack.enter_context(file()))
-            known = medium, num_frames
-
-            def times():  # another rank may have them already, from an evaluation
-                if known not in self.times:
-                    self.times[known] = frames().times
-                return self.times[known]
-
-            def look():  # each rank of the group decodes and encodes its share
-                size = agreed(lambda: self.fit(medium.kind, *frames().shape[:3]))
-                error, weight = None, next(self.projector.parameters())
-
-                def encode(at: range) -> Tensor:
-                    nonlocal error
-                    try:
-                        return self.encode(frames(), size, at, kind=medium.kind)
-                    except DataError as failed:  # the others wait for features of this shape
-                        error, tokens = failed, self.seen(size, medium.kind)
-                        shape = -(-len(at) // self.together), *tokens, self.media_width
-                        return torch.zeros(shape, device=weight.device, dtype=weight.dtype)
-
-                found = mrsp.encode_parallel(encode, range(len(frames())), group, self.together)
-                mrsp.agree(error, group)
-                return found
-
-            if medium.kind == "audio":
-                return Media("audio", kept("audio", hear))
-            when = agreed(times) if self.timed else ()
-            track = kept("audio", hear) if medium.track else None
-            return Media(medium.kind, kept(medium.kind, look), when, track)
-
-    def frame_times(self, medium: Medium, num_frames: int | Rate, name="") -> np.ndarray:
-        """When the frames that the model sees of a medium are shown: (F,) seconds."""
-        known = medium, num_frames
-        if known not in self.times:
-            with self.loader.open(medium, num_frames, name) as frames:
-                self.times[known] = frames.times
-        return self.times[known]
-
-    def measure(self, medium: Medium, num_frames: int | Rate, name="") -> Media:
-        """What perceive() would give, on the device "meta": its shape, from the file's alone."""
-        self.check_taken(medium, name)
-        track = None
-        with named_errors(medium, medium.kind, name):
-            if medium.kind == "audio" or medium.track:
-                samples = len(self.loader.sound(medium, name=name))
-                track = torch.empty(self.heard(samples), self.media_width, device="meta")
-            if medium.kind == "audio":
-                return Media("audio", track)
-            with self.loader.open(medium, num_frames, name) as frames:
-                seen = self.blank(medium.kind, *frames.shape[:3], frames.times)
-            return seen._replace(track=track)
-
-    def blank(self, kind: str, frames: int, height: int, width: int, times) -> Media:
-        """Features without values, on the device "meta", of frames of this size."""
-        tokens = self.seen(self.fit(kind, frames, height, width), kind)
-        shape = (-(-frames // self.together), *tokens, self.media_width)
-        return Media(kind, torch.empty(shape, device="meta"), times)
-
     # -- prompt
 
     def prompt(self, example: Example, num_frames=None, prefill: str = "", group=None) -> Prompt:
@@ -493,64 +480,64 @@ class MultiModal(nn.Module):
     def turns(self, thinking: bool) -> tuple[str, str, str]:
         """What stands before the media, between them and the user's text (nothing, mostly), and
         behind it, up to the answer: the family's own chat template."""
-        key = self.recipe.system, thinking
-        if key not in self._turns:
-            messages = [{"role": "user", "content": MEDIA + TEXT}]
-            if self.recipe.system is not None:
-                messages.insert(0, {"role": "system", "content": self.recipe.system})
-            whole = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.tokenizer.chat_template or CHATML, tokenize=False,
-                add_generation_prompt=True, enable_thinking=thinking,
-            )  # fmt: skip
-            found = re.fullmatch(f"([^{TEXT}]*){MEDIA}([^{TEXT}]*){TEXT}([^{TEXT}]*)", whole)
-            if not found:
-                raise ModelError("the tokenizer's chat template changes the user's text")
-            self._turns[key] = found.groups()
-        return self._turns[key]
+        messages = [{"role": "user", "content": MEDIA + TEXT}]
+        if self.recipe.system is not None:
+            messages.insert(0, {"role": "system", "content": self.recipe.system})
+        template = self.tokenizer.chat_template or CHATML
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
+        whole = self.tokenizer.apply_chat_template(messages, chat_template=template, **options)
+        found = re.fullmatch(f"([^{TEXT}]*){MEDIA}([^{TEXT}]*){TEXT}([^{TEXT}]*)", whole)
+        if not found:
+            raise ModelError("the tokenizer's chat template changes the user's text")
+        return found.groups()
 
     def build_prompt(self, example, media: list, thinking: bool = True, prefill="") -> Prompt:
         """Tokens and positions of one question about its media:
 
             [system turn] user turn: {media}{text} assistant turn: {prefill}
 
-        media from features(), in front of the text with nothing between. thinking: ask by the
-        recipe's template, else the bare question. prefill: the beginning of the answer, if it is
-        forced.
-        """
-        template = self.recipe.template if thinking else BARE
-        tok = lambda text: self.tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
+        media: from features(). thinking: ask by the recipe's template, else the bare question.
+        prefill: the beginning of the answer, if it is forced."""
         self.check_question(example)
         head, between, behind = self.turns(thinking)
-        pieces = [Piece(tok(head)), *(piece for m in media for piece in self.place(m))]
+        pieces = [Piece(self.tokenize(head))]
+        for m in media:
+            pieces += self.place(m)
         shared = sum(len(piece.ids) for piece in pieces)
-        rest = tok(f"{between}{template.replace('{problem}', example.problem)}{behind}{prefill}")
+        template = self.recipe.template if thinking else "{problem}"
+        asked = template.replace("{problem}", example.problem)
+        rest = self.tokenize(f"{between}{asked}{behind}{prefill}")
         pieces.append(Piece(rest))
         ids = [i for piece in pieces for i in piece.ids]
-        places = [piece.places for piece in pieces for _ in piece.ids]
+        places = torch.tensor([piece.places for piece in pieces for _ in piece.ids])
+        media_at = places.nonzero()[:, 0]
         device = self.llm.get_input_embeddings().weight.device
         device = torch.device("cpu") if device.type == "meta" else device
-        rows = [row for m in media for row in self.rows(m)]
+        rows = [self.rows(m) for m in media]
+        if len(rows) > 1:  # one is not copied
+            rows = [torch.cat(rows)]
         return Prompt(
             ids=torch.tensor(ids, device=device),
-            positions=(mrope_positions(pieces) if self.mrope else torch.arange(len(ids))).to(
-                device
-            ),
-            media=(rows[0] if len(rows) == 1 else torch.cat(rows)) if rows else None,
-            media_at=torch.tensor(places, dtype=torch.bool).nonzero()[:, 0].to(device),
-            text=f"{head}[{sum(places)} media tokens]{self.tokenizer.decode(rest)}",
+            positions=self.positions(pieces).to(device),
+            media=rows[0] if rows else None,
+            media_at=media_at.to(device),
+            text=f"{head}[{len(media_at)} media tokens]{self.tokenizer.decode(rest)}",
             shared=shared,
         )
 
-    def rows(self, m: Media) -> list[Tensor]:
+    def positions(self, pieces: list[Piece]) -> Tensor:
+        """Of the tokens of a prompt: (P,), or with M-RoPE (3, P)."""
+        return torch.arange(sum(len(piece.ids) for piece in pieces))
+
+    def rows(self, m: Media) -> Tensor:
         """The features of a medium as rows (n, W), in the order of their places."""
-        return [m.features.flatten(0, -2)]
+        return m.features.flatten(0, -2)
 
     def idle(self) -> mrsp.Pack:
         """The smallest Pack: a rank that has nothing to train runs it beside the others, because
         gathering sharded parameters needs all ranks. Its loss is multiplied by zero."""
-        one, none = torch.zeros(1, dtype=torch.long), torch.zeros(0, dtype=torch.long)
-        one = one.to(next(self.parameters()).device)
-        return mrsp.pack([Prompt(one, one, None, none, "", 1)], [[one]])
+        one = torch.zeros(1, dtype=torch.long, device=next(self.parameters()).device)
+        return mrsp.pack([Prompt(one, one, None, one[:0], "", 1)], [[one]])
 
     # -- policy
 
@@ -563,9 +550,8 @@ class MultiModal(nn.Module):
         self.llm.gradient_checkpointing_enable({"use_reentrant": False})
 
     def add_adapters(self, rank: int, alpha: float, seed: int) -> None:
-        """Freeze the model; every linear layer of the decoder, but not the LM head, gets a LoRA
-        adapter to train, the same on all ranks, whole also where the layers are sharded (LoRA,
-        arXiv 2106.09685):
+        """Freeze the model and give every linear layer of the decoder, but not the LM head, a LoRA
+        adapter to train (arXiv 2106.09685), the same, and whole, on all ranks:
 
             W x + alpha / rank * B A x      W (out, in) frozen, A (rank, in) random, B (out, rank) 0
 
@@ -592,10 +578,11 @@ class MultiModal(nn.Module):
         body = self.llm.model
         for name, layer in list(body.named_modules()):
             if hasattr(layer, "base_layer"):
-                weight, update = layer.base_layer.weight, layer.get_delta_weight("default")
+                weight = layer.base_layer.weight
+                update = layer.get_delta_weight("default")
                 if isinstance(weight, DTensor):
-                    where = weight.device_mesh, weight.placements
-                    update = distribute_tensor(update, *where, src_data_rank=None)
+                    mesh, placements = weight.device_mesh, weight.placements
+                    update = distribute_tensor(update, mesh, placements, src_data_rank=None)
                 weight += update
                 body.set_submodule(name, layer.base_layer)
         vars(body).pop("peft_config", None)
@@ -605,17 +592,15 @@ class MultiModal(nn.Module):
         model has now (float32: the master weights, which the optimizer steps); a layer is gathered
         in `dtype` when it runs, its gradients are added up in float32. Tower and projector stay
         whole: small beside the decoder, frozen in RL (mrsp.all_reduce_gradients adds theirs up)."""
-        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        device = next(self.llm.parameters()).device.type
-        mesh = init_device_mesh(device, (dist.get_world_size(),))
-        wide = torch.promote_types(next(self.llm.parameters()).dtype, torch.float32)
-        settings = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(dtype, wide)}
+        weight = next(self.llm.parameters())
+        mesh = init_device_mesh(weight.device.type, (dist.get_world_size(),))
+        precision = MixedPrecisionPolicy(dtype, torch.promote_types(weight.dtype, torch.float32))
         for module in (*self.llm.model.layers, self.policy):
             # Freed after each forward, the root too: what a later optimizer step changes is never
             # read from an old copy.
-            fully_shard(module, **settings, reshard_after_forward=True)
+            fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
             # FSDP averages over ranks; ours is a sum (each rank's loss is divided by global counts)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has nothing but sums
@@ -624,31 +609,6 @@ class MultiModal(nn.Module):
         self.llm.requires_grad_(True)
         with torch.no_grad():
             self(self.idle())
-
-
-def mrope_positions(pieces: list[Piece]) -> Tensor:
-    """M-RoPE: positions (3, P) in time, height and width. A piece begins behind the largest
-    position so far (DEVIATION 3); text has three equal rows.
-
-    >>> mrope_positions([Piece([7, 8]), Piece([9] * 4, True, grid((0, 3), 1, 2)), Piece([7])])
-    tensor([[0, 1, 2, 2, 5, 5, 6],
-            [0, 1, 2, 2, 2, 2, 6],
-            [0, 1, 2, 3, 2, 3, 6]])
-    """
-    rows, p = [], 0
-    for piece in pieces:
-        if piece.ids:
-            cells = piece.cells
-            cells = torch.arange(len(piece.ids)).expand(3, -1) if cells is None else cells
-            rows.append(p + cells)
-            p += int(cells.max()) + 1
-    return torch.cat(rows, 1)
-
-
-def grid(times, h: int, w: int) -> Tensor:
-    """Positions (3, T h w) of T groups of frames at these times (in positions), in order."""
-    cells = torch.cartesian_prod(torch.arange(len(times)), torch.arange(h), torch.arange(w)).T
-    return torch.stack([torch.as_tensor(times)[cells[0]], *cells[1:]])
 
 
 class Policy(nn.Module):
@@ -663,13 +623,16 @@ class Policy(nn.Module):
         """What the decoder's body is called with: token embeddings (B, L, D), with the media
         features (n, W) at flat positions media_at (n,). Wider ones than D (deepstack) are [D | D of
         level 1 | ...]: level i is added there to what layer i puts out."""
-        x, extra = self.llm.get_input_embeddings()(ids), {}
-        if media is not None:  # also if none of it is here: its gradient is awaited by all ranks
-            flat = x.reshape(-1, x.shape[-1])
-            main, *levels = media.to(flat.device, flat.dtype).split(x.shape[-1], -1)
+        x = self.llm.get_input_embeddings()(ids)
+        extra = {}
+        # Also if n = 0 on this rank: backward of the features is a collective of all ranks.
+        if media is not None:
+            flat = x.reshape(-1, x.shape[-1])  # (B L, D)
+            main, *levels = media.to(flat.device, flat.dtype).split(x.shape[-1], -1)  # (n, D) each
             x = flat.index_copy(0, media_at, main).view_as(x)
             if levels:  # by a mask, so in the order of positions; a share's may be another
-                order, mask = media_at.argsort(), torch.zeros_like(ids, dtype=torch.bool)
+                order = media_at.argsort()
+                mask = torch.zeros_like(ids, dtype=torch.bool)
                 mask.view(-1)[media_at] = True
                 levels = [level[order] for level in levels]
                 extra = {"visual_pos_masks": mask, "deepstack_visual_embeds": levels}

@@ -2,6 +2,8 @@
 
 Only safetensors are read, never a pickle, and no remote code runs. A tensor that is missing or left
 over is an error: it would be random, or a part of another model.
+
+Check this file alone:  pytest tests/test_families.py -k "checkpoint or tensor or tokenizer"
 """
 
 import json
@@ -22,7 +24,9 @@ def folder_of(name: str, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
     repo, _, revision = name.partition("@")
-    wanted = ["*.json", "*.txt", "*.jinja"] + (["*.safetensors"] if weights else [])
+    wanted = ["*.json", "*.txt", "*.jinja"]
+    if weights:
+        wanted.append("*.safetensors")
     try:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
     except (OSError, ValueError) as error:
@@ -43,26 +47,36 @@ def read_json(root: Path, name: str) -> dict:
 
 
 def load_part(kind, folder: Path, dtype, weights: bool = True, skip: str = ""):
-    """A transformers model from its folder. ModelError if tensors are missing (they would be random
-    weights) or left over; skip: a pattern of those that are not needed. weights=False: shapes
-    alone, on the device "meta". Never a pickle."""
+    """A transformers model of class `kind` from its folder; ModelError as check_tensors'. skip: a
+    pattern of tensors that are not needed. weights=False: shapes alone, on the device "meta"."""
     try:
         if not weights:
             with torch.device("meta"):
                 return kind(kind.config_class.from_pretrained(folder))
         part, info = kind.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, use_safetensors=True,
+            folder,
+            dtype=dtype,
+            output_loading_info=True,
+            use_safetensors=True,
             ignore_mismatched_sizes=True,
-        )  # fmt: skip
+        )
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: {error}") from None
-    extra = sorted(x for x in info["unexpected_keys"] if not (skip and re.match(skip, x)))
-    bad = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
-    if bad or extra:
-        found = [f"missing or misshapen tensors {bad}"] * bool(bad)
-        found += [f"unexpected tensors {extra}"] * bool(extra)
-        raise ModelError(f"{folder}: {', '.join(found)}: no checkpoint of this family, or damaged")
+    extra = [name for name in info["unexpected_keys"] if not (skip and re.match(skip, name))]
+    check_tensors(folder, [*info["missing_keys"], *map(str, info["mismatched_keys"])], extra)
     return part
+
+
+def check_tensors(where: Path, bad: list[str], extra: list[str]) -> None:
+    """ModelError that names the tensors that are missing or of another shape, and those left over,
+    if there are such."""
+    found = []
+    if bad:
+        found.append(f"missing or misshapen tensors {sorted(bad)}")
+    if extra:
+        found.append(f"unexpected tensors {sorted(extra)}")
+    if found:
+        raise ModelError(f"{where}: {', '.join(found)}: no checkpoint of this family, or damaged")
 
 
 def load_tokenizer(root: Path):

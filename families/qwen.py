@@ -1,15 +1,31 @@
 """The Qwen-VL families, by transformers' own classes: Qwen2.5-VL, Qwen3-VL, Qwen2.5-Omni.
 
-                a video becomes                                             positions
-Qwen2.5-VL      <start> T h w <end>                                         M-RoPE
-Qwen3-VL        T x "<1.5 seconds><start> h w <end>", and deepstack         M-RoPE
-Qwen2.5-Omni    <start> T h w <end>, or with its audio track
-                2 s of video, 2 s of audio, ...                             M-RoPE
+                  a video becomes                                          a token stands for
+    Qwen2.5-VL    <start> T h w <end>                                      2 frames of 28 x 28 px
+    Qwen3-VL      T x "<1.5 seconds><start> h w <end>", and deepstack      2 frames of 32 x 32 px
+    Qwen2.5-Omni  <start> T h w <end>; with its sound                      2 frames of 28 x 28 px,
+                  <start> 2 s of video, 2 s of sound, ... <end>            40 ms of sound
+    an image      <start> h w <end>
+
+Positions (M-RoPE) have three rows, time, height and width, from where a medium begins. Time goes by
+seconds: 2 positions a second, Omni 25 (one a token of sound), Qwen3-VL none (seconds are text).
+Frames keep their shape: the nearest multiples of a token's size within the checkpoint's limits.
+
+Differences from the families' own processors:
+    DEVIATION 1: positions are computed here, once for sampler and trainer: text behind a medium
+        goes on at the largest position of all three rows + 1, as in the original code;
+        transformers' Qwen2.5-VL goes on at max(h, w), as if a video took no time.
+    DEVIATION 2: a group's seconds come from the times of the frames that were really taken.
+    DEVIATION 3: Qwen3-VL's groups stand in their own marks alone, as its first processor wrote it;
+        that of transformers 5.10 and later puts another pair of marks around the video.
+    DEVIATION 4: Omni's frames that are further apart than 2 s stand whole, before the sound of
+        their time; its processor splits their tokens over the chunks.
+
+Check this file alone:  pytest tests/test_qwen.py tests/test_families.py -k "qwen or omni"
 """
 
 import json
 import math
-import re
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +36,7 @@ from torch import Tensor, nn
 
 import mrsp
 from families.files import folder_of, load_part, load_tokenizer, read_json
-from model import Media, ModelError, MultiModal, Piece, grid
+from model import Media, ModelError, MultiModal, Piece
 
 
 def smart_resize(
@@ -44,12 +60,41 @@ def smart_resize(
     return h, w
 
 
+def mrope_positions(pieces: list[Piece]) -> Tensor:
+    """M-RoPE: positions (3, P) in time, height and width. A piece begins behind the largest
+    position so far (DEVIATION 1); text has three equal rows.
+
+    >>> mrope_positions([Piece([7, 8]), Piece([9] * 4, True, grid((0, 3), 1, 2)), Piece([7])])
+    tensor([[0, 1, 2, 2, 5, 5, 6],
+            [0, 1, 2, 2, 2, 2, 6],
+            [0, 1, 2, 3, 2, 3, 6]])
+    """
+    parts = []
+    begin = 0
+    for piece in pieces:
+        if piece.ids:
+            cells = piece.cells
+            if cells is None:
+                cells = torch.arange(len(piece.ids)).expand(3, -1)
+            parts.append(begin + cells)
+            begin += int(cells.max()) + 1
+    return torch.cat(parts, 1)
+
+
+def grid(times, h: int, w: int) -> Tensor:
+    """Positions (3, T h w) of T groups of frames at these times (in positions), in order."""
+    cells = torch.cartesian_prod(torch.arange(len(times)), torch.arange(h), torch.arange(w)).T
+    return torch.stack([torch.as_tensor(times)[cells[0]], *cells[1:]])
+
+
 class Decoder(nn.Module):
     """Text model and LM head of a larger model, as one with the names of a Qwen2ForCausalLM."""
 
     def __init__(self, model, lm_head):
         super().__init__()
-        self.model, self.lm_head, self.config = model, lm_head, model.config
+        self.model = model
+        self.lm_head = lm_head
+        self.config = model.config
 
     def get_input_embeddings(self):
         return self.model.embed_tokens
@@ -66,7 +111,8 @@ class QwenVL(MultiModal):
     another (its attention has windows or whole groups): groups are encoded apart, on any rank."""
 
     takes = ("video", "image")
-    mrope = timed = True
+    mrope = True
+    timed = True
     together = 2
     kind = transformers.Qwen2_5_VLForConditionalGeneration
     decoder_kind = "Qwen2ForCausalLM", "qwen2"
@@ -75,6 +121,8 @@ class QwenVL(MultiModal):
     pads = {"video": "<|video_pad|>", "image": "<|image_pad|>"}
     marks = {"video": ("<|vision_start|>", "<|vision_end|>")}  # around features; images too
     towers = ("visual",)
+    video_limits = None  # pixels of a video's frame, if the checkpoint does not say
+    positions = staticmethod(mrope_positions)
 
     def __init__(self, whole, tokenizer, preprocess: dict, video: dict | None = None):
         """whole: transformers' model; preprocess, video: how images and videos are preprocessed."""
@@ -88,18 +136,22 @@ class QwenVL(MultiModal):
             tuple(self.pads.values()),
             [token for pair in self.marks.values() for token in pair],
         )
-        self.config, self.video = whole.config, video or preprocess
+        self.config = whole.config
+        self.video = video or preprocess
         text.config.tie_word_embeddings = self.config.tie_word_embeddings  # often at the root alone
         for kind, token in self.pads.items():
-            said, known = getattr(self.config, f"{kind}_token_id"), self.ids[token]
-            if said != known:
-                raise ModelError(f"config.json: {kind}_token_id is {said}, the tokenizer's {known}")
+            said = getattr(self.config, f"{kind}_token_id")
+            if said != self.ids[token]:
+                own = self.ids[token]
+                raise ModelError(f"config.json: {kind}_token_id is {said}, the tokenizer's {own}")
         for name in ("image_mean", "image_std"):
             if self.video.get(name) != self.preprocess.get(name):
                 raise ModelError(f"{name} of images and videos differ: that is not supported")
         vision = self.config.vision_config
         if (vision.temporal_patch_size, vision.spatial_merge_size) != (2, 2):
             raise ModelError("config.json: only 2 frames and 2 x 2 patches are joined to a token")
+        rate = getattr(self.config, "position_id_per_seconds", None)  # Omni's
+        self.positions_per_second = rate or getattr(vision, "tokens_per_second", 0)
 
     @property
     def visual(self):
@@ -113,9 +165,10 @@ class QwenVL(MultiModal):
     def from_pretrained(cls, folder: str, dtype=torch.float32, weights: bool = True) -> "QwenVL":
         """Load a folder as published; ModelError if it is none or tensors are missing."""
         root = folder_of(folder, weights)
-        files = [root / f"{name}preprocessor_config.json" for name in ("", "video_")]
-        preprocess = read_json(root, files[0].name)
-        video = read_json(root, files[1].name) if files[1].exists() else None
+        preprocess = read_json(root, "preprocessor_config.json")
+        video = None
+        if (root / "video_preprocessor_config.json").exists():
+            video = read_json(root, "video_preprocessor_config.json")
         tokenizer = load_tokenizer(root)
         whole = load_part(cls.kind, root, dtype, weights, cls.skip)
         model = cls(whole, tokenizer, preprocess, video)
@@ -125,10 +178,13 @@ class QwenVL(MultiModal):
     def write(self, root: Path, weights: dict) -> None:
         from huggingface_hub import save_torch_state_dict
 
-        decoder, towers, head = self.published
-        at = lambda name: re.sub(r"^model\.", decoder, name) if name[0] == "m" else head + name  # noqa: E731
-        state = {at(name): value for name, value in weights.items()}
-        state |= {towers + name: value.cpu() for name, value in self.tower.state_dict().items()}
+        body, towers, head = self.published
+        state = {}
+        for name, value in weights.items():
+            inner = name.removeprefix("model.")
+            state[head + name if inner == name else body + inner] = value
+        for name, value in self.tower.state_dict().items():
+            state[towers + name] = value.cpu()
         save_torch_state_dict(state, root)
         self.outer_config().save_pretrained(root)
         self.tokenizer.save_pretrained(root)
@@ -148,6 +204,8 @@ class QwenVL(MultiModal):
 
     def limits(self, kind: str) -> tuple[int, int]:
         """The least and the most pixels of an image, or of a frame, that the checkpoint says."""
+        if kind == "video" and self.video_limits:
+            return self.video_limits
         p = self.video if kind == "video" else self.preprocess
         size = p.get("size") or {}  # of newer files
         least = p.get("min_pixels") or size.get("shortest_edge", 56 * 56)
@@ -169,10 +227,15 @@ class QwenVL(MultiModal):
         side = self.visual.config.patch_size
         height, width = size or self.fit("video", *frames.shape[:3])
         x = self.scaled(frames, (height, width))
-        x = torch.cat([x, x[-1:]][: 1 + len(x) % 2])  # the last group lacks a frame: repeat it
+        if len(x) % 2:  # the last group lacks a frame: repeat it
+            x = torch.cat([x, x[-1:]])
         t, h, w = len(x) // 2, height // side, width // side
-        x = x.view(t, 2, 3, h // 2, 2, side, w // 2, 2, side)  # t, frame, colour, y y y, x x x
-        return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1), (t, h, w)
+        # Axes: 0 group, 1 frame in it, 2 colour, 3 block row, 4 row in block, 5 y in patch,
+        # 6 block column, 7 column in block, 8 x in patch.
+        x = x.view(t, 2, 3, h // 2, 2, side, w // 2, 2, side)
+        # Group, block row, block column, row and column in block, | colour, frame, y, x.
+        x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+        return x.reshape(t * h * w, -1), (t, h, w)
 
     def see(self, frames, size, kind: str) -> Tensor:
         """(F, H, W, 3) uint8 -> (T, h / 2, w / 2, W)"""
@@ -185,14 +248,10 @@ class QwenVL(MultiModal):
         """Ids and positions of the places of a video's or image's features."""
         t, h, w, _ = m.features.shape
         steps = torch.zeros(t, dtype=torch.long)
-        if m.kind == "video":  # DEVIATION 4; in double, and cut off
+        if m.kind == "video":  # DEVIATION 2; in double, and cut off
             seconds = 2 * (m.times[-1] - m.times[0]) / (len(m.times) - 1 or 1)
             steps = (torch.arange(t).double() * (seconds * self.positions_per_second)).long()
         return [self.ids[self.pads[m.kind]]] * (t * h * w), grid(steps, h, w)
-
-    @property
-    def positions_per_second(self) -> float:
-        return self.config.vision_config.tokens_per_second
 
     def mark(self, kind: str) -> list[Piece]:
         return [Piece([self.ids[token]]) for token in self.marks[kind]]
@@ -223,8 +282,10 @@ class Qwen3VL(QwenVL):
         """The limits of a video are those of all its frames together."""
         if kind != "video":
             return super().fit(kind, frames, height, width)
-        (least, most), factor = self.limits("video"), 2 * self.visual.config.patch_size
-        most = self.recipe.max_pixels * frames if self.recipe.max_pixels else most
+        least, most = self.limits("video")
+        if self.recipe.max_pixels:
+            most = self.recipe.max_pixels * frames
+        factor = 2 * self.visual.config.patch_size
         if min(height, width) < factor:
             grow = factor / min(height, width)
             height, width = int(height * grow), int(width * grow)
@@ -233,16 +294,19 @@ class Qwen3VL(QwenVL):
 
     def place(self, m: Media) -> list[Piece]:
         """For each group "<1.5 seconds>", the mean time of its frames, and its features in marks
-        (DEVIATION 6)."""
+        (DEVIATION 3)."""
         if m.kind != "video":
             return super().place(m)
-        times = np.append(m.times, m.times[-1:])[: len(m.times) + len(m.times) % 2]
-        (start, end), pieces = self.mark("video"), []
+        times = m.times
+        if len(times) % 2:  # as the last frame, its time is repeated
+            times = np.append(times, times[-1:])
+        start, end = self.mark("video")
+        pieces = []
         for features, seconds in zip(m.features, times.reshape(-1, 2).mean(1)):
-            ids = self.tokenizer(f"<{seconds:.1f} seconds>", add_special_tokens=False).input_ids
             cells = grid([0], *features.shape[:2])
             places = [self.ids[self.pads["video"]]] * cells.shape[1]
-            pieces += [Piece(ids), start, Piece(places, True, cells), end]
+            said = Piece(self.tokenize(f"<{seconds:.1f} seconds>"))
+            pieces += [said, start, Piece(places, True, cells), end]
         return pieces
 
 
@@ -260,14 +324,11 @@ class Omni(QwenVL):
         "audio": ("<|audio_bos|>", "<|audio_eos|>"),
     }
     towers = ("visual", "audio_tower")
+    video_limits = 128 * 28 * 28, 768 * 28 * 28  # of the family's processor
 
     @property
     def projector(self):
         return nn.ModuleList([self.visual.merger, self.tower["audio_tower"].proj])
-
-    @property
-    def positions_per_second(self) -> float:
-        return self.config.position_id_per_seconds
 
     def outer_config(self):
         config = transformers.Qwen2_5OmniConfig(
@@ -276,44 +337,41 @@ class Omni(QwenVL):
         config.architectures = ["Qwen2_5OmniForConditionalGeneration"]
         return config
 
-    def limits(self, kind: str) -> tuple[int, int]:
-        """Those of a video's frames are the family's processor's, not in the checkpoint."""
-        return (128 * 28 * 28, 768 * 28 * 28) if kind == "video" else super().limits(kind)
-
     def mel(self, sound: np.ndarray) -> Tensor:
         """(S,) at 16 kHz -> log-mel spectrogram (ceil(S / 160), 128), whatever the length."""
         ear = transformers.WhisperFeatureExtractor.from_dict(self.preprocess)
-        sound = np.pad(sound, (0, ear.n_fft))  # silence behind: as in a longer, padded batch
-        out = ear(sound, sampling_rate=16000, padding=True, truncation=False, return_tensors="pt")
-        return out.input_features[0].T[: -(-(len(sound) - ear.n_fft) // ear.hop_length)]
+        wide = np.pad(sound, (0, ear.n_fft))  # silence behind: as in a longer, padded batch
+        out = ear(wide, sampling_rate=16000, padding=True, truncation=False, return_tensors="pt")
+        return out.input_features[0].T[: math.ceil(len(sound) / ear.hop_length)]
 
     def heard(self, samples: int) -> int:
         """Audio tokens of so many samples: 25 a second."""
         if samples < 2 * 160 + 1:
             raise ModelError(f"a sound of {samples} samples at 16 kHz is too short to be heard")
-        frames = -(-samples // 160)
+        frames = math.ceil(samples / 160)  # of the spectrogram
         return ((frames - 1) // 2 - 1) // 2 + 1
 
     def hear(self, sound: np.ndarray, group=None) -> Tensor:
         """(S,) -> (A, D). The tower's attention stays in units of 2 s, which the ranks of a group
         share, and which go through it 64 at a time."""
-        tower, tokens, mel = self.tower["audio_tower"], self.heard(len(sound)), self.mel(sound)
+        tower = self.tower["audio_tower"]
+        tokens = self.heard(len(sound))
         unit = 2 * tower.n_window  # frames of the spectrogram, four a token
 
-        def encode(part: Tensor) -> Tensor:  # (t, 128) -> (ceil(t / unit), unit / 4, D)
-            out = []
-            for x in part.to(tower.conv1.weight).split(64 * unit):
-                lengths = torch.tensor([len(x)], device=x.device)
-                out.append(tower(x.T, feature_lens=lengths).last_hidden_state)
-            out = torch.cat(out)
-            whole = -(-len(part) // unit) * (unit // 4)
-            return F.pad(out, (0, 0, 0, whole - len(out))).view(-1, unit // 4, out.shape[-1])
+        def encode(mel: Tensor) -> Tensor:  # (t, 128) -> (ceil(t / unit), unit / 4, D)
+            parts = []
+            for part in mel.to(tower.conv1.weight).split(64 * unit):
+                lengths = torch.tensor([len(part)], device=part.device)
+                parts.append(tower(part.T, feature_lens=lengths).last_hidden_state)
+            x = torch.cat(parts)
+            padded = math.ceil(len(mel) / unit) * (unit // 4)
+            return F.pad(x, (0, 0, 0, padded - len(x))).view(-1, unit // 4, x.shape[-1])
 
-        return mrsp.encode_parallel(encode, mel, group, unit).flatten(0, 1)[:tokens]
+        return mrsp.encode_parallel(encode, self.mel(sound), group, unit).flatten(0, 1)[:tokens]
 
     def side_by_side(self, m: Media) -> tuple[list[int], Tensor, Tensor]:
         """A video and its audio track: ids, positions and order of their tokens, 2 s of video and
-        2 s of audio in turn (DEVIATION 7)."""
+        2 s of audio in turn (DEVIATION 4)."""
         ids, cells = self.places(m)
         sound = torch.arange(len(m.track)).expand(3, -1)
         chunk = self.config.seconds_per_chunk * self.positions_per_second
@@ -322,11 +380,11 @@ class Omni(QwenVL):
         ids = torch.tensor(ids + [self.ids[self.pads["audio"]]] * len(m.track))[order].tolist()
         return ids, torch.cat([cells, sound], 1)[:, order], order
 
-    def rows(self, m: Media) -> list[Tensor]:
+    def rows(self, m: Media) -> Tensor:
         if m.track is None:
             return super().rows(m)
         rows = torch.cat([m.features.flatten(0, -2), m.track])
-        return [rows[self.side_by_side(m)[2].to(rows.device)]]
+        return rows[self.side_by_side(m)[2].to(rows.device)]
 
     def place(self, m: Media) -> list[Piece]:
         if m.kind == "audio":
@@ -335,8 +393,11 @@ class Omni(QwenVL):
         if m.track is None:
             return super().place(m)
         ids, cells, _ = self.side_by_side(m)
-        (a, z), (b, y) = (  # the marks of both share a position
-            [piece.ids[0] for piece in self.mark(kind)] for kind in ("video", "audio")
-        )
-        one = torch.zeros(3, 2, dtype=torch.long)
-        return [Piece([a, b], cells=one), Piece(ids, True, cells), Piece([y, z], cells=one)]
+        start, end = (self.ids[token] for token in self.marks["video"])
+        begin, stop = (self.ids[token] for token in self.marks["audio"])
+        one = torch.zeros(3, 2, dtype=torch.long)  # the marks of both share a position
+        return [
+            Piece([start, begin], cells=one),
+            Piece(ids, True, cells),
+            Piece([stop, end], cells=one),
+        ]

@@ -1,8 +1,11 @@
 """Text: any decoder that transformers loads without remote code (Qwen2.5, Qwen3, Llama ...).
 
-    media       none                positions   1-D
+    a prompt    text alone, no media      positions   1-D, one after the other
 
-Whether answers can share a packed prompt is tried when a checkpoint is loaded.
+Answers share a packed prompt here, which not every decoder can: one with linear attention or with
+windows is refused, and each is tried when its checkpoint is loaded.
+
+Check this file alone:  pytest tests/test_families.py -k "text or qwen3 or llama"
 """
 
 import math
@@ -27,8 +30,7 @@ def text_class(root: Path):
 
 
 class Text(MultiModal):
-    """Any decoder that transformers loads without remote code (Qwen2.5, Qwen3, Llama ...) and
-    whose answers can share a packed prompt: tried when it is loaded."""
+    """A decoder without eyes or ears."""
 
     def __init__(self, llm, tokenizer):
         if not (hasattr(llm, "lm_head") and hasattr(getattr(llm, "model", None), "layers")):

@@ -1,6 +1,20 @@
-"""VILA: SigLIP, a projector that joins n x n patches, Qwen2.
+"""VILA: SigLIP, a projector that joins n x n patches, Qwen2 (LongVILA-R1, NVILA-Lite).
 
-a video     F x K tokens, "\\n" after each frame        positions   1-D
+                tokens                                        positions 1-D, one after the other
+    video       F x (K tokens, "\\n")                         tower: frames S x S, patches of p
+    with TSP    ceil(F / t) x (K / (h w) tokens, "\\n")       K = ceil(S / p / n) ^ 2, such as
+    image       K tokens, "\\n"                               256 (448 px, 2 x 2), 121 (3 x 3)
+
+    folder      config.json, llm/ (Qwen2), vision_tower/ (SigLIP), mm_projector/
+
+config.json says which tokens stand before and behind a frame (the newline, if it says nothing), and
+whether frames and tokens are pooled (TSP).
+
+Differences from VILA's own processor:
+    DEVIATION 1: TSP averages what is left where the frames do not divide; VILA fails there.
+    DEVIATION 2: images are resized like frames of a video, never cut into tiles.
+
+Check this file alone:  pytest tests/test_model.py tests/test_families.py -k vila
 """
 
 import json
@@ -11,13 +25,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
 import mrsp
-from data import DataError
-from families.files import folder_of, load_part, load_tokenizer, read_json
-from model import Media, ModelError, MultiModal, Piece, Recipe
+from families.files import check_tensors, folder_of, load_part, load_tokenizer, read_json
+from model import Media, ModelError, MultiModal, Piece, Recipe, agreed
 
 
 class BlockDownsample(nn.Module):
@@ -38,9 +52,22 @@ class BlockDownsample(nn.Module):
         extra = -side % self.n
         x = F.pad(x, (0, 0, 0, extra, 0, extra))
         blocks = (side + extra) // self.n
+        # (F, rows of blocks, rows in one, columns of blocks, columns in one, C), then the blocks
+        # outside: (F, rows of blocks, columns of blocks, rows in one, columns in one, C).
         x = x.view(f, blocks, self.n, blocks, self.n, c).transpose(2, 3)
         x = x.transpose(1, 2) if self.columns else x
         return x.reshape(f, blocks * blocks, self.n * self.n * c)
+
+
+def fill(projector: nn.Module, path: Path) -> None:
+    """Load the projector's tensors; ModelError if there are others."""
+    if not path.exists():
+        raise ModelError(f"{path.parent.parent} is no VILA checkpoint: {path} is missing")
+    found = load_file(path)
+    own = projector.state_dict()
+    bad = [name for name in own if name not in found or found[name].shape != own[name].shape]
+    check_tensors(path, bad, [name for name in found if name not in own])
+    projector.load_state_dict(found)
 
 
 def build_projector(kind: str, tower_width: int, width: int) -> nn.Module:
@@ -70,52 +97,49 @@ class VILA(MultiModal):
 
     def __init__(self, config: dict, llm, tower, projector, tokenizer, preprocess: dict):
         """config: config.json of the folder."""
-        names = ["<vila/video>", *(["<image>"] if "<image>" in tokenizer.get_vocab() else [])]
+        names = ["<vila/video>"]
+        if "<image>" in tokenizer.get_vocab():
+            names.append("<image>")
         super().__init__(llm, tower, tokenizer, preprocess, names)
-        self.config, self.projector = config, projector
+        self.config = config
+        self.projector = projector
         known = {"mm_vision_select_feature": "cls_patch", "s2": False, "dynamic_s2": False}
         for name, only in known.items():
             if (config.get(name) or only) != only:
                 raise ModelError(f"config.json: {name} is {config[name]!r}; only {only!r} is known")
         self.layer = config.get("mm_vision_select_layer", -2)
-        tok = lambda text: tokenizer(text or "", add_special_tokens=False).input_ids  # noqa: E731
-        # kind: pooling over frames, rows and columns; tokens before and after each (pooled) frame
-        self.encoders = {}
-        for kind in ("image", "video"):
-            encoder = config.get(f"{kind}_encoder") or {"_target_": "Basic"}
-            encoder = json.loads(encoder) if isinstance(encoder, str) else encoder
-            tsp = "TSP" in encoder["_target_"]  # 8 frames, if the config does not say
-            pools = encoder.get("pool_sizes", [[8 if tsp else 1, 1, 1]])
-            plain = re.search(r"\b(Basic|TSP)", encoder["_target_"]) and len(pools) == 1
-            if not plain or encoder.get("sep_tokens") or encoder.get("pos_embed"):
-                raise ModelError(
-                    f"config.json: {kind}_encoder {encoder} is not supported; supported are Basic "
-                    "encoders, and TSP ones with one pool size and no sep_tokens"
-                )
-            ends = encoder.get("start_tokens"), encoder.get("end_tokens", "\n")
-            self.encoders[kind] = (*pools[0], *map(tok, ends))
+        self.encoders = {kind: self.read_encoder(kind) for kind in ("image", "video")}
         self.together = self.encoders["video"][0]
+
+    def read_encoder(self, kind: str) -> tuple:
+        """(t, h, w, before, behind) of config.json: so many frames, rows and columns of tokens are
+        pooled; tokens before and behind each (pooled) frame."""
+        encoder = self.config.get(f"{kind}_encoder") or {"_target_": "Basic"}
+        encoder = json.loads(encoder) if isinstance(encoder, str) else encoder
+        tsp = "TSP" in encoder["_target_"]  # 8 frames, if the config does not say
+        pools = encoder.get("pool_sizes", [[8 if tsp else 1, 1, 1]])
+        plain = re.search(r"\b(Basic|TSP)", encoder["_target_"]) and len(pools) == 1
+        if not plain or encoder.get("sep_tokens") or encoder.get("pos_embed"):
+            raise ModelError(
+                f"config.json: {kind}_encoder {encoder} is not supported; supported are Basic "
+                "encoders, and TSP ones with one pool size and no sep_tokens"
+            )
+        before = self.tokenize(encoder.get("start_tokens") or "")
+        behind = self.tokenize(encoder.get("end_tokens", "\n") or "")
+        return (*pools[0], before, behind)
 
     @classmethod
     def create(cls, config: dict, llm: dict, tower: dict, tokenizer, preprocess: dict) -> "VILA":
         """A model with random weights. llm and tower are Qwen2 and SigLIP config dicts."""
-        llm_config = transformers.Qwen2Config(**llm)
-        tower_config = transformers.SiglipVisionConfig(**tower)
+        llm = Qwen2ForCausalLM(transformers.Qwen2Config(**llm))
+        tower = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**tower))
         kind = config["mm_projector_cfg"]["mm_projector_type"]
-        return cls(
-            config,
-            Qwen2ForCausalLM(llm_config),
-            transformers.SiglipVisionModel(tower_config),
-            build_projector(kind, tower_config.hidden_size, llm_config.hidden_size),
-            tokenizer,
-            preprocess,
-        )
+        projector = build_projector(kind, tower.config.hidden_size, llm.config.hidden_size)
+        return cls(config, llm, tower, projector, tokenizer, preprocess)
 
     @classmethod
     def from_pretrained(cls, folder: str, dtype=torch.float32, weights: bool = True) -> "VILA":
         """Load a folder in VILA's layout; ModelError if it is none or tensors are missing."""
-        from safetensors.torch import load_file
-
         root = folder_of(folder, weights)
         config = read_json(root, "config.json")
         config["mm_projector_cfg"] = read_json(root, "mm_projector/config.json")
@@ -126,16 +150,7 @@ class VILA(MultiModal):
         with torch.device("cpu" if weights else "meta"):
             projector = build_projector(kind, tower.config.hidden_size, llm.config.hidden_size)
         if weights:
-            path = root / "mm_projector" / "model.safetensors"
-            if not path.exists():
-                raise ModelError(f"{folder} is no VILA checkpoint: {path} is missing")
-            found = load_file(path)
-            shapes = {k: v.shape for k, v in projector.state_dict().items()}
-            if {k: v.shape for k, v in found.items()} != shapes:
-                bad = sorted(k for k in shapes if k not in found or found[k].shape != shapes[k])
-                extra = sorted(set(found) - set(shapes))
-                raise ModelError(f"{path}: missing or misshapen tensors {bad}, unexpected {extra}")
-            projector.load_state_dict(found)
+            fill(projector, root / "mm_projector" / "model.safetensors")
         tokenizer = load_tokenizer(root / "llm")
         # As VILA's own loader does where a checkpoint lacks them, in this order.
         if "<vila/video>" not in tokenizer.get_vocab():
@@ -149,8 +164,6 @@ class VILA(MultiModal):
 
     def write(self, root: Path, weights: dict) -> None:
         """llm/ alone is a Qwen2 checkpoint that vLLM can serve."""
-        from safetensors.torch import save_file
-
         (root / "mm_projector").mkdir(exist_ok=True)
         (root / "config.json").write_text(json.dumps(self.config, indent=2))
         self.llm.save_pretrained(root / "llm", state_dict=weights)
@@ -169,12 +182,14 @@ class VILA(MultiModal):
         return [self.config, self.preprocess, tower]
 
     def fit(self, kind: str, frames: int, height: int, width: int) -> tuple[int, int]:
-        return (self.tower.config.image_size,) * 2
+        side = self.tower.config.image_size  # DEVIATION 2
+        return side, side
 
     def seen(self, size, kind: str) -> tuple[int]:
         """Tokens of a (pooled) frame of this size."""
-        n, (_, h, w) = self.projector.layers[0].n, self.encoders[kind][:3]
-        side = -(-(size[0] // self.tower.config.patch_size) // n)
+        patches = size[0] // self.tower.config.patch_size
+        side = math.ceil(patches / self.projector.layers[0].n)
+        _, h, w, _, _ = self.encoders[kind]
         return ((side // h) * (side // w),)
 
     def see(self, frames, size, kind: str) -> Tensor:
@@ -188,64 +203,37 @@ class VILA(MultiModal):
 
     def pool(self, x: Tensor, kind: str) -> Tensor:
         """TSP: means over t frames, h rows and w columns of tokens; Basic: all 1."""
-        t, h, w = self.encoders[kind][:3]
+        t, h, w, _, _ = self.encoders[kind]
         if h * w > 1:
             side = math.isqrt(x.shape[1])
             if side % h or side % w:
                 raise ModelError(f"TSP: {side} x {side} tokens are not pooled by {h} x {w}")
+            # (F, rows of pools, rows in one, columns of pools, columns in one, D)
             x = x.view(len(x), side // h, h, side // w, w, -1).mean((2, 4)).flatten(1, 2)
-        return x if t == 1 else torch.stack([g.mean(0) for g in x.split(t)])  # DEVIATION 5
+        return x if t == 1 else torch.stack([g.mean(0) for g in x.split(t)])  # DEVIATION 1
 
     def features_trainable(self, examples: list, num_frames: int) -> list[list[Media]]:
         """As of all families; where no frames are pooled, all media go through the tower as one row
         of frames: many small images a pass."""
         if max(self.encoders["video"][:3]) > 1 or not any(e.media for e in examples):
             return super().features_trainable(examples, num_frames)
-        size = self.fit("video", 0, 0, 0)
+        size = self.fit("video", 0, 0, 0)  # that of all frames and images
+        pixels = []  # of each medium, (F, 3, S, S): whole, on every rank
         for e in examples:
             self.check_question(e)
-        error, media, group = None, [], self.mesh.sp_group
-        try:
+        with agreed(self.mesh.sp_group):
             for e in examples:
-                for m in e.media:  # whole, on every rank: files are not kept open
+                for m in e.media:
                     with self.loader.open(m, num_frames, e.id) as frames:
-                        media.append(frames[: len(frames)])
-        except DataError as failed:
-            error = failed
-        mrsp.agree(error, group)
-        encode = lambda parts: self.project(torch.cat([self.scaled(f, size) for f in parts]))  # noqa: E731
-        joined = mrsp.encode_parallel(encode, InRow(media), group)
-        found = iter(joined.split([len(m) for m in media]))
+                        pixels.append(self.scaled(frames[: len(frames)], size))
+        joined = mrsp.encode_parallel(self.project, torch.cat(pixels), self.mesh.sp_group)
+        found = iter(joined.split([len(frames) for frames in pixels]))
         return [[Media(m.kind, next(found)) for m in e.media] for e in examples]
 
     def place(self, m: Media) -> list[Piece]:
         """Each frame's features with the tokens before and behind."""
-        *_, start, end = self.encoders[m.kind]
-        token = self.ids[
-            "<image>" if m.kind == "image" and "<image>" in self.ids else "<vila/video>"
-        ]
-        frame = [Piece(start), Piece([token] * m.features.shape[1], True), Piece(end)]
+        *_, before, behind = self.encoders[m.kind]
+        own = m.kind == "image" and "<image>" in self.ids
+        token = self.ids["<image>" if own else "<vila/video>"]
+        frame = [Piece(before), Piece([token] * m.features.shape[1], True), Piece(behind)]
         return frame * len(m.features)
-
-
-class InRow:
-    """Several media as one row of frames; a slice of it is a list of their slices.
-
-    >>> InRow([[0, 1, 2], [3], [4, 5]])[2:5]
-    [[2], [3], [4]]
-    """
-
-    def __init__(self, media: list):
-        self.media = media
-
-    def __len__(self) -> int:
-        return sum(map(len, self.media))
-
-    def __getitem__(self, part: slice) -> list:
-        first, last, _ = part.indices(len(self))
-        found = []
-        for m in self.media:
-            if first < len(m) and last > 0:
-                found.append(m[max(first, 0) : last])
-            first, last = first - len(m), last - len(m)
-        return found

@@ -97,6 +97,11 @@ class Folder:
             self._finish(name, ({key: done[key] for key in keys if key in done} | done).values())
         return {key: done[key] for key in keys if key in done and key not in self.lost}
 
+    def finished(self, name: str, field="key") -> dict[str, dict]:
+        """{key: line} of a stage that an earlier run finished, on every rank, or {}: what its work
+        needs can then be left unloaded."""
+        return self._first(self._whole, name, field)
+
     def write(self, name: str, text: str) -> None:
         """A whole file of the folder, or none; by rank 0."""
         if self.ranks.rank == 0 and self.path is not None:
@@ -138,6 +143,10 @@ class Folder:
         if retry:
             self._finish("lost", [])
         return {key: line["lost"] for key, line in self._read("lost", "key")[0].items()}
+
+    def _whole(self, name: str, field: str) -> dict[str, dict]:
+        path = self.path / f"{name}.jsonl"
+        return {line[field]: line for line in read_lines(path, field)} if path.exists() else {}
 
     def _read(self, name: str, field: str) -> tuple[dict[str, dict], bool]:
         """{key: line} of a stage: of its file, and of the parts that a killed run has left. And

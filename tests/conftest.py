@@ -1,7 +1,9 @@
 """Tiny models and data for the tests: everything is made here, nothing is downloaded."""
 
+import json
 import os
 import wave
+from dataclasses import replace
 
 # One thread a process: at these sizes more are slower, and torchrun's ranks have one each.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -20,6 +22,7 @@ from families.qwen import Decoder
 from families.vila import VILA
 from kit.toy import SIZE, ToyConfig, toy_build, toy_checkpoint  # noqa: E402
 from model import Policy, Prompt, Recipe  # noqa: E402
+from rollout import Response  # noqa: E402
 
 torch.set_num_threads(1)
 RECIPE = Recipe(num_frames=5, max_tokens=8, template="{problem} Think, then answer.")
@@ -53,6 +56,73 @@ def prompts(toy, model):
         model.prompt(rows[7], num_frames=4),
         model.prompt(text),
     ]
+
+
+@pytest.fixture(scope="session")
+def saved(toy, tmp_path_factory):
+    """A checkpoint whose recipe names the toy's 20 test rows."""
+    folder = tmp_path_factory.mktemp("saved") / "m"
+    model = VILA.from_pretrained(toy / "init")
+    model.recipe = replace(model.recipe, data=str(toy / "test.jsonl"))
+    model.save_pretrained(folder)
+    return folder
+
+
+class Oracle:
+    """An engine that answers as its function says."""
+
+    tp = 1  # ranks that share it
+
+    def __init__(self, model, answer):
+        self.model, self.answer, self.prompts, self.seeds = model, answer, [], []
+
+    def generate(self, prompts, n, sampling, seeds=None):
+        self.prompts += prompts
+        self.seeds.append(seeds)
+        said = [[self.answer(p) for _ in range(n)] for p in prompts]
+        return [[Response(torch.tensor([1]), torch.zeros(1), a, True) for a in s] for s in said]
+
+    def check_fits(self, prompt, sampling, name=""):
+        pass
+
+    def sync(self, policy):
+        pass
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def oracle(monkeypatch):
+    """oracle(answer): commands sample from Oracles; answer(text of the prompt). Those that were
+    made."""
+    from kit import ask
+
+    def use(answer):
+        made = []
+
+        def make(kind, model, config, dtype):
+            made.append(Oracle(model, lambda prompt: answer(prompt.text)))
+            return made[-1]
+
+        monkeypatch.setattr(ask, "make_engine", make)
+        return made
+
+    return use
+
+
+def says(letter):
+    """An answer in the format."""
+    return f"<think> x </think> <answer> {letter} </answer>"
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_jsonl(path, rows, end=""):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + end)
+    return path
 
 
 def answers(model, lengths, seed=0):

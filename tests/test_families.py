@@ -28,6 +28,8 @@ from data import Example, Medium
 from families import load
 from families.text import Text
 from families.vila import VILA
+from kit.decode import Loader
+from kit.sound import load_audio
 from model import Media, ModelError, Piece, grid, mrope_positions
 from rollout import Sampling, TorchEngine
 
@@ -140,7 +142,7 @@ def seen_apart(model, root, example, num_frames=5) -> tuple[str, dict]:
             continue
         start, end = model.marks["video"]
         if m.kind == "audio" or m.track:
-            mel = model.mel(data.load_audio(m))
+            mel = model.mel(load_audio(m))
             given.setdefault("input_features", []).append(mel)
             heard = ((len(mel) - 1) // 2 + 1 - 2) // 2 + 1
         if m.kind == "audio":
@@ -555,6 +557,7 @@ def _ranks_agree(rank, root, letters):
         found = {}
         for method in (None, "gather", "ulysses"):
             m = load(f"{root}/{family}").train()
+            m.loader = Loader()
             if method:
                 m.mesh = mrsp.make_mesh(2, method, 4, 2)
                 kept = m.features(example, 5, dist.group.WORLD)
@@ -622,6 +625,7 @@ def test_a_checkpoint_is_as_published_and_loads_again(ask, tmp_path, family, tie
     parts = {"llm", "vision_tower", "mm_projector"} if "vila" in family else {"."}
     assert all((tmp_path / part / "config.json").exists() for part in parts)
     again, shapes = load(tmp_path), load(tmp_path, weights=False)
+    again.loader = shapes.loader = model.loader
     assert type(again) is type(shapes) is type(model) and again.recipe == model.recipe
     a, b = model.state_dict(), again.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

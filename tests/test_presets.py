@@ -243,8 +243,9 @@ def test_what_is_missing_is_said_in_a_line_each(models, rows, tmp_path, capsys):
     assert f"4 of 4 media files are missing, the first is {tmp_path}/0.mp4: download them" in line
     (line,) = error("--model", str(tmp_path))
     assert "--model" in line and "config.json is missing" in line
-    assert len(error("--model", str(tmp_path), "--data", "none")) == 2
-    (line,) = error("--recipe.max_tokens", "2000000000", dry=False)
+    assert len(error("--model", str(tmp_path), "--data", "gone.jsonl")) == 2
+    long = ("--recipe.max_tokens", "2000000000", "--rollout.max_len", "None")
+    (line,) = error(*long, dry=False)
     assert "memory: a rank needs" in line and "8 GPUs of 80 GB" in line
     with pytest.raises(SystemExit, match="--sp 3 does not divide the 1 rank.*--nproc_per_node 3"):
         train.main([*argv, "--sp", "3"])
@@ -354,8 +355,8 @@ def test_a_run_that_cannot_start_keeps_the_logs_of_the_last_one(models, rows, tm
     argv = options("text", models, rows, tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text("kept")
-    for more in (["--data", "none.jsonl"], ["--sp", "3"], ["--cache_dir", "/proc/x"]):
-        with pytest.raises(SystemExit, match=f"(?s)error: .*({more[0]}|none.jsonl)"):
+    for more in (["--data", "gone.jsonl"], ["--sp", "3"], ["--cache_dir", "/proc/x"]):
+        with pytest.raises(SystemExit, match=f"(?s)error: .*({more[0]}|gone.jsonl)"):
             train.main([*argv, *more])
     assert (tmp_path / "run/metrics.jsonl").read_text() == "kept"
 

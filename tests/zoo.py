@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from families.qwen import Omni, Qwen3VL, QwenVL
 from families.text import Text
 from families.vila import VILA
+from kit.decode import Loader
 from model import Media, MultiModal
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -159,6 +160,7 @@ def build(family: str, tie=True, seed=0, image_size=64) -> MultiModal:
         kind = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[family]
         config = getattr(transformers, f"{kind}Config")(**decoder(tok, tie_word_embeddings=tie))
         model = Text(getattr(transformers, f"{kind}ForCausalLM")(config), tok)
+    model.loader = Loader()  # which hears
     # Omni's own least size of a video frame is 128 tokens.
     model.recipe = replace(RECIPE, max_pixels=84 * 112) if family == "omni" else RECIPE
     return model
