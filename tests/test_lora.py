@@ -16,17 +16,20 @@ import sft
 import train
 from families import load
 from families.vila import VILA
-from grpo import GRPOConfig
+from grpo import Config
+from kit.actors import Actors
+from kit.method import Method
+from kit.presets import RunConfig, Settings
+from kit.run import Ranks, Run
 from model import ModelError
 from rollout import TorchEngine
 from sft import SFTConfig
-from train import Run, RunConfig
 
 SFT = SFTConfig(
     steps=3, groups=3, texts=3, train="llm", micro_batches=2, lr=1e-2, warmup=0.0, lora_rank=4,
     lora_alpha=8.0,
 )  # fmt: skip
-GRPO = GRPOConfig(
+GRPO = Config(
     steps=3, prompts=4, update_prompts=2, micro_prompts=1, group=4, top_p=1.0, lr=1e-2,
     kl_coef=0.1, lora_rank=4, lora_alpha=8.0,
 )  # fmt: skip
@@ -74,7 +77,7 @@ def is_linear(name: str) -> bool:
 
 
 def run_in(folder) -> Run:
-    return Run(RunConfig(output_dir=str(folder), rollout="torch"))
+    return Run(Settings(run=RunConfig(output_dir=str(folder))), Ranks())
 
 
 def metrics_of(folder) -> list[dict]:
@@ -177,7 +180,7 @@ def test_grpo_with_adapters_samples_from_them_and_keeps_a_plain_reference(
 
     run.write = check
     rows = data.load_rows(str(toy / "rl.jsonl"))[:8]
-    train.train_grpo(run, model, reference, engine, GRPO, rows)
+    train.train_grpo(run, Actors(model, reference, engine, None, Method(), GRPO), rows)
     check_merged(model, start, fresh)
     metrics = metrics_of(tmp_path)
     assert all(m["mismatch_max"] < 1e-4 and m["grad_norm"] > 1e-3 for m in metrics)
@@ -211,7 +214,7 @@ def _train(rank, world, folder, out, dtype, sp=1, fsdp=False):
     log = lambda step, m: run.write("metrics.jsonl", {"step": -1} | m)  # noqa: E731
     sft.train(model, data.load_rows(f"{folder}/sft.jsonl"), SFT, log=log)
     rows = data.load_rows(f"{folder}/rl.jsonl")[:8]
-    train.train_grpo(run, model, reference, engine, GRPO, rows)
+    train.train_grpo(run, Actors(model, reference, engine, None, Method(), GRPO), rows)
     assert all(isinstance(p, DTensor) == fsdp for p in model.llm.parameters())
     for name, value in copy_of(model.state_dict().items()).items():
         assert torch.equal(value, start[name]) != is_linear(name), name
@@ -261,14 +264,14 @@ def test_adapters_learn_under_sharded_layers_in_bfloat16(toy):
 
 
 @pytest.mark.parametrize("options, message", [
-    ("--sft_lora_rank 4 --sft_train all", "options of sft: lora_rank needs train llm"),
-    ("--sft_lora_rank 4 --sft_optimizer muon", "options of sft: lora_rank needs .*adamw"),
-    ("--sft_lora_rank -1", "options of sft: need lora_rank >= 0"),
-    ("--grpo_lora_alpha 0", "options of grpo: need lora_rank >= 0 and lora_alpha > 0"),
+    ("--sft.lora_rank 4 --sft.train all", ".*sft: lora_rank needs train llm"),
+    ("--sft.lora_rank 4 --sft.train llm --sft.optimizer muon", ".*lora_rank needs .*adamw"),
+    ("--sft.lora_rank -1", ".*lora_rank must be at least 0, not -1"),
+    ("--grpo.lora_alpha 0", ".*lora_alpha must be above 0"),
 ])  # fmt: skip
 def test_impossible_options_are_errors(options, message):
     with pytest.raises(SystemExit, match=f"error: {message}"):
-        train.main(options.split())
+        train.main(["--preset", "toy", *options.split()])
 
 
 def test_without_peft_the_error_says_what_to_install(model, monkeypatch):

@@ -20,6 +20,8 @@ import grpo
 import mrsp
 import sft
 import train
+from kit.actors import Actors
+from kit.method import Method
 from model import ModelError
 from rollout import RolloutConfig, make_engine
 
@@ -41,7 +43,7 @@ for family in ("vila", "vila 3x3 tsp", "qwen2.5-vl", "qwen3-vl"):
 TAKES["omni"] = list(MODALITIES)
 COLUMNS = ("SFT", "GRPO", "SP 2", "torch", "vLLM")
 ENGINES = ["torch"] + ["vllm"] * (importlib.util.find_spec("vllm") is not None)
-CONFIG = grpo.GRPOConfig(prompts=2, update_prompts=2, micro_prompts=1, group=3, lr=1e-3, top_p=1.0)
+CONFIG = grpo.Config(prompts=2, update_prompts=2, micro_prompts=1, group=3, lr=1e-3, top_p=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +102,8 @@ def _steps(rank, family, folder, world, engines):
             rows, steps = rows_of(folder, modality), []
             engine.sync(model)
             for step in range(2):
-                metrics, _ = train.grpo_step(
-                    model, reference, engine, optimizer, rows, step, CONFIG
-                )
+                actors = Actors(model, reference, engine, optimizer, Method(), CONFIG)
+                metrics, _ = train.grpo_step(actors, rows, step)
                 steps.append(metrics)
             changed = [k for k, v in model.state_dict().items() if not torch.equal(v, start[k])]
             found[modality] = [*steps, changed]
