@@ -1,59 +1,58 @@
-"""Data: rows of LongVideo-Reason, and the frames and sound of their media.
+"""Data: rows of LongVideo-Reason, and the frames of their media.
 
-The data set (section 3 of the paper) is read as published, LongVideo-Reason/longvideo-reason@test
-from the hub or its downloaded folder@test, .parquet and .jsonl files. A row is one question:
+    rows.jsonl,      load_rows                  load_media
+    rows.parquet,    ---------> list[Example]   ---------> frames (F, H, W, 3) uint8
+    DATA_SET@SPLIT   parse_row  with Media      Frames     times (F,) seconds
 
-    problem_id     unique name of the question, a text or a number
-    problem        question, then its options one a line: "Which ...?\\nA. red\\nB. blue"
-    data_type      "video" (or "image", "audio", "text")
-    problem_type   category: temporal, goal, plot, spatial
-    reasoning      the chain of thought that SFT learns from; without SFT "" or null will do
-    videos         path of the media file, within a video directory; "" for text
-    answer         "<answer>B</answer>"
+The data set (section 3 of the paper) is read as published: LongVideo-Reason/longvideo-reason@test
+of the hub or of its downloaded folder, .parquet and .jsonl files. A row is one question; FIELDS
+says what it holds. In a prompt its media stand in the order videos, images, audios. How sound is
+decoded, for the families that hear: kit/sound.py.
 
-and, as our additions, optional or null: response (a verbatim SFT target, not reasoning + answer);
-of `videos`: a list of paths, all of the kind data_type, num_frames (instead of the run's setting),
-segment ([start, end] in seconds) and audio_track (true: a video's sound is heard as well); and
-`images` and `audios`, lists of paths that come along. Order in the prompt: videos, images, audios.
-Other fields are not read.
-
-                   load_rows                 load_media
-    rows.jsonl,    ---------> list[Example] ----------> frames (F, H, W, 3) uint8, times (F,) s
-    rows.parquet,  checks     with their     decord / PIL
-    ID@SPLIT       all fields Media          load_audio
-                                            ----------> sound (S,) float32, 16,000 samples a second
-                                             PyAV
-
-F frames, H x W pixels, S samples. Which frames: so many, by VILA's rule linspace(0, N - 1, F),
-truncated; or a Rate, frames a second. Times are those of the file, also where its rate varies.
-A run decodes in child processes, which may hang or crash: kit/decode.py.
+F frames of H x W pixels, of N in the file. Which ones: by VILA's rule, linspace(0, N - 1, F)
+truncated, or so many a second (Rate). Times are those of the file, also where its rate varies.
+Frames decode when they are sliced, so ranks that share a video decode a part each; in this
+process, with decord, PyAV and PIL. A decoder may hang or crash: kit/decode.py gives the same frames
+from child processes.
 
 What other systems do: a video that does not decode is replaced by another one under the same
-question, or dropped. Here bad input is a DataError that names the row or the file, and the caller
-decides (--on_bad_video); nothing is replaced. Nor does a row reach files outside the video
+question, or dropped. Here bad input is a DataError that names the row or the file and says what to
+do, and the caller decides; nothing is replaced. Nor does a row reach files outside the video
 directory.
 
-Check this file alone:  pytest tests/test_data.py
+Check this file alone:  pytest data.py tests/test_data.py
 """
 
 import functools
 import json
 import os
 import re
-import string
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_uppercase
+from types import NoneType
 from typing import NamedTuple
 
 import numpy as np
 
-FIELDS = ("problem_id", "problem", "data_type", "problem_type", "reasoning", "videos", "answer")
-OPTIONAL = ("response", "num_frames", "segment", "audio_track", "images", "audios")
-ALSO = {"problem_id": int, "reasoning": type(None), "videos": list}  # what may stand for a text
 TYPES = ("video", "image", "audio", "text")
-
-
+FIELDS = {  # of a row: their types, and what they must be; one with NoneType may be left out
+    "problem_id": ((str, int), "the unique name of a question"),
+    "problem": ((str,), "a question, then its options one a line: 'Which?\\nA. red\\nB. blue'"),
+    "data_type": ((str,), f"one of {', '.join(TYPES)}"),
+    "problem_type": ((str,), "a category: temporal, goal, plot, spatial"),
+    "reasoning": ((str, NoneType), "the chain of thought that SFT learns from"),
+    "videos": ((str, list), "paths of media files of that data_type, '' for text"),
+    "answer": ((str,), "<answer>...</answer> around the letter of an option, or a free text"),
+    # Our additions. Fields that are not in this table are not read.
+    "response": ((str, NoneType), "a text that SFT learns, instead of reasoning and answer"),
+    "num_frames": ((int, NoneType), "a number of frames of `videos`, instead of the run's setting"),
+    "segment": ((list, NoneType), "[start, end] in seconds, of `videos`"),
+    "audio_track": ((bool, NoneType), "true or false: whether a video's sound is heard as well"),
+    "images": ((list, NoneType), "paths of media files that come along"),
+    "audios": ((list, NoneType), "paths of media files that come along"),
+}
 MAX_PIXELS = 2**26  # of a frame: two of 8K; a file that claims more is broken, or means harm
 
 
@@ -61,7 +60,9 @@ class DataError(ValueError):
     """Bad input: the message names the file or row and the field, and says what is wrong. question:
     the id of the one whose media failed, if it is one."""
 
-    question = ""
+    def __init__(self, message: str, question: str = ""):
+        super().__init__(message)
+        self.question = question
 
 
 class Rate(NamedTuple):
@@ -99,90 +100,112 @@ class Example:
 # ---------------------------------------------------------------------------------------- rows
 
 
+def wrong(row: dict, field: str) -> DataError:
+    """The error of a field that is not what it must be."""
+    found = f"is {row[field]!r}, not" if field in row else "is missing:"
+    return DataError(f"field {field!r} {found} {FIELDS[field][1]}")
+
+
 def parse_options(problem: str) -> tuple[str, ...]:
     """The texts of the option lines of a problem, in the order A, B, C ...
 
-    >>> parse_options("Which?\\nA. red\\nB. blue sky")
+    >>> parse_options("Which?\\nA. red\\n(B) blue sky")
     ('red', 'blue sky')
     """
     lines = problem.split("\n")[1:]  # splitlines() would cut a text at characters like U+2028
-    found = [re.match(r"\s*\(?([A-Z])[.):]\s+(.*\S)", line) for line in lines]
-    found = [match.groups() for match in found if match]
-    letters = "".join(letter for letter, _ in found)
-    if letters != string.ascii_uppercase[: len(letters)]:
-        raise DataError(f"option letters {list(letters)} are not A, B, C ...")
-    return tuple(text for _, text in found)
+    matches = [re.match(r"\s*\(?([A-Z])[.):]\s+(.*\S)", line) for line in lines]
+    options = [match for match in matches if match]
+    letters = "".join(match[1] for match in options)
+    if not ascii_uppercase.startswith(letters):
+        raise DataError(f"field 'problem': option letters {list(letters)} are not A, B, C ...")
+    return tuple(match[2] for match in options)
 
 
-def parse_media(row: dict, video_dir: str, name: str) -> tuple[Medium, ...]:
-    """The media of a row, in the order of the prompt. name: what errors call the row."""
-    fields = ("data_type", "num_frames", "segment", "audio_track")
-    kind, frames, segment, track = map(row.get, fields)
-    if frames is not None and (type(frames) is not int or frames < 1):
-        raise DataError(f"{name}: field 'num_frames' is {frames!r}, not a number of frames")
+def paths_of(row: dict, field: str, video_dir: str) -> list[str]:
+    """The media files that a field names, absolute. By the text of their paths they are within the
+    video directory; a link in there may lead to another disk.
+
+    >>> paths_of({"data_type": "video", "videos": "a/../v.mp4"}, "videos", "/media")
+    ['/media/v.mp4']
+    """
+    paths = row.get(field) or []
+    paths = [paths] if isinstance(paths, str) else paths
+    if row["data_type"] == "text" and paths:
+        raise DataError(f"field {field!r} must be empty for data_type text")
+    missing = field == "videos" and row["data_type"] != "text" and not paths
+    if missing or not all(isinstance(path, str) and path for path in paths):
+        raise wrong(row, field)
+    inside = [os.path.relpath(os.path.join(video_dir, path), video_dir) for path in paths]
+    for path, place in zip(paths, inside):
+        if place.split(os.sep)[0] == os.pardir:
+            raise DataError(
+                f"field {field!r}: {path!r} is not within the video directory {video_dir or '.'}; "
+                "give one that holds all media"
+            )
+    return [str(Path(video_dir, place).absolute()) for place in inside]
+
+
+def parse_media(row: dict, video_dir: str) -> tuple[Medium, ...]:
+    """The media of a row, in the order of the prompt."""
+    kind = row["data_type"]
+    frames = row.get("num_frames")
+    segment = row.get("segment")
+    if frames is not None and frames < 1:
+        raise wrong(row, "num_frames")
     if segment is not None:
-        numbers = isinstance(segment, list) and all(type(x) in (int, float) for x in segment)
-        if not (numbers and len(segment) == 2 and 0 <= segment[0] < segment[1] < float("inf")):
-            raise DataError(f"{name}: field 'segment' is {segment!r}, not [start, end] in seconds")
-    if not isinstance(track, bool | None):
-        raise DataError(f"{name}: field 'audio_track' is {track!r}, not true or false")
-    for field in fields[1:]:
+        numbers = [x for x in segment if type(x) in (int, float)]
+        if not (len(segment) == len(numbers) == 2 and 0 <= segment[0] < segment[1] < float("inf")):
+            raise wrong(row, "segment")
+        segment = tuple(segment)
+    for field in ("num_frames", "segment", "audio_track"):
         if row.get(field) and kind != "video" and (field, kind) != ("segment", "audio"):
-            raise DataError(f"{name}: field {field!r} does not go with data_type {kind}")
-    how = (frames, tuple(segment) if segment else None, bool(track))
-    media = []
-    for field, of in (("videos", kind), ("images", "image"), ("audios", "audio")):
-        paths = row.get(field)
-        paths = None if paths == [] and field != "videos" else paths
-        if kind == "text" and paths != ("" if field == "videos" else None):
-            raise DataError(f"{name}: field {field!r} must be empty for data_type text")
-        if kind == "text" or paths is None:
-            continue
-        if field == "videos" and isinstance(paths, str):
-            paths = [paths]
-        if not (isinstance(paths, list) and paths and all(isinstance(p, str) and p for p in paths)):
-            raise DataError(f"{name}: field {field!r} is {row[field]!r}, not paths of media files")
-        for path in paths:
-            # Only the text of the path counts: a link within the folder may lead to another disk.
-            inside = os.path.relpath(os.path.join(video_dir, path), video_dir)
-            if inside.split(os.sep)[0] == os.pardir:
-                raise DataError(
-                    f"{name}: field {field!r}: {path!r} is not within the video directory "
-                    f"{video_dir or '.'}; give one that holds all media"
-                )
-            path = str(Path(video_dir, inside).absolute())
-            media.append(Medium(of, path, *(how if field == "videos" else ())))
+            raise DataError(f"field {field!r} does not go with data_type {kind}")
+    videos = paths_of(row, "videos", video_dir)
+    track = bool(row.get("audio_track"))
+    media = [Medium(kind, path, frames, segment, track) for path in videos]
+    media += [Medium("image", path) for path in paths_of(row, "images", video_dir)]
+    media += [Medium("audio", path) for path in paths_of(row, "audios", video_dir)]
     return tuple(media)
+
+
+def parse_answer(row: dict, options: tuple[str, ...]) -> str:
+    """What stands in the one <answer> span of a row: the letter of an option, or free text.
+
+    >>> parse_answer({"answer": "<answer> B </answer>"}, ("red", "blue"))
+    'B'
+    """
+    inside = r"(?:(?!</?answer>).)+"  # characters, at none of which another tag begins
+    span = re.fullmatch(rf"\s*<answer>({inside})</answer>\s*", row["answer"], re.DOTALL)
+    if span is None or not span[1].strip():
+        raise wrong(row, "answer")
+    answer = span[1].strip()
+    if options and answer not in list(ascii_uppercase[: len(options)]):
+        raise DataError(f"answer {answer!r} is no letter of its {len(options)} options")
+    return answer
 
 
 def parse_row(row: dict, video_dir: str, where: str = "row") -> Example:
     """One JSON object to an Example, or a DataError that names the row and the field."""
-    name = f"{where} (problem_id {row.get('problem_id', '?')!r})"
-    for field in FIELDS:
-        if field not in row or type(row[field]) not in (str, ALSO.get(field)):
-            raise DataError(f"{name}: field {field!r} is missing or of a wrong type")
-    if row["data_type"] not in TYPES:
-        raise DataError(f"{name}: data_type {row['data_type']!r} is not one of {', '.join(TYPES)}")
-    media, response = parse_media(row, video_dir, name), row.get("response")
-    if response is not None and not (isinstance(response, str) and response.strip()):
-        raise DataError(f"{name}: field 'response' is {response!r}, not a text")
     try:
+        for field, (types, _) in FIELDS.items():
+            if type(row.get(field)) not in types:
+                raise wrong(row, field)
+        if row["data_type"] not in TYPES:
+            raise wrong(row, "data_type")
+        media = parse_media(row, video_dir)
         options = parse_options(row["problem"])
+        response = row.get("response")
+        if response is not None and not response.strip():
+            raise wrong(row, "response")
+        needed = row["answer"] or response is None  # a verbatim response does without one
+        answer = parse_answer(row, options) if needed else ""
     except DataError as error:
-        raise DataError(f"{name}: field 'problem': {error}") from None
-    answer = row["answer"]
-    if answer or response is None:  # rows with a verbatim response need no gold answer
-        span = re.fullmatch(r"\s*<answer>((?:(?!</?answer>).)+)</answer>\s*", answer, re.DOTALL)
-        if span is None or not span.group(1).strip():
-            raise DataError(f"{name}: field 'answer' is {answer!r}, not <answer>...</answer>")
-        answer = span.group(1).strip()
-        if options and answer not in list(string.ascii_uppercase[: len(options)]):
-            raise DataError(f"{name}: answer {answer!r} is no letter of its {len(options)} options")
+        raise DataError(f"{where} (problem_id {row.get('problem_id', '?')!r}): {error}") from None
     if response is None:
-        think = (row["reasoning"] or "").strip()
-        if think and "<think>" not in think:
-            think = f"<think> {think} </think>"
-        response = f"{think} <answer> {answer} </answer>" if think else ""
+        thought = (row.get("reasoning") or "").strip()
+        if thought and "<think>" not in thought:
+            thought = f"<think> {thought} </think>"
+        response = f"{thought} <answer> {answer} </answer>" if thought else ""
     return Example(
         id=str(row["problem_id"]),
         problem=row["problem"],
@@ -200,9 +223,21 @@ def stand_in(where: str) -> Example:
     return Example(where, "", (), "", "malformed row", (), "", "")
 
 
+def parse_line(line: bytes, where: str) -> dict | DataError:
+    """A line of a .jsonl file as a JSON object, or what is wrong with it."""
+    try:
+        row = json.loads(line.decode())
+        json.dumps(row, ensure_ascii=False).encode()  # "\\ud800" is half a character: no text
+    except UnicodeError:
+        return DataError(f"{where}: not UTF-8 text")
+    except (ValueError, RecursionError) as error:  # not only JSONDecodeError: huge numbers
+        return DataError(f"{where}: not JSON ({error})")
+    return row if isinstance(row, dict) else DataError(f"{where}: not a JSON object")
+
+
 def read_rows(path: str):
     """Yields (where, row) for each row of a source that load_rows takes. where: what errors call
-    the row. row: a dict, or for a .jsonl file still its line, in bytes."""
+    the row. row: a dict, or the DataError that a line of a .jsonl file is instead."""
     source, _, split = path.rpartition("@")
     is_file = os.path.isfile(path)
     if not is_file and (not source or path.endswith((".jsonl", ".parquet"))):
@@ -212,7 +247,7 @@ def read_rows(path: str):
             with open(path, "rb") as file:
                 for number, line in enumerate(file, 1):
                     if line.strip():
-                        yield f"{path}:{number}", line
+                        yield f"{path}:{number}", parse_line(line, f"{path}:{number}")
             return
         if is_file:
             from pyarrow.parquet import ParquetFile
@@ -222,29 +257,15 @@ def read_rows(path: str):
             from datasets import load_dataset
 
             table = load_dataset(source, split=split).with_format("arrow")[:]
-        known = [name for name in table.column_names if name in FIELDS + OPTIONAL]
+        known = [name for name in table.column_names if name in FIELDS]
         for number, row in enumerate(table.select(known).to_pylist(), 1):
             yield f"{path}: row {number}", row
     except ImportError as error:
         raise DataError(f"{path}: {error}; pip install datasets") from None
     except Exception as error:  # file system, Arrow and hub each have their own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
         hint = "download it again" if is_file else "download the data set and give FOLDER@SPLIT"
         raise DataError(f"{path}: cannot be read ({reason}); check its name, or {hint}") from None
-
-
-def parse_line(line: bytes, where: str) -> dict:
-    """A line of a .jsonl file as a JSON object, or a DataError."""
-    try:
-        row = json.loads(line.decode())
-        json.dumps(row, ensure_ascii=False).encode()  # "\\ud800" is half a character: no text
-    except UnicodeError:
-        raise DataError(f"{where}: not UTF-8 text") from None
-    except (ValueError, RecursionError) as error:  # not only JSONDecodeError: huge numbers
-        raise DataError(f"{where}: not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: not a JSON object")
-    return row
 
 
 def load_rows(path: str, video_dir: str | None = None, bad: list | None = None) -> list[Example]:
@@ -255,28 +276,28 @@ def load_rows(path: str, video_dir: str | None = None, bad: list | None = None) 
     a line that is not a JSON object, a field that is missing or wrong, an id that occurs twice. If
     `bad` is a list, such rows are left out and appended to it as (where, message).
     """
-    source = path.rpartition("@")[0]
-    folder = os.path.dirname(path) if os.path.isfile(path) else source * os.path.isdir(source)
-    examples, faults, seen = [], [], set()
+    folder = os.path.dirname(path) if os.path.isfile(path) else path.rpartition("@")[0]
+    video_dir = video_dir or (folder if os.path.isdir(folder) else "")
+    examples = {}  # by id
+    faults = []
     for where, row in read_rows(path):
         try:
-            row = parse_line(row, where) if isinstance(row, bytes) else row
-            example = parse_row(row, video_dir or folder, where)
-            if example.id in seen:
+            if isinstance(row, DataError):
+                raise row
+            example = parse_row(row, video_dir, where)
+            if example.id in examples:
                 raise DataError(f"{where}: problem_id {example.id!r} occurs twice")
+            examples[example.id] = example
         except DataError as error:
             if bad is None:
                 raise
             faults.append((where, str(error)))
-            continue
-        seen.add(example.id)
-        examples.append(example)
     if not examples:
         why = f"no row is good, the first: {faults[0][1]}" if faults else "it has no rows"
         raise DataError(f"{path}: {why}")
     if faults:
         bad += faults
-    return examples
+    return list(examples.values())
 
 
 # --------------------------------------------------------------------------------------- media
@@ -296,11 +317,13 @@ def frame_indices(total: int, n: int, first: int = 0, last: int | None = None) -
 
 
 def choose_frames(times: np.ndarray, how: int | Rate, first: int, last: int) -> np.ndarray:
-    """Indices of the frames to take between first and last of a video with these times: a number of
-    them by VILA's rule, a Rate by time, as many as it gives, from the first to the last.
+    """Indices of the frames to take between first and last of a video with these times (N,). A
+    number is spread evenly by index (VILA's rule), a Rate by time: here 0.0, 0.6, 1.2 and 1.8 s,
+    and of each the frame that is shown then.
 
-    >>> choose_frames(np.arange(100) / 10, Rate(0.5), 0, 99), choose_frames(np.arange(9), 3, 2, 6)
-    (array([ 0, 24, 49, 74, 99]), array([2, 4, 6]))
+    >>> times = np.array([0, 0.1, 0.2, 1.0, 1.8])
+    >>> choose_frames(times, 4, 0, 4), choose_frames(times, Rate(2), 0, 4)
+    (array([0, 1, 2, 4]), array([0, 2, 3, 4]))
     """
     if not isinstance(how, Rate):
         return frame_indices(len(times), how, first, last)
@@ -309,7 +332,8 @@ def choose_frames(times: np.ndarray, how: int | Rate, first: int, last: int) -> 
     seconds = length * (last - first + 1) / max(last - first, 1)  # the last frame's own included
     n = min(max(round(seconds * how.fps), 1), most)
     wanted = times[first] + np.linspace(0, length, n)
-    return np.unique(np.searchsorted(times, wanted + 1e-6, "right") - 1)  # shown at that time
+    behind = np.searchsorted(times, wanted + 1e-6, "right")  # the next frame
+    return np.unique(behind - 1)
 
 
 @contextmanager
@@ -324,40 +348,27 @@ def named_errors(medium: Medium, kind: str, name: str):
             raise DataError(f"{medium.path}: the file is empty{where}; download it again")
         yield
     except Exception as error:  # the decoders raise their own types; keep one line of theirs
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        if not reason.startswith(medium.path):  # else a worker has said it all
+        reason = (str(error).strip() or type(error).__name__).split("\n")[-1]
+        if not reason.startswith(medium.path):  # else it is named already
             reason = f"{medium.path}: does not decode as {kind}{where}: {reason[:200]}"
-        failed = DataError(reason)
-        failed.question = name
-        raise failed from None
-
-
-def load_media(medium: Medium, num_frames: int | Rate, name: str = ""):
-    """The frames of a video or image: (F, H, W, 3) uint8 and their times in seconds (F,) float64.
-
-    An image is one frame at time 0. The medium's own num_frames and segment win over `num_frames`.
-    Raises DataError, naming the file and the question `name`, if it is missing, empty or does not
-    decode.
-    """
-    frames = Frames(medium, num_frames, name)
-    return frames[:], frames.times
+        raise DataError(reason, question=name) from None
 
 
 class Frames:
     """The frames of a video or image, decoded when they are asked for: frames[a:z] is
-    (z - a, H, W, 3) uint8. So ranks that encode a video together decode only their own share.
-    times (F,) seconds from the first frame of the file. worker: the process that decodes; default:
-    this one. Errors as load_media's."""
+    (z - a, H, W, 3) uint8. times (F,) float64: seconds from the first frame of the file. An image
+    is one frame at time 0. The medium's own num_frames and segment win over `num_frames`.
 
-    def __init__(self, medium: Medium, num_frames: int | Rate, name: str = "", worker=None):
-        self.medium, self.name, self.read, self.times = medium, name, None, np.zeros(1)
-        self.worker, self.asked = worker, None
-        if worker is not None:
-            reply = worker.ask("open", medium, num_frames, name)
-            self.times, self.shape = self._result(reply)
-        elif medium.kind == "video":
+    Raises DataError, naming the file and the question `name`, if it is missing, empty or does not
+    decode."""
+
+    def __init__(self, medium: Medium, num_frames: int | Rate, name: str = ""):
+        self.medium = medium
+        self.name = name
+        self.times = np.zeros(1)
+        if medium.kind == "video":
+            how = medium.num_frames or num_frames
             with named_errors(medium, "video", name):
-                how = medium.num_frames or num_frames
                 self.read, self.indices, self.times = open_video(medium.path, how, medium.segment)
 
     def __len__(self) -> int:
@@ -368,41 +379,29 @@ class Frames:
         """(F, H, W, 3), from the first frame."""
         return len(self), *self[:1].shape[1:]
 
-    def ask(self, part: slice) -> None:
-        """frames[part] is what will be wanted next: a worker begins with it."""
-        if self.worker is not None:
-            self.asked, self.reply = part, self.worker.ask("read", part)
-
-    def pieces(self, parts: list[slice]):
-        """frames[part] of one part after the other; a worker decodes the next one meanwhile."""
-        for part, then in zip(parts, [*parts[1:], None]):
-            pixels = self[part]
-            if then:
-                self.ask(then)
-            yield pixels
-
     def __getitem__(self, part: slice) -> np.ndarray:
-        if self.worker is not None:
-            if self.asked != part:  # something else, or nothing, was asked for
-                self.ask(part)
-            self.asked = None
-            return self._result(self.reply)
         with named_errors(self.medium, self.medium.kind, self.name):
-            if self.read is not None:
+            if self.medium.kind == "video":
                 return self.read(self.indices[part])
             from PIL import Image
 
             with Image.open(self.medium.path) as image:
                 return np.array(image.convert("RGB"))[None][part]
 
-    def _result(self, reply):
-        with named_errors(self.medium, self.medium.kind, self.name):
-            return reply.result()
+    def pieces(self, parts: list[slice]):
+        """frames[part] of one part after the other."""
+        return map(self.__getitem__, parts)
+
+
+def load_media(medium: Medium, num_frames: int | Rate, name: str = ""):
+    """All Frames of a medium at once, (F, H, W, 3) uint8, and their times (F,)."""
+    frames = Frames(medium, num_frames, name)
+    return frames[:], frames.times
 
 
 class Opener:
-    """Opens media in this process. A run has kit/decode.Loader in its place, with the same methods:
-    that one decodes in child processes, ahead of the model."""
+    """Opens media in this process. A run has kit/decode.Loader in its place: that one decodes in
+    child processes, ahead of the model, and it hears."""
 
     @contextmanager
     def open(self, medium: Medium, num_frames: int | Rate, name: str = ""):
@@ -410,8 +409,8 @@ class Opener:
         yield Frames(medium, num_frames, name)
 
     def sound(self, medium: Medium, rate: int = 16000, name: str = "") -> np.ndarray:
-        """load_audio."""
-        return load_audio(medium, rate, name)
+        """Of audio and tracks: Loader's alone."""
+        raise DataError(f"{medium.path}: to hear it set model.loader = kit.decode.Loader()", name)
 
     def ahead(self, plan) -> None:
         """What will be opened next; here nothing is done beforehand."""
@@ -421,14 +420,15 @@ class Opener:
 
 
 def open_video(path: str, how: int | Rate, segment=None):
-    """(function from indices to frames, the indices to take, their times in seconds); segment =
-    (start, end) seconds."""
+    """(function from indices (n,) to frames (n, H, W, 3), the indices to take (F,), their times
+    (F,) in seconds); segment = (start, end) seconds."""
     import decord
 
     declared, seconds, turned = read_header(path)
     # One thread: decord's own pool fights with the ranks, and threads of it have hung in the field.
     reader = decord.VideoReader(path, num_threads=1)
-    total, fps = len(reader), float(reader.get_avg_fps())
+    total = len(reader)
+    fps = float(reader.get_avg_fps())
     stamps = reader.get_frame_timestamp(np.arange(total)).astype(float)  # (N, 2) start, end
     # A download that was cut off decodes as a shorter video, and nothing says so. Times are the
     # weaker witness (sound may be longer): for files that count no frames.
@@ -438,11 +438,14 @@ def open_video(path: str, how: int | Rate, segment=None):
     times = np.arange(total) / fps  # exact, where the rate is constant ...
     if np.abs(stamps[:, 0] - stamps[0, 0] - times).max() > 0.5 / fps:  # ... and it is not
         times = stamps[:, 0] - stamps[0, 0]
-    first, last = 0, total - 1
+    first, stop = 0, total
     if segment is not None:  # frames whose time lies in [start, end)
-        first, last = np.searchsorted(times, np.array(segment) - 1e-6) - (0, 1)
-    indices = choose_frames(times, how, int(first), int(last))
-    read = lambda at: reader.get_batch(at).asnumpy()  # noqa: E731
+        first, stop = np.searchsorted(times, np.array(segment) - 1e-6).tolist()
+    indices = choose_frames(times, how, first, stop - 1)
+
+    def read(at: np.ndarray) -> np.ndarray:
+        return reader.get_batch(at).asnumpy()
+
     return Turned(path, turned // 90).read if turned % 180 else read, indices, times[indices]
 
 
@@ -451,26 +454,27 @@ class Turned:
     frames of it. They are decoded one after the other, going on behind the last one read."""
 
     def __init__(self, path: str, quarters: int):
-        self.path, self.quarters, self.at = path, quarters, None
+        self.path = path
+        self.quarters = quarters
+        self.at = np.inf  # index of the last frame decoded; what is not behind it needs a new start
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         import av
 
-        if self.at is None or indices[0] <= self.at:
-            self.container = av.open(self.path)
-            self.frames, self.at = enumerate(self.container.decode(video=0)), -1
-        found = {}
+        if indices[0] <= self.at:
+            self.frames = enumerate(av.open(self.path).decode(video=0))
+            self.at = -1
+        found = []
         while self.at < indices[-1]:
             self.at, frame = next(self.frames)
             if self.at in indices:
-                found[self.at] = np.rot90(frame.to_ndarray(format="rgb24"), self.quarters)
-        return np.stack([found[i] for i in indices])
+                found.append(np.rot90(frame.to_ndarray(format="rgb24"), self.quarters))
+        return np.stack(found)
 
 
 def read_header(path: str) -> tuple[int, float, int]:
     """What a video's header tells: the number of frames (0: it does not), seconds, and by how many
-    degrees, counter-clockwise, frames are to be turned. DataError without video, or if it is
-    huge: before anything of it is decoded."""
+    degrees, counter-clockwise, to turn them. DataError without video, or if it is huge."""
     import av
 
     with av.open(path) as container:
@@ -478,73 +482,16 @@ def read_header(path: str) -> tuple[int, float, int]:
             raise DataError("the file has no video stream")
         stream = container.streams.video[0]
         height, width = stream.codec_context.height, stream.codec_context.width
-        if height * width > MAX_PIXELS:
+        if height * width > MAX_PIXELS:  # before anything is decoded
             raise DataError(f"frames of {width} x {height} pixels: more than {MAX_PIXELS:,}")
-        if stream.duration is not None:
-            length = float(stream.duration * stream.time_base)
-        else:  # Matroska: the time of its end
-            length = (container.duration or 0) / av.time_base - start_of(stream)
+        _, seconds = span_of(container, stream)
         frame = next(container.decode(stream), None)
-        return stream.frames, length, frame.rotation if frame else 0
+        return stream.frames, seconds, frame.rotation if frame else 0
 
 
-def load_audio(medium: Medium, rate: int = 16000, name: str = "") -> np.ndarray:
-    """The sound of an audio file, or of a video's audio track: (S,) float32 in [-1, 1], `rate`
-    samples a second, the mean of its channels. A segment's first sample is at its start.
-
-    Second 0 is that of the video, if the file has one: a track that starts later is padded with
-    silence, one that starts earlier is cut. Errors as load_media's; sound with gaps is one.
-    """
-    import av
-
-    with (
-        named_errors(medium, "audio", name),
-        av.open(medium.path, metadata_errors="replace") as container,  # old tags are not UTF-8
-    ):
-        if not container.streams.audio:
-            raise DataError("the file has no audio stream")
-        stream = container.streams.audio[0]
-        # Planar floats of all channels: libav's own way from floats to mono leaves [-1, 1].
-        resampler, parts, error = av.AudioResampler("fltp", rate=rate), [], None
-        mono = lambda f: [x.to_ndarray().mean(0) for x in resampler.resample(f) if x]  # noqa: E731
-        try:
-            for frame in container.decode(stream):
-                parts += mono(frame)
-        except av.InvalidDataError as wrong:  # at the end of an .mp3 this is a tag
-            error = wrong
-        parts += mono(None)  # what the resampler holds back
-        check_sound(medium.path, container, stream, sum(map(len, parts)) / rate, error)
-        zero = start_of((container.streams.video or [stream])[0])
-        late = round(rate * (start_of(stream) - zero))
-        sound = np.concatenate([np.zeros(max(late, 0), np.float32), *parts])[max(-late, 0) :]
-        if medium.segment is not None:
-            start, end = (int(np.ceil(x * rate - 1e-6)) for x in medium.segment)
-            sound = sound[start:end]
-        if len(sound) == 0:
-            raise DataError(f"there is no sound (segment: {medium.segment})")
-        return sound.clip(-1, 1)
-
-
-def start_of(stream) -> float:
-    """When a stream begins, in seconds."""
-    return float((stream.start_time or 0) * stream.time_base)
-
-
-def check_sound(path: str, container, stream, seconds: float, error: Exception | None) -> None:
-    """DataError if fewer seconds were decoded, until an error or the end, than the file's header
-    tells. An Ogg file, a raw .aac and an .mp3 without its encoder's tag tell nothing: cut off, they
-    are shorter sounds."""
-    stated = float((stream.duration or 0) * stream.time_base)
-    if container.format.name in ("aac", "mp3") and not stream.start_time:
-        stated = 0.0  # libav's guess from the bit rate, 4 times too long if that varies
-    elif stream.duration is None and len(container.streams) == 1:  # Matroska
-        stated = (container.duration or 0) / 1e6 - start_of(stream)
-    elif container.format.name == "wav":  # libav goes by the length of the file
-        with open(path, "rb") as file:
-            form, size = file.read(4), int.from_bytes(file.read(4), "little")
-        if form == b"RIFF" and size < 2**31 - 2**16:  # else written as a stream, without a length
-            stated *= size / os.path.getsize(path)
-    if error is not None and (not stated or seconds < stated - 0.1):
-        raise error
-    if seconds < 0.98 * stated - 0.1:
-        raise DataError(f"the sound is cut off or has gaps: {seconds:.1f} s of {stated:.1f} s")
+def span_of(container, stream) -> tuple[float, float]:
+    """(start, length) of a stream in seconds, by its file's header."""
+    start = float((stream.start_time or 0) * stream.time_base)
+    if stream.duration is None:  # Matroska: the time of its end
+        return start, (container.duration or 0) / 1e6 - start
+    return start, float(stream.duration * stream.time_base)

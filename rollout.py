@@ -4,41 +4,33 @@ Two engines behind one interface, in lock-step with the trainer: they get the sa
 embeddings that were computed once, and their log-probs are compared with the trainer's every step.
 
     generate(prompts, n, sampling, seeds) -> B lists of n Response
-    sync(policy)    take over new weights; what was cached with the old ones is dropped
-    sleep(), wake() give back and take memory, so that engine and trainer share a GPU
+    sync(policy)      take over new weights; what was cached with the old ones is dropped
+    sleep(), wake()   give back and take memory, so that engine and trainer share a GPU
 
-sample() deals prompts to the engines of the ranks that train one sequence together.
-
-VLLMEngine, for GPUs (and CPUs): vLLM runs the decoder alone; no pixel is encoded twice.
-
-    text       token ids
-    media      text ids -> the engine's own embedding table, features put at media_at
-               -> prompt_embeds (P, W): W = D, or deepstack's levels beside it, D * (1 + levels)
-    positions  of three rows (M-RoPE): those of the Prompt, never vLLM's idea of them
-    one request, n = G:   prefill P tokens once --> K/V blocks <-- r_1 .. r_G  (prefix caching)
-    weights:              policy --gathered tensor by tensor--> reload_weights, nothing on disk
-
-TorchEngine, plain PyTorch, needs nothing but the policy itself and is small enough to copy. The G
-answers of a prompt grow side by side behind ONE copy of its keys and values; rule (*) of mrsp.py
-says who sees whom, so no cache is ever copied G times:
+sample() deals prompts to the engines of the ranks that train a sequence together. VLLMEngine, for
+GPUs (and CPUs), has vLLM run the decoder. TorchEngine is plain PyTorch and small enough to copy.
+The G answers of a prompt grow side by side behind ONE copy of its keys and values; rule (*) of
+mrsp.py says who sees whom, so no cache is ever copied G times:
 
     cache of a row:   [ prompt, P keys | step 0: r_1 .. r_G | step 1: r_1 .. r_G | ... ]
     queries:            r_1 .. r_G   each sees the prompt and its own column
 
-    prefill (B, P) --> logits of the last prompt token --> G samples     (B, G)
-                                     decode (B, G) -> logits (B, G, V) -> next samples, until all
-                                     answers of all prompts have ended
+Copied alone it needs mrsp.py, and a script AttentionInterface.register("mrsp", mrsp_attention).
+TorchEngine wants a policy, a torch.nn.Module (such as model.MultiModal) that has
 
-It samples by inverse transform: ONE uniform number per token, drawn from a generator seeded per
-prompt, so that an answer depends on its prompt's seed and not on the batch, rank or order it was
-sampled in. vLLM draws other numbers from the same seeds: a run repeats with either engine, but the
-two engines sample different answers from the same distribution.
+    llm                  decoder of transformers, attention "mrsp"; its model, lm_head and config
+    policy.inputs(ids, media, media_at)   keywords of llm.model: inputs_embeds (B, L, D), or more
+    tokenizer, eos       decode(ids) -> text; id of the token that ends an answer, or -1
+    media_tokens         ids that are never sampled, or ()
+    media_width          W, width of the features of prompts
+    sharded              are the parameters sharded (FSDP2)? Then the engine needs a dtype
+    only with a dtype    decoder_weights(): (name, whole tensor) of all in llm.state_dict();
+                         tower, projector, cache, mesh: what the copy shares
+and prompts with ids (P,), positions (P,) or (3, P), media (N, W) or None, media_at (N,).
 
-Differences from common practice:
-    DEVIATION 1: the log-prob that is kept is that of the full softmax at the given temperature,
-        also under top-p and top-k (the trainer computes the same one, so that their ratio starts
-        at 1). vLLM would return it at temperature 1; we put the temperature into its logits.
-    DEVIATION 2: media tokens are never sampled: a policy could write itself a video.
+DEVIATION 1: the log-prob that is kept is that of the full softmax at the given temperature, also
+    under top-p and top-k (the trainer computes the same one, so that their ratio starts at 1).
+DEVIATION 2: media tokens are never sampled: a policy could write itself a video.
 
 Glossary: B prompts, G answers each, P longest prompt, N media features, D width, W width of media,
 V vocabulary, t decode step. Check this file alone:  pytest tests/test_rollout.py tests/test_vllm.py
@@ -65,7 +57,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
 
-from mrsp import Layout, Mesh, gather_dealt
+from mrsp import Layout, Mesh, gather_dealt, pad_prompts
 
 
 class RolloutError(RuntimeError):
@@ -85,9 +77,8 @@ class Sampling:
     def __post_init__(self):
         counts = self.max_tokens >= 1 and self.top_k >= 0
         if self.temperature < 0 or not 0 < self.top_p <= 1 or not counts:
-            raise ValueError(
-                f"need temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_tokens >= 1: {self}"
-            )
+            need = "temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_tokens >= 1"
+            raise ValueError(f"need {need}: {self}")
 
 
 @dataclass
@@ -127,18 +118,15 @@ def response(policy, ids: Tensor, logps: Tensor, finished: bool) -> Response:
     return Response(ids, logps, policy.tokenizer.decode(ids[:-1] if ended else ids), finished)
 
 
-def sample(
-    engine, prompts: list, seeds: list[int], n: int, sampling: Sampling, mesh: Mesh
-) -> list[list[Response]]:
+def sample(engine, prompts, seeds, n: int, sampling: Sampling, mesh: Mesh) -> list[list[Response]]:
     """n answers to each prompt of this rank's sequence, in order. All S ranks of a sequence call
     this with the same prompts and seeds, and get the same answers: rank r samples for prompts r,
     r + S, ... (with tensor parallelism the engine.tp ranks of an engine are dealt the same ones),
     then they exchange what they have. engine.prefilled counts what this rank's engine computed."""
-    engines = mesh.sp // engine.tp  # of this sequence
-    mine = slice(mesh.sp_rank // engine.tp, None, engines)
+    mine = slice(mesh.sp_rank // engine.tp, None, mesh.sp // engine.tp)
     engine.wake()
-    answers = engine.generate(prompts[mine], n, sampling, seeds[mine])
-    answers = gather_dealt(answers, len(prompts), mesh.sp_group, engine.tp)
+    own = engine.generate(prompts[mine], n, sampling, seeds[mine])
+    answers = gather_dealt(own, len(prompts), mesh.sp_group, engine.tp)
     engine.sleep()
     return answers
 
@@ -147,43 +135,35 @@ def sample(
 
 
 class TorchEngine:
-    """Samples with the policy's own weights; see the opening of this file."""
+    """Samples with the policy's own weights, see the opening. By inverse transform: ONE uniform
+    number a token, from a generator seeded for the prompt, so that an answer depends on its seed
+    and not on batch, rank or order. (vLLM draws other numbers: other answers, as likely.)"""
 
     tp = 1  # ranks that share an engine
 
     def __init__(self, policy, batch_prompts: int = 64, dtype=None):
         """dtype: sample from a copy of the decoder in this precision, made before the policy's
         parameters are sharded. None: from the policy's own weights."""
-        if dtype is not None:
-            shared = (policy.tower, policy.projector, policy.cache, policy.tokenizer, policy.mesh)
-            known = {id(part): part for part in shared}
-            # Not llm.to(dtype): RoPE's frequencies, a buffer, stay float32, as they do under FSDP.
-            for p in policy.llm.parameters():  # in this precision at once, never a second float32
-                known[id(p)] = torch.nn.Parameter(p.detach().to(dtype, copy=True))
-            policy = copy.deepcopy(policy, known)
-        self.policy, self.copied, self.batch_prompts = policy, dtype is not None, batch_prompts
+        self.policy = policy if dtype is None else with_own_decoder(policy, dtype)
+        self.copied = dtype is not None
+        self.batch_prompts = batch_prompts
         self.prefilled = 0  # prompt tokens computed so far
 
     @torch.no_grad()
     def sync(self, policy) -> None:
-        if not self.copied:
-            if policy.sharded:
-                raise ValueError(
-                    "give TorchEngine a dtype: sharded weights are sampled from a copy"
-                )
+        if self.copied:
+            own = self.policy.llm.state_dict()
+            for name, new in policy.decoder_weights():  # one by one: two full copies never exist
+                own[name].copy_(new)
+        elif policy.sharded:
+            raise ValueError("give TorchEngine a dtype: sharded weights are sampled from a copy")
+        else:
             self.policy = policy
-            return
-        own = self.policy.llm.state_dict()
-        for name, new in policy.decoder_weights():  # one by one: two full copies never exist
-            own[name].copy_(new)
 
-    def sleep(self) -> None:
-        pass  # nothing is held between calls
+    def sleep(self, *_) -> None:
+        """Nothing: no memory is held between calls, and nothing else limits a prompt."""
 
-    wake = close = sleep
-
-    def check_fits(self, prompt, sampling: Sampling, name: str = "") -> None:
-        pass  # there is no limit but memory
+    wake = close = check_fits = sleep
 
     @torch.inference_mode()
     def generate(self, prompts, n: int, sampling: Sampling, seeds=None) -> list[list[Response]]:
@@ -202,79 +182,66 @@ class TorchEngine:
             self.policy.train(was_training)
 
     def _generate(self, prompts, n, sampling, seeds):
-        policy, device = self.policy, next(self.policy.parameters()).device
-        b, end, total = len(prompts), policy.eos, max(len(p.ids) for p in prompts)
-        # Uniform numbers of all decode steps: (B, steps, G), one generator a prompt.
-        streams, size = [torch.Generator().manual_seed(s) for s in seeds], (sampling.max_tokens, n)
-        uniform = [torch.rand(size, generator=g, dtype=torch.float64) for g in streams]
-        uniform = torch.stack(uniform).to(device)
+        device = next(self.policy.parameters()).device
+        # Uniform numbers of all decode steps, (steps, G) of a prompt, by a generator of its own.
+        rows = []
+        for seed in seeds:
+            stream = torch.Generator().manual_seed(seed)
+            rows.append(torch.rand(sampling.max_tokens, n, generator=stream, dtype=torch.float64))
+        uniform = torch.stack(rows).to(device)  # (B, steps, G)
 
-        # Prefill: prompts right-padded to (B, P); padding has segment -1, which nobody sees.
-        ids = torch.zeros(b, total, dtype=torch.long, device=device)
-        segment = torch.full((b, total), -1, device=device)
-        positions = torch.zeros(*prompts[0].positions.shape[:-1], b, total, dtype=torch.long)
-        media, media_at = [], []
-        for row, prompt in enumerate(prompts):
-            p = len(prompt.ids)
-            ids[row, :p], segment[row, :p] = prompt.ids, 0
-            positions[..., row, :p] = prompt.positions
-            if prompt.media is not None:
-                media.append(prompt.media)
-                media_at.append(prompt.media_at + row * total)
-        order = torch.arange(total, device=device).repeat(b, 1)
-        media = (torch.cat(media), torch.cat(media_at).to(device)) if media else (None, None)
-        cache = DynamicCache(config=policy.llm.config)
-        body = policy.llm.model
-        hidden = body(
-            **policy.policy.inputs(ids, *media),
-            position_ids=positions.to(device),
-            past_key_values=cache,
-            use_cache=True,
-            mrsp=Layout(segment, order, segment, order, [[[(0, 0, len(p.ids))] for p in prompts]]),
-        ).last_hidden_state
-        length = torch.tensor([len(p.ids) for p in prompts], device=device)
-        after = torch.stack([p.positions.max() + 1 for p in prompts]).to(device)  # next position
-        last = hidden[torch.arange(b, device=device), length - 1]  # (B, D)
-        hidden = last[:, None].expand(-1, n, -1)  # all n answers start from the same state
+        # Prefill (B, P). All answers of a prompt start from the state of its last token.
+        lengths = [len(prompt.ids) for prompt in prompts]
+        ids, segment, order, positions, *media = pad_prompts(prompts, max(lengths), device)
+        layout = Layout(segment, order, segment, order, [[[(0, 0, p)] for p in lengths]])
+        cache = DynamicCache(config=self.policy.llm.config)
+        states = self._states(cache, layout, positions, ids, *media)  # (B, P, D)
+        length = torch.tensor(lengths, device=device)
+        last = states[torch.arange(len(prompts), device=device), length - 1]  # (B, D)
+        hidden = last[:, None].expand(-1, n, -1)  # (B, G, D)
 
-        columns = torch.arange(1, n + 1, device=device).repeat(b, 1)  # segment of answer g
-        alive = torch.ones(b, n, dtype=torch.bool, device=device)
+        # Decode, a token of all answers at a time, until all have ended.
+        after = torch.stack([prompt.positions.max() + 1 for prompt in prompts]).to(device)
+        columns = torch.arange(1, n + 1, device=device).repeat(len(prompts), 1)  # segments (B, G)
+        alive = torch.ones_like(columns, dtype=torch.bool)
         tokens, logps, lives = [], [], []
         for t in range(sampling.max_tokens):
-            token, logp = self._sample(policy.llm.lm_head(hidden), uniform[:, t], sampling)
+            logits = self.policy.llm.lm_head(hidden)  # (B, G, V)
+            token, logp = self._sample(logits, uniform[:, t], sampling)
             tokens.append(token)
             logps.append(logp)
             lives.append(alive)
-            alive = alive & (token != end)
+            alive = alive & (token != self.policy.eos)
             if sampling.stop:
                 alive = alive & ~self._at_stop(torch.stack(tokens, -1), alive, sampling.stop)
             if not alive.any() or t + 1 == sampling.max_tokens:
                 break
-            q_order = (length + t)[:, None].expand(-1, n)  # (B, G)
-            segment, order = torch.cat([segment, columns], 1), torch.cat([order, q_order], 1)
+            now = (length + t)[:, None].expand(-1, n)  # order of these tokens, (B, G)
+            segment = torch.cat([segment, columns], 1)
+            order = torch.cat([order, now], 1)
             position = (after + t)[:, None].expand(-1, n)
             if positions.ndim == 3:  # M-RoPE: text has three equal rows
                 position = position.expand(3, -1, -1)
-            hidden = body(
-                **policy.policy.inputs(token),
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
-                mrsp=Layout(columns, q_order, segment, order),
-            ).last_hidden_state  # (B, G, D)
-        tokens, logps, lives = (torch.stack(x, -1).cpu() for x in (tokens, logps, lives))
+            layout = Layout(columns, now, segment, order)
+            hidden = self._states(cache, layout, position, token)
+        ids, logps, real = (torch.stack(x, -1).cpu() for x in (tokens, logps, lives))  # (B, G, t)
         done = ~alive.cpu()
-        out = [[] for _ in range(b)]
-        for i, g in itertools.product(range(b), range(n)):
-            x, p = (
-                values[i, g, lives[i, g]] for values in (tokens, logps)
-            )  # without what is after
-            out[i].append(response(policy, x, p, bool(done[i, g])))
+        out = [[] for _ in prompts]
+        for i, g in itertools.product(range(len(prompts)), range(n)):
+            own = real[i, g]  # what is behind the end was sampled, and is none of the answer
+            out[i].append(response(self.policy, ids[i, g, own], logps[i, g, own], bool(done[i, g])))
         return out
+
+    def _states(self, cache, layout: Layout, positions: Tensor, *tokens) -> Tensor:
+        """Hidden states (B, L, D) of more tokens (ids, media, media_at); the cache takes them."""
+        inputs = self.policy.policy.inputs(*tokens)
+        known = dict(past_key_values=cache, use_cache=True, mrsp=layout)
+        return self.policy.llm.model(**inputs, position_ids=positions, **known).last_hidden_state
 
     def _at_stop(self, tokens: Tensor, alive: Tensor, stop: str) -> Tensor:
         """tokens (B, G, t) so far -> (B, G): those alive that have come to the stop text."""
-        out, tail = torch.zeros_like(alive), 4 * len(stop) + 4  # bytes of it, if each is a token
+        out = torch.zeros_like(alive)
+        tail = 4 * len(stop) + 4  # bytes of it, if each is a token
         for i, g in alive.nonzero().tolist():
             out[i, g] = stop in self.policy.tokenizer.decode(tokens[i, g, -tail:])
         return out
@@ -282,9 +249,9 @@ class TorchEngine:
     def _sample(self, logits: Tensor, uniform: Tensor, sampling: Sampling):
         """logits (B, G, V), uniform (B, G) in [0, 1) -> tokens and their log-probs (B, G)."""
         wide = torch.promote_types(logits.dtype, torch.float32)
-        logits = logits.to(wide) / (sampling.temperature or 1.0)
-        logp = logits.log_softmax(-1)
-        allowed = logits.clone()  # DEVIATION 2: no media tokens
+        cooled = logits.to(wide) / (sampling.temperature or 1.0)
+        logp = cooled.log_softmax(-1)
+        allowed = cooled.clone()  # DEVIATION 2: no media tokens
         allowed[..., list(self.policy.media_tokens)] = float("-inf")
         if sampling.temperature == 0:
             token = allowed.argmax(-1)
@@ -302,8 +269,17 @@ class TorchEngine:
         return token, logp.gather(-1, token[..., None])[..., 0]
 
 
-# ---------------------------------------------------------------------------------------- vLLM
+def with_own_decoder(policy, dtype):
+    """The policy with a decoder of its own in this precision; what does not change is shared."""
+    shared = (policy.tower, policy.projector, policy.cache, policy.tokenizer, policy.mesh)
+    known = {id(part): part for part in shared}  # deepcopy takes these as the copies
+    # Not llm.to(dtype): RoPE's frequencies, a buffer, stay float32, as they do under FSDP.
+    for p in policy.llm.parameters():  # in this precision at once, never a second float32
+        known[id(p)] = torch.nn.Parameter(p.detach().to(dtype, copy=True))
+    return copy.deepcopy(policy, known)
 
+
+# ---------------------------------------------------------------------------------------- vLLM
 
 AT_ONCE = 16 * 2**30  # bytes of prompt embeddings given to vLLM in one go, in host memory
 
@@ -322,9 +298,10 @@ class RolloutConfig:
     eager: bool = False  # no CUDA graphs: starts sooner, samples slower
 
     def __post_init__(self):
-        kv_gb, max_len = (1 if x is None else x for x in (self.kv_gb, self.max_len))
-        counts = min(self.tp, self.max_seqs, self.prefill_tokens, max_len)
-        if counts < 1 or not 0 < self.memory < 1 or kv_gb <= 0:
+        counts = [self.tp, self.max_seqs, self.prefill_tokens]
+        counts += [] if self.max_len is None else [self.max_len]
+        no_cache = self.kv_gb is not None and self.kv_gb <= 0
+        if min(counts) < 1 or not 0 < self.memory < 1 or no_cache:
             raise ValueError(f"need counts >= 1, 0 < memory < 1 and kv_gb > 0: {self}")
         if self.sleep_level not in (1, 2):
             raise ValueError(f"sleep_level must be 1 or 2, not {self.sleep_level}")
@@ -351,8 +328,7 @@ def import_vllm():
 
 
 def engine_kind(kind: str | None) -> str:
-    """ "vllm" or "torch"; None: vLLM where there is a GPU and vLLM is installed. RolloutError if it
-    is asked for and missing."""
+    """vllm or torch, as asked; None: vllm where there is a GPU and the package. RolloutError."""
     if kind is None:
         found = torch.cuda.is_available() and importlib.util.find_spec("vllm")
         kind = "vllm" if found else "torch"
@@ -407,70 +383,64 @@ def use_positions(request) -> None:
 
 
 def salt(positions: Tensor) -> str:
-    """Tells K/V of the same embeddings at other positions (3, P) apart: vLLM shares K/V by hashes
-    of tokens, embeddings and this. Text at the end, which counts on by one, is left out: questions
-    about one video share it."""
+    """Tells K/V of the same embeddings at other positions (3, P) apart, beside vLLM's own hashes.
+    Text at the end, which counts on by one, is left out: questions about one video share it."""
     jumps = (positions.diff() != 1).any(0).nonzero()
     fixed = positions[:, : int(jumps[-1]) + 2 if len(jumps) else 1]
     return hashlib.sha256(fixed.contiguous().numpy().tobytes()).hexdigest()
 
 
-class VLLMEngine:
-    """Samples with vLLM, in this process; see the opening of this file. torch.distributed, if it is
-    used, must be initialised before. All ranks start, sync, sleep and wake together:
+def table_of_positions(model) -> int:
+    """Where vLLM's positions end: with M-RoPE at several times max_len."""
+    return min(m.cos_sin_cache.shape[0] for m in model.modules() if hasattr(m, "cos_sin_cache"))
 
+
+class VLLMEngine:
+    """Samples with vLLM, in this process. A prompt with media is text ids -> the engine's own
+    embedding table, features put at media_at -> prompt_embeds (P, W), W = D (1 + deepstack levels).
+    Positions of three rows (M-RoPE) are those of the Prompt. One request with n = G:
+
+        prefill P tokens once --> K/V blocks <-- r_1 .. r_G                     (prefix caching)
+        policy --gathered tensor by tensor--> reload_weights                    nothing on disk
         start -> sync -> generate ... -> sleep -> (training) -> sync -> wake -> generate ...
 
-    blocked: why it cannot sample now (empty: it can); sleeping: parts of the memory given back.
-    prefilled: prompt tokens computed so far; n answers to a prompt share one prefill."""
+    All ranks start, sync, sleep and wake together; torch.distributed, if used, is there before.
+    The policy has save_config, mrope and levels (of deepstack) too."""
 
     def __init__(self, policy, config: RolloutConfig = RolloutConfig(), dtype=torch.float32):
-        self.policy, self.config, self.dtype, self.tp = policy, config, dtype, config.tp
-        self.llm, self.cuda = None, torch.cuda.is_available()
-        self.prefilled = 0
+        self.policy = policy
+        self.config, self.tp = config, config.tp
+        self.dtype = dtype
+        self.llm = None
+        self.cuda = torch.cuda.is_available()
+        self.prefilled = 0  # prompt tokens computed so far; n answers to a prompt share them
         self.start()
 
     def start(self) -> None:
         """Build the engine from the policy's config; sync() gives it weights."""
-        vllm, c, policy = import_vllm(), self.config, self.policy
+        vllm = import_vllm()
         world = dist.get_world_size() if dist.is_initialized() else 1
-        if world % c.tp:
-            raise RolloutError(f"--rollout_tp {c.tp} does not divide the {world} rank(s)")
-        if any(".experts." in name for name, _ in policy.llm.named_parameters()):
+        if world % self.tp:
+            raise RolloutError(f"--rollout.tp {self.tp} does not divide the {world} rank(s)")
+        if any(".experts." in name for name, _ in self.policy.llm.named_parameters()):
             raise RolloutError(
                 "vLLM 0.32 does not take over new weights of experts (mixture of experts): its "
                 "log-probs would be those of other weights; take --rollout torch"
             )
-        self.max_len = c.max_len or policy.llm.config.max_position_embeddings
+        self.max_len = self.config.max_len or self.policy.llm.config.max_position_embeddings
         self.sleeping = []  # parts of the memory that are given back
         self.folder = tempfile.TemporaryDirectory()  # config and tokenizer, no weights
-        policy.save_config(self.folder.name)
-        options = dict(
-            dtype=self.dtype, load_format="dummy", generation_config="vllm",
-            # Each rank has its own engine (or tp of them one).
-            distributed_executor_backend="external_launcher" if world > 1 else "uni",
-            tensor_parallel_size=c.tp, max_model_len=self.max_len, max_num_seqs=c.max_seqs,
-            # On a CPU no chunks: there vLLM 0.32 fails at a chunk of a seeded request.
-            enable_chunked_prefill=self.cuda,
-            max_num_batched_tokens=max(c.prefill_tokens, 0 if self.cuda else self.max_len),
-            enable_prefix_caching=True, block_size=None if self.cuda else 32,
-            gpu_memory_utilization=c.memory, enable_sleep_mode=self.cuda,
-            enforce_eager=c.eager or not self.cuda,
-            disable_log_stats=False,  # they count the prefilled tokens
-            enable_prompt_embeds=True,
-        )  # fmt: skip
-        if c.kv_gb or not self.cuda:
-            options["kv_cache_memory_bytes"] = int((c.kv_gb or 1.0) * 2**30)
+        self.policy.save_config(self.folder.name)
         self._widen(Path(self.folder.name, "config.json"))
         devices = [torch.cuda.current_device()] if self.cuda else []
-        states = random.getstate(), np.random.get_state()
+        states = (random.getstate(), np.random.get_state())
         try:
             with torch.random.fork_rng(devices):  # vLLM seeds all generators: put them back
-                self.llm = vllm.LLM(self.folder.name, **options)
+                self.llm = vllm.LLM(self.folder.name, **self._options(world))
         except Exception as error:
             raise RolloutError(
-                f"vLLM does not start: {error} (its settings are called --rollout_memory, _kv_gb, "
-                "_max_len, _max_seqs, _prefill_tokens here)"
+                f"vLLM does not start: {error} (its settings are called --rollout.memory, .kv_gb, "
+                ".max_len, .max_seqs, .prefill_tokens here)"
             ) from error
         finally:
             random.setstate(states[0])
@@ -479,17 +449,32 @@ class VLLMEngine:
         self.llm.collective_rpc(
             lambda worker: setattr(worker.model_runner, "_init_mrope_positions", use_positions)
         )
-        # Positions end where vLLM's table of them does: with M-RoPE several times max_len.
-        (self.table,) = set(self.llm.apply_model(
-            lambda model: min(m.cos_sin_cache.shape[0] for m in model.modules()
-                              if hasattr(m, "cos_sin_cache"))
-        ))  # fmt: skip
+        (self.table,) = set(self.llm.apply_model(table_of_positions))
         # DEVIATION 1: vLLM returns the log-probs of its logits before the sampling temperature.
         self.temperature = 1.0
         (logits,) = self._find("LogitsProcessor")
         logits.register_forward_hook(lambda module, args, out: self._cooled(out))
-        self.blocked = "it has no weights yet: call sync(policy)"  # empty: it can sample
+        self.blocked = "it has no weights yet: call sync(policy)"  # why it cannot sample, or empty
         atexit.register(self.close)
+
+    def _options(self, world: int) -> dict:
+        """What vllm.LLM is started with."""
+        c = self.config
+        options = dict(dtype=self.dtype, load_format="dummy", generation_config="vllm")
+        # Each rank has its own engine (or tp of them one).
+        backend = "external_launcher" if world > 1 else "uni"
+        options |= dict(distributed_executor_backend=backend, tensor_parallel_size=c.tp)
+        options |= dict(max_model_len=self.max_len, max_num_seqs=c.max_seqs)
+        options |= dict(gpu_memory_utilization=c.memory, enforce_eager=c.eager or not self.cuda)
+        options |= dict(enable_prefix_caching=True, enable_prompt_embeds=True)
+        options |= dict(disable_log_stats=False)  # they count the prefilled tokens
+        # On a CPU no chunks: there vLLM 0.32 fails at a chunk of a seeded request.
+        options |= dict(enable_sleep_mode=self.cuda, enable_chunked_prefill=self.cuda)
+        tokens = c.prefill_tokens if self.cuda else max(c.prefill_tokens, self.max_len)
+        options |= dict(max_num_batched_tokens=tokens, block_size=None if self.cuda else 32)
+        if c.kv_gb or not self.cuda:
+            options["kv_cache_memory_bytes"] = int((c.kv_gb or 1.0) * 2**30)
+        return options
 
     def _cooled(self, logits):
         """logits / temperature in float32. (None: a rank of a tensor-parallel engine without.)"""
@@ -523,7 +508,8 @@ class VLLMEngine:
         core.model_executor.shutdown()
         core.scheduler.shutdown()
         gc.unfreeze()  # vLLM froze everything there was when it started
-        self.llm, self.blocked = None, "it was closed: call restart()"
+        self.llm = None
+        self.blocked = "it was closed: call restart()"
         self.folder.cleanup()
         atexit.unregister(self.close)
         gc.collect()
@@ -540,9 +526,9 @@ class VLLMEngine:
         engine before the next is asked for."""
         if self.llm is None:
             raise RolloutError(f"the engine cannot take weights: {self.blocked}")
-        self.policy, self.blocked = policy, "it took over weights in part: call sync(policy) again"
-        if "weights" in self.sleeping:
-            self._wake("weights")  # weights back first; the K/V cache waits for wake()
+        self.policy = policy
+        self.blocked = "it took over weights in part: call sync(policy) again"
+        self.wake(["weights"])  # the K/V cache stays asleep until wake()
         weights = {"weights_iterator": policy.decoder_weights()}
         self.llm.collective_rpc("reload_weights", kwargs=weights)
         # On CPUs vLLM multiplies with a packed copy of each weight. That of an LM head tied to the
@@ -564,27 +550,24 @@ class VLLMEngine:
             if self.config.sleep_level == 2:
                 self.blocked = "its weights were dropped by sleep(): call sync(policy)"
 
-    def wake(self) -> None:
-        for part in list(self.sleeping):
-            self._wake(part)
-
-    def _wake(self, part: str) -> None:
-        if self.cuda:
-            self.llm.wake_up([part])
-        self.sleeping.remove(part)
+    def wake(self, parts=("weights", "kv_cache")) -> None:
+        for part in parts:
+            if part in self.sleeping:
+                if self.cuda:
+                    self.llm.wake_up([part])
+                self.sleeping.remove(part)
 
     def check_fits(self, prompt, sampling: Sampling, name: str = "") -> None:
         """RolloutError for a prompt that is too long."""
+        limits = [("tokens", len(prompt.ids), self.max_len)]
         # Positions may run ahead of tokens (few frames of a long video): the table ends there.
-        for what, length, most in (
-            ("tokens", len(prompt.ids), self.max_len),
-            ("positions", int(prompt.positions.max()) + 1, self.table),
-        ):
+        limits += [("positions", int(prompt.positions.max()) + 1, self.table)]
+        for what, length, most in limits:
             if length + sampling.max_tokens > most:
                 raise RolloutError(
                     f"{name}{length} {what} and an answer of {sampling.max_tokens} exceed the "
                     f"engine's {most}: take fewer frames, shorter answers or a larger "
-                    "--rollout_max_len"
+                    "--rollout.max_len (eval.py: --rollout_max_len)"
                 )
 
     @torch.no_grad()
@@ -594,32 +577,18 @@ class VLLMEngine:
         seeds = check_request(self.policy, prompts, n, sampling, seeds)
         if not prompts:
             return []
-        if self.blocked or self.sleeping:
-            raise RolloutError(
-                f"the engine cannot sample: {self.blocked or 'it sleeps: call wake()'}"
-            )
+        why = self.blocked or ("it sleeps: call wake()" if self.sleeping else "")
+        if why:
+            raise RolloutError(f"the engine cannot sample: {why}")
         for i, prompt in enumerate(prompts):
             self.check_fits(prompt, sampling, f"prompt {i}: ")
-        from vllm import SamplingParams
-
-        params = [
-            SamplingParams(
-                n=n, max_tokens=sampling.max_tokens, top_p=sampling.top_p, top_k=sampling.top_k,
-                temperature=1.0 if sampling.temperature else 0.0,  # it is in the logits already
-                seed=seed * n % 2**62,  # answer g has seed * n + g: no two answers share one
-                logprobs=0, flat_logprobs=True,  # those of the sampled tokens alone
-                logit_bias=dict.fromkeys(self.policy.media_tokens, -torch.inf),  # DEVIATION 2
-                stop=[sampling.stop] if sampling.stop else [], detokenize=bool(sampling.stop),
-                skip_special_tokens=False,  # a stop text may be one, as in the text of a Response
-                stop_token_ids=[self.policy.eos] if self.policy.eos >= 0 else [], ignore_eos=True,
-                extra_args={"positions": prompt.positions.cpu()},  # for use_positions()
-            )
-            for prompt, seed in zip(prompts, seeds)
-        ]  # fmt: skip
-        self.temperature, before, found = sampling.temperature or 1.0, self._prefilled(), []
+        params = self._params(prompts, n, sampling, seeds)
+        self.temperature = sampling.temperature or 1.0
+        before = self._prefilled()
+        found = []
         try:
             for part in self._parts(prompts):
-                requests = self._requests(prompts[part])
+                requests = [self._request(prompt) for prompt in prompts[part]]
                 found += self.llm.generate(requests, params[part], use_tqdm=False)
                 # One more step, with nothing to do: only then does vLLM drop the embeddings of the
                 # requests that ended last.
@@ -629,44 +598,56 @@ class VLLMEngine:
             self.blocked = "it failed before: call restart() and sync(policy)"
             raise RolloutError(f"vLLM failed: {type(error).__name__}: {error}") from error
         self.prefilled += self._prefilled() - before
-        out = []
-        for request in found:
-            out.append([])
-            for a in request.outputs:
-                ids, logps = torch.tensor(a.token_ids), torch.tensor(a.logprobs.logprobs)
-                out[-1].append(response(self.policy, ids, logps, a.finish_reason == "stop"))
-        return out
+        return [[self._response(output) for output in request.outputs] for request in found]
+
+    def _response(self, output) -> Response:
+        ids, logps = torch.tensor(output.token_ids), torch.tensor(output.logprobs.logprobs)
+        return response(self.policy, ids, logps, output.finish_reason == "stop")
+
+    def _params(self, prompts, n: int, sampling: Sampling, seeds: list[int]) -> list:
+        """vLLM's settings of each prompt."""
+        from vllm import SamplingParams
+
+        ends = [self.policy.eos] if self.policy.eos >= 0 else []
+        stop = [sampling.stop] if sampling.stop else []
+        shared = dict(n=n, max_tokens=sampling.max_tokens, stop_token_ids=ends, ignore_eos=True)
+        shared |= dict(top_p=sampling.top_p, top_k=sampling.top_k, stop=stop, detokenize=bool(stop))
+        shared |= dict(skip_special_tokens=False)  # a stop text may be one, as in a Response's text
+        shared |= dict(logprobs=0, flat_logprobs=True)  # those of the sampled tokens alone
+        shared["temperature"] = 1.0 if sampling.temperature else 0.0  # it is in the logits already
+        shared["logit_bias"] = dict.fromkeys(self.policy.media_tokens, -torch.inf)  # DEVIATION 2
+        found = []
+        for prompt, seed in zip(prompts, seeds):
+            own = {"seed": seed * n % 2**62}  # answer g has seed * n + g: no two share one
+            own["extra_args"] = {"positions": prompt.positions.cpu()}  # for use_positions()
+            found.append(SamplingParams(**shared, **own))
+        return found
 
     @staticmethod
     def _parts(prompts) -> list[slice]:
         """Slices of prompts whose embeddings together take at most AT_ONCE bytes, or of one."""
         width = [0 if p.media is None else len(p.ids) * p.media[0].nbytes for p in prompts]
-        cuts, held = [0], 0
+        cuts = [0]
+        held = 0
         for i, size in enumerate(width):
             if held + size > AT_ONCE and i > cuts[-1]:
-                cuts, held = [*cuts, i], 0
+                cuts.append(i)
+                held = 0
             held += size
         return [slice(a, b) for a, b in itertools.pairwise([*cuts, len(prompts)])]
 
-    def _requests(self, prompts) -> list[dict]:
-        """Each prompt as vLLM takes it."""
-        out = []
-        for p in prompts:
-            if p.media is None:
-                out.append({"prompt_token_ids": p.ids.tolist()})
-            else:
-                rows = self._embed(p.ids)
-                rows.index_copy_(0, p.media_at.cpu(), p.media.cpu().to(self.dtype))
-                out.append({"prompt_embeds": rows})
-            if self.policy.mrope:
-                out[-1]["cache_salt"] = salt(p.positions.cpu())
-        return out
-
-    def _embed(self, ids: Tensor) -> Tensor:
-        """Text embeddings (P, W) from the engine's own table: never those of old weights."""
-        return self.llm.apply_model(
-            lambda model: model.embed_input_ids(ids.to(next(model.parameters()).device))
-        )[0].cpu()
+    def _request(self, p) -> dict:
+        """A prompt as vLLM takes it."""
+        request = {"prompt_token_ids": p.ids.tolist()}
+        if p.media is not None:
+            rows = self.llm.apply_model(  # from the engine's own table: never old weights
+                lambda model: model.embed_input_ids(p.ids.to(next(model.parameters()).device))
+            )[0].cpu()
+            rows.index_copy_(0, p.media_at.cpu(), p.media.cpu().to(self.dtype))
+            request = {"prompt_embeds": rows}  # (P, W)
+        if self.policy.mrope:
+            request["cache_salt"] = salt(p.positions.cpu())
+        return request
 
     def _prefilled(self) -> int:
         """Prompt tokens computed since the start: those of all answers, less those cached."""

@@ -1,40 +1,34 @@
 """Asking: what eval.py and kit/filter.py share, from the options to the answers.
 
-    AskConfig ---> Job    examples, each by its own id       of rows, or of a benchmark's file
-                    |       malformed row: a stand-in        each of these is asked too, and the
-                    |       medium missing: refused, or kept   error stands in place of an answer
-                    |     frames {label: how many}           of the options, or of recipe.json
-                    |     settings {name: value}             all that the answers depend on
-                    |     model, engine                      made when they are asked first
-                    v
-    ask(model, engine, examples) --prompt--> fits? --generate--> n Responses each, or an error
-                                                --grade(method)--> parts of its reward
+    AskConfig --> Job   examples, by their ids       rows, or a benchmark's published file
+                   |    frames                       the options', or recipe.json's
+                   |    settings                     all that the answers depend on
+                   |    asked: model, engine         loaded when something is asked first
+                   v
+    ask(model, engine, examples) --prompt, fits?--> generate --> n Responses each, or an error
+    grade(method, text, example) --> parts of the reward; accuracy, 0 to 1, is what counts
 
-A question is lost in three ways: its row is malformed, its media are missing or do not decode, its
-prompt does not fit. None is dropped: ask() returns the error in its place, and the caller counts it
-as wrong. Media that are missing before anything was asked are mostly a wrong --video_dir: that is
-refused, unless --on_missing wrong. Large harnesses skip what fails, so that the share is of
-whatever was left.
+A question can be lost in three ways: its row is malformed (a stand-in takes its place), its media
+are missing or do not decode, its prompt does not fit. None is dropped: ask() returns the error, and
+the caller counts it as wrong. Large harnesses skip what fails, so that the share is of whatever was
+left. Media that are missing before anything is asked are mostly a wrong --video_dir: refused,
+unless --on_missing wrong.
 
-settings() is compared by kit/work.Folder when a command goes on where it was killed: what changes
-an answer or its grade is in it (the weights' files, the rows, the media's sizes, the method), what
-does not is left out (where videos and caches lie, how many ranks share an engine).
+settings() are compared when a command goes on where it was killed (kit/work.py): what changes an
+answer or its grade is among them, where videos lie or how many ranks share an engine is not.
 
 Check this file alone:  pytest tests/test_eval.py
 """
 
 import functools
 import hashlib
-import json
 import math
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 
 import data
 from data import DataError, Example, Rate
@@ -43,8 +37,9 @@ from families.files import folder_of
 from kit import benchmarks
 from kit.decode import Loader
 from kit.method import Method
-from kit.run import Ranks
-from model import ModelError, MultiModal, Recipe
+from kit.run import find_ranks
+from kit.work import Folder
+from model import ModelError, MultiModal
 from mrsp import EmbeddingCache
 from rollout import RolloutConfig, RolloutError, engine_kind, make_engine
 
@@ -74,54 +69,35 @@ class AskConfig:
     limit: int | None = None  # a quick look: only so many questions, evenly spread
     on_missing: Literal["refuse", "wrong"] = "refuse"  # media not there or not taken: wrong?
 
-    # What may change between a killed command and the one that goes on with its folder: what other
-    # options become (frames in the recipe), and what changes no answer.
-    FREE = tuple(
+    # No answer depends on these, or it depends on what becomes of them in the recipe.
+    FREE = (
         "frames fps max_frames max_tokens thinking video_dir cache_dir on_missing rollout_tp "
-        "rollout_max_len rollout_memory decode_ahead decode_seconds".split()
+        "rollout_max_len rollout_memory decode_ahead decode_seconds"
     )
 
     def __post_init__(self):
-        for name in "fps max_frames decode_seconds max_tokens rollout_max_len limit".split():
-            above_zero(self, name)
-        for name in ("rollout_tp", "batch"):
-            above_zero(self, name)
-        for n in self.frames:
-            if n < 1:
-                raise ValueError(f"frames must be above 0, not {n}")
-        if self.decode_ahead < 0:
-            raise ValueError(f"decode_ahead must be at least 0, not {self.decode_ahead}")
+        counts = "max_frames max_tokens rollout_tp rollout_max_len batch limit fps decode_seconds"
+        for name in counts.split():
+            above_zero(name, getattr(self, name))
+        for number in self.frames:
+            above_zero("frames", number)
         if not 0 < self.rollout_memory < 1:
             raise ValueError(f"rollout_memory must be within 0 and 1, not {self.rollout_memory}")
         if self.frames and self.fps is not None:
             raise ValueError("--frames or --fps? give one of them")
 
 
-def above_zero(config, name: str) -> None:
-    """ValueError if a field is a number that is not above 0, or not finite; None is no number."""
-    value = getattr(config, name)
+def above_zero(name: str, value: float | None) -> None:
+    """ValueError for a number that is not above 0, or not finite."""
     if value is not None and not 0 < value < math.inf:  # nan fails too
         raise ValueError(f"{name} must be above 0, not {value}")
-
-
-def digest(value) -> str:
-    """A short hash of a value that prints the same whenever it is the same."""
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 # -------------------------------------------------------------------------- asking and grading
 
 
 def ask(
-    model: MultiModal,
-    engine,
-    examples: list[Example],
-    num_frames: int | Rate,
-    sampling,
-    n: int = 1,
-    seeds: list[int] | None = None,
-    prefill: str = "",
-    rewrite: Callable[[Example, int | Rate], Example] | None = None,
+    model, engine, examples, num_frames, sampling, n=1, seeds=None, prefill="", rewrite=None
 ) -> list:
     """n answers to each example: a list of Responses, or the error why it cannot be asked.
 
@@ -130,34 +106,31 @@ def ask(
     """
     found = [None] * len(examples)
     prompts = []
-    asked = []  # the index of each prompt's example
+    places = []  # of the prompts' examples
     for i, example in enumerate(examples):
         try:
             worded = rewrite(example, num_frames) if rewrite else example
             prompt = model.prompt(worded, num_frames, prefill)
             engine.check_fits(prompt, sampling)  # else it would refuse the whole batch
+            prompts.append(prompt)
+            places.append(i)
         except (DataError, ModelError, RolloutError) as error:
             found[i] = error
-            continue
-        prompts.append(prompt)
-        asked.append(i)
-    if not prompts:
-        return found
-    own_seeds = None if seeds is None else [seeds[i] for i in asked]
-    for i, answers in zip(asked, engine.generate(prompts, n, sampling, own_seeds)):
-        found[i] = answers
+    if prompts:
+        own_seeds = seeds and [seeds[i] for i in places]
+        for i, answers in zip(places, engine.generate(prompts, n, sampling, own_seeds)):
+            found[i] = answers
     return found
 
 
 def grade(method: Method, text: str, example: Example) -> dict[str, float]:
-    """The parts of an answer's reward by the method's default Config; its accuracy is what counts:
-    0 to 1, and a fraction if the method gives one. DataError for anything else. text: see
-    grpo.graded."""
+    """The parts of an answer's reward by the method's default Config. Its accuracy counts: 0, 1, or
+    a fraction; DataError for anything else. text: see grpo.graded."""
     parts = method.reward(text, example, method.Config())
     if not 0 <= parts["accuracy"] <= 1:
         raise DataError(
             f"{method.file}: reward() gives accuracy = {parts['accuracy']} to question "
-            f"{example.id}: a share between 0 and 1 is counted"
+            f"{example.id}: it must be a share, from 0 to 1"
         )
     return parts
 
@@ -168,25 +141,35 @@ def grade(method: Method, text: str, example: Example) -> dict[str, float]:
 class Job:
     """What a command asks, and whom.
 
-    examples: the questions, malformed rows among them as stand-ins; total: how many there were
-    before --limit; frames {what it is called: how many are taken, a number or a Rate}.
-    Raises DataError, ModelError, RolloutError before anything large is loaded.
+    examples: the questions, with stand-ins for malformed rows; total: how many there were before
+    --limit; frames {what it is called: how many are taken of a video}. subtitles: folder of .srt
+    files. DataError, ModelError, RolloutError: before anything large is loaded.
     """
 
-    def __init__(self, config: AskConfig, ranks: Ranks, benchmark: str | None = None):
+    def __init__(self, config: AskConfig, benchmark=None, subtitles: str | None = None):
         self.config = config
-        self.ranks = ranks
+        self.ranks = find_ranks()
         self.method = Method(config.method)
         self.loader = Loader(config.decode_ahead, config.decode_seconds)
         self.kind = engine_kind(config.rollout)
         if self.kind == "torch" and config.rollout_tp > 1:
             raise RolloutError("--rollout_tp is vLLM's: add --rollout vllm, or leave it out")
+        self.subtitles = subtitles
+        if subtitles and not any(Path(subtitles).glob("*.srt")):
+            raise DataError(f"--subtitles {subtitles}: no .srt files are there")
+
         look = load(config.model, weights=False)
-        self.recipe = recipe_of(config, look.recipe)
-        if self.recipe.fps is None:
-            self.frames = {n: n for n in config.frames or (self.recipe.num_frames,)}
-        else:
+        options = {n: getattr(config, n) for n in ("fps", "max_frames", "max_tokens", "thinking")}
+        if config.frames:
+            options["num_frames"] = config.frames[-1]
+        given = {name: value for name, value in options.items() if value is not None}
+        self.recipe = replace(look.recipe, **given)
+        if config.frames:
+            self.recipe = replace(self.recipe, fps=None)
+        self.frames = {n: n for n in config.frames or (self.recipe.num_frames,)}
+        if self.recipe.fps is not None:
             self.frames = {f"{self.recipe.fps:g}fps": self.recipe.frames}
+
         self.source = config.data
         if self.source is None and look.recipe.data:
             self.source = os.path.join(config.model, look.recipe.data)
@@ -201,80 +184,86 @@ class Job:
             check_media(look, rows)
         self.malformed = dict(bad)
         rows += map(data.stand_in, self.malformed)
-        self.examples, self.total = quick_look(rows, benchmark, config.limit)
-
-    def rewrite(self, example: Example, num_frames: int | Rate) -> Example:
-        """See ask: a malformed row cannot be asked."""
-        if example.id in self.malformed:
-            raise DataError(self.malformed[example.id])
-        return example
+        units = list(dict.fromkeys(benchmarks.unit(benchmark, e.id) for e in rows))
+        self.total = len(units)
+        kept = {units[i] for i in data.frame_indices(self.total, config.limit or self.total)}
+        self.examples = [e for e in rows if benchmarks.unit(benchmark, e.id) in kept]
 
     def settings(self) -> dict:
-        """All that the answers depend on, as JSON has it. Of weights the files' sizes and times: to
-        read them all would take as long as to load them. Of media names and sizes: their folder may
-        move, but answers to one that was not there, or cut off, are not those to what came
-        instead."""
-        options = asdict(self.config)
-        found = {name: options[name] for name in options if name not in self.config.FREE}
+        """All that the answers depend on. Of weights the files' sizes and times: to read them all
+        would take as long as to load them. Of media names and sizes: their folder may move, but
+        answers to one that was not there, or cut off, are not those to what came instead."""
+        free = self.config.FREE.split()
+        found = {k: v for k, v in asdict(self.config).items() if k not in free}
         found |= asdict(self.recipe)
         method = self.config.method and Path(self.config.method).read_text()
-        found |= {
+        root = folder_of(self.config.model)
+        weights = sorted({*root.rglob("*.safetensors"), *root.rglob("config.json")})
+        times = [(str(file.relative_to(root)), file.stat().st_mtime_ns) for file in weights]
+        media = dict.fromkeys(m.path for e in self.examples for m in e.media)
+        spoken = sorted(Path(self.subtitles).glob("*.srt")) if self.subtitles else []
+        questions = []
+        for e in self.examples:
+            names = [m._replace(path=Path(m.path).name) for m in e.media]
+            questions.append((e.id, e.problem, e.answer, names))
+        return found | {
             "data": self.source,
             "rollout": self.kind,
-            "method": method and digest(method),
             "num_frames": list(self.frames),
-            "weights": digest(weight_files(folder_of(self.config.model))),
-            "questions": digest((list(map(asked_by, self.examples)), self.malformed)),
-            "media": digest(media_sizes(self.examples)),
+            "method": digest(method),
+            "weights": digest(times, sizes(weights)),
+            "questions": digest(questions, self.malformed),
+            "media": digest(sizes(media)),
+            "srt": digest([file.name for file in spoken], sizes(spoken)),
         }
-        return json.loads(json.dumps(found, default=str))
 
     @functools.cached_property
-    def model(self) -> MultiModal:
-        """The model, on this rank's device."""
-        model = load(self.config.model, getattr(torch, self.config.dtype)).to(self.ranks.device)
+    def asked(self) -> tuple:
+        """The model and its engine, on this rank."""
+        config = self.config
+        dtype = getattr(torch, config.dtype)
+        model = load(config.model, dtype).to(self.ranks.device)
         model.recipe = self.recipe
         model.loader = self.loader
         try:
-            model.cache = EmbeddingCache(self.config.cache_dir)
+            model.cache = EmbeddingCache(config.cache_dir)
         except OSError as error:
-            raise DataError(f"--cache_dir {self.config.cache_dir}: {error}") from None
-        return model
-
-    @functools.cached_property
-    def engine(self):
-        """The model's sampler, on this rank."""
-        config = RolloutConfig(
-            tp=self.config.rollout_tp,
-            memory=self.config.rollout_memory,
-            max_len=self.config.rollout_max_len,
+            raise DataError(f"--cache_dir: {error}") from None
+        limits = RolloutConfig(
+            config.rollout_tp, config.rollout_memory, None, config.rollout_max_len
         )
-        engine = make_engine(self.kind, self.model, config, getattr(torch, self.config.dtype))
-        engine.sync(self.model)
-        return engine
+        engine = make_engine(self.kind, model, limits, dtype)
+        engine.sync(model)
+        return model, engine
+
+    def begin(self, path: Path) -> Folder:
+        """The folder of the answers, new or gone on with under the same settings. All ranks."""
+        self.ranks.join()
+        return Folder(path, self.settings(), self.ranks)
+
+    def rewrite(self, example: Example, num_frames: int | Rate) -> Example:
+        """See ask: with the subtitles of the frames that are seen. DataError: a malformed row."""
+        if example.id in self.malformed:
+            raise DataError(self.malformed[example.id])
+        if not (self.subtitles and example.media):
+            return example
+        if not benchmarks.srt_of(example, self.subtitles).is_file():
+            return example
+        times = self.asked[0].frame_times(example.media[0], num_frames, example.id)
+        return benchmarks.with_subtitles(example, self.subtitles, times)
 
     def close(self) -> None:
         """All is asked: the engine, the decoding processes and the process group go."""
-        if "engine" in vars(self):
-            self.engine.close()
+        if "asked" in vars(self):
+            self.asked[1].close()
         self.loader.close()
-        if self.ranks.world > 1:
-            dist.destroy_process_group()
-
-
-def recipe_of(config: AskConfig, recipe: Recipe) -> Recipe:
-    """A checkpoint's recipe with what the options say otherwise."""
-    given = {name: getattr(config, name) for name in ("fps", "max_frames", "max_tokens", "thinking")}
-    recipe = replace(recipe, **{name: x for name, x in given.items() if x is not None})
-    if config.frames:
-        return replace(recipe, fps=None, num_frames=config.frames[-1])
-    return recipe
+        self.ranks.part()
 
 
 def check_media(look: MultiModal, examples: list[Example]) -> None:
-    """DataError that counts the questions with media that are not there, or of a kind that the
-    model does not take, and names the first."""
-    gone = {}
+    """DataError if media are not there, or of a kind that the model does not take: how many
+    questions that are, and the first of them."""
+    gone = []
     for example in examples:
         try:
             for medium in example.media:
@@ -282,38 +271,19 @@ def check_media(look: MultiModal, examples: list[Example]) -> None:
                 if not os.path.isfile(medium.path):
                     raise DataError(f"question {example.id}: no such file: {medium.path}")
         except (DataError, ModelError) as error:
-            gone[example.id] = str(error)
+            gone.append(error)
     if gone:
         raise DataError(
-            f"{len(gone)} of {len(examples)} questions cannot be asked, the first: "
-            f"{next(iter(gone.values()))}. Check --video_dir and --model, or count them as "
-            "wrong with --on_missing wrong"
+            f"{len(gone)} of {len(examples)} questions cannot be asked, the first: {gone[0]}. "
+            "Check --video_dir and --model, or count them as wrong with --on_missing wrong"
         )
 
 
-def quick_look(examples: list[Example], benchmark: str | None, limit: int | None):
-    """(questions, how many there are in all): all of them, or `limit`, evenly spread; what counts
-    as one question (benchmarks.unit) stays together."""
-    units = list(dict.fromkeys(benchmarks.unit(benchmark, e.id) for e in examples))
-    if limit is None:
-        return examples, len(units)
-    kept = {units[i] for i in data.frame_indices(len(units), limit)}
-    return [e for e in examples if benchmarks.unit(benchmark, e.id) in kept], len(units)
-
-
-def asked_by(example: Example) -> tuple:
-    """What an answer to a question depends on, and its grade; of media not the folder."""
-    media = [m._replace(path=Path(m.path).name) for m in example.media]
-    return example.id, example.problem, example.answer, media
-
-
-def media_sizes(examples: list[Example]) -> list[int]:
-    """Bytes of each file, in order; -1 for one that is not there."""
-    paths = dict.fromkeys(m.path for e in examples for m in e.media)
+def sizes(paths) -> list[int]:
+    """Bytes of each file; -1 for one that is not there."""
     return [os.path.getsize(path) if os.path.isfile(path) else -1 for path in paths]
 
 
-def weight_files(root: Path) -> list[tuple]:
-    """(name, bytes, time) of a checkpoint's weights and configs."""
-    files = sorted({*root.rglob("*.safetensors"), *root.rglob("config.json")})
-    return [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+def digest(*values) -> str:
+    """A short hash of values that print the same whenever they are the same."""
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]

@@ -45,17 +45,15 @@ import data
 from data import DataError, Example
 
 ENDINGS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
-
-
 LETTERS = string.ascii_uppercase
 
 
-def ours(name, video, category, question, answer, options=()) -> dict:
+def ours(id, video, category, question, answer, options=()) -> dict:
     """A row of data.py from what all benchmarks have. options: with their letters, or ()."""
-    one_line = lambda text: " ".join(str(text).split())  # noqa: E731
+    lines = [" ".join(str(text).split()) for text in (question, *options)]
     return {
-        "problem_id": str(name),
-        "problem": "\n".join(map(one_line, [question, *options])),
+        "problem_id": str(id),
+        "problem": "\n".join(lines),
         "problem_type": category,
         "videos": str(video),
         "answer": f"<answer>{answer}</answer>",
@@ -75,9 +73,13 @@ def videomme(row: dict) -> dict:
     """huggingface.co/datasets/lmms-lab/Video-MME: a file is named by videoID, its YouTube id; the
     options come with their letters ("A. Apples.")."""
     return ours(
-        row["question_id"], row["videoID"], row["duration"], row["question"], row["answer"],
-        row["options"],
-    )  # fmt: skip
+        id=row["question_id"],
+        video=row["videoID"],
+        category=row["duration"],
+        question=row["question"],
+        answer=row["answer"],
+        options=row["options"],
+    )
 
 
 def longvideobench(row: dict) -> dict:
@@ -86,9 +88,13 @@ def longvideobench(row: dict) -> dict:
     from 0; videos are parts of longer ones, and named by video_path."""
     options = row.get("candidates") or [row[f"option{i}"] for i in range(5)]
     return ours(
-        row["id"], Path(row["video_path"]).stem, str(row["duration_group"]), row["question"],
-        LETTERS[row["correct_choice"]], lettered([o for o in options if o != "N/A"]),
-    )  # fmt: skip
+        id=row["id"],
+        video=Path(row["video_path"]).stem,
+        category=str(row["duration_group"]),
+        question=row["question"],
+        answer=LETTERS[row["correct_choice"]],
+        options=lettered([option for option in options if option != "N/A"]),
+    )
 
 
 def perceptiontest(row: dict) -> dict:
@@ -96,9 +102,13 @@ def perceptiontest(row: dict) -> dict:
     read_table), and huggingface.co/datasets/lmms-lab/PerceptionTest_Val. Question ids count anew in
     each video."""
     return ours(
-        f"{row['video_name']}-{row['question_id']}", row["video_name"], row["area"],
-        row["question"], LETTERS[int(row["answer_id"])], lettered(row["options"]),
-    )  # fmt: skip
+        id=f"{row['video_name']}-{row['question_id']}",
+        video=row["video_name"],
+        category=row["area"],
+        question=row["question"],
+        answer=LETTERS[int(row["answer_id"])],
+        options=lettered(row["options"]),
+    )
 
 
 def nextqa(row: dict) -> dict:
@@ -107,19 +117,28 @@ def nextqa(row: dict) -> dict:
     current, previous), DL, DC, DO, DB. (map_vid_vidorID.json adds a video's folder: not needed.)"""
     kinds = {"C": "causal", "T": "temporal", "D": "descriptive"}
     return ours(
-        f"{row['video']}-{row['qid']}", row["video"], kinds.get(row["type"][:1]), row["question"],
-        LETTERS[int(row["answer"])], lettered([row[f"a{i}"] for i in range(5)]),
-    )  # fmt: skip
+        id=f"{row['video']}-{row['qid']}",
+        video=row["video"],
+        category=kinds.get(row["type"][:1]),
+        question=row["question"],
+        answer=LETTERS[int(row["answer"])],
+        options=lettered([row[f"a{i}"] for i in range(5)]),
+    )
 
 
 def vnbench(row: dict) -> dict:
     """github.com/joez17/VideoNIAH and huggingface.co/datasets/videoniah/VNBench: gt is the text (or
     number) of the right option, `try` the number of the shuffle."""
-    options, video = list(map(str, row["options"])), Path(row["video"]).stem
+    options = [str(option) for option in row["options"]]
+    video = Path(row["video"]).stem
     return ours(
-        f"{video}-{row['type']}#{row['try']}", video, row["type"], row["question"],
-        LETTERS[options.index(str(row["gt"]))], lettered(options),
-    )  # fmt: skip
+        id=f"{video}-{row['type']}#{row['try']}",
+        video=video,
+        category=row["type"],
+        question=row["question"],
+        answer=LETTERS[options.index(str(row["gt"]))],
+        options=lettered(options),
+    )
 
 
 def activitynet_qa(row: dict) -> dict:
@@ -127,16 +146,23 @@ def activitynet_qa(row: dict) -> dict:
     load), and huggingface.co/datasets/lmms-lab/ActivityNetQA. Questions have no question mark."""
     kinds = "motion spatial temporal yes/no color object location number other".split()
     return ours(
-        row["question_id"], row["video_name"], kinds[int(row["type"])], f"{row['question']}?",
-        row["answer"],
-    )  # fmt: skip
+        id=row["question_id"],
+        video=row["video_name"],
+        category=kinds[int(row["type"])],
+        question=f"{row['question']}?",
+        answer=row["answer"],
+    )
 
 
 BENCHMARKS = {
-    "longvideo-reason": None, "videomme": videomme, "longvideobench": longvideobench,
-    "perceptiontest": perceptiontest, "nextqa": nextqa, "vnbench": vnbench,
+    "longvideo-reason": None,  # its rows are our own
+    "videomme": videomme,
+    "longvideobench": longvideobench,
+    "perceptiontest": perceptiontest,
+    "nextqa": nextqa,
+    "vnbench": vnbench,
     "activitynet-qa": activitynet_qa,
-}  # fmt: skip
+}
 OPEN = ("activitynet-qa",)  # whose answers a model has to judge
 
 
@@ -163,10 +189,13 @@ def read_table(path: str) -> list[dict]:
             rows = json.load(file)
     except (OSError, ValueError, ImportError) as error:  # pyarrow's and json's are ValueErrors
         raise DataError(f"{path}: cannot be read as a table: {error}") from None
-    if isinstance(rows, dict):  # Perception Test: {video: {"mc_question": [{"id": 0, ...}]}}
-        found = [(v, q) for v, entry in rows.items() for q in entry.get("mc_question", ())]
-        rows = [q | {"video_name": video, "question_id": q["id"]} for video, q in found]
-    return rows
+    if not isinstance(rows, dict):
+        return rows
+    found = []  # Perception Test: {video: {"mc_question": [{"id": 0, ...}]}}
+    for video, entry in rows.items():
+        for question in entry.get("mc_question", ()):
+            found.append(question | {"video_name": video, "question_id": question["id"]})
+    return found
 
 
 def find_videos(video_dir: str) -> dict[str, Path]:
@@ -190,53 +219,79 @@ def load(benchmark: str, path: str, video_dir: str | None, bad: list) -> list[Ex
         return data.load_rows(path, video_dir, bad)
     if video_dir is None:
         raise DataError(f"{benchmark} names videos by their ids: give their folder as --video_dir")
-    videos, examples, seen = find_videos(video_dir), [], set()
+    videos = find_videos(video_dir)
+    examples = {}
+    for number, row in enumerate(published_rows(benchmark, path), 1):
+        where = f"{path}: row {number}"
+        try:
+            example = to_example(benchmark, row, videos, video_dir, where)
+            if example.id in examples:
+                raise DataError(f"{where}: the id {example.id!r} occurs twice")
+            examples[example.id] = example
+        except DataError as error:
+            bad.append((where, str(error)))
+    if not examples:
+        raise DataError(f"{path}: no row of {benchmark} is good: {bad[0][1] if bad else 'empty'}")
+    return list(examples.values())
+
+
+def published_rows(benchmark: str, path: str) -> list:
+    """read_table; the answers of test_a.json are put to the questions of test_q.json."""
     try:
         rows = list(read_table(path))
         if benchmark == "activitynet-qa" and path.endswith("_q.json"):
             answers = read_table(path.removesuffix("q.json") + "a.json")
-            answers = {a["question_id"]: a for a in answers}
-            rows = [q | answers.get(q["question_id"], {}) for q in rows]
+            answer_of = {answer["question_id"]: answer for answer in answers}
+            rows = [row | answer_of.get(row["question_id"], {}) for row in rows]
     except (LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is no table as {benchmark} has it: {error!r}") from None
-    for number, published in enumerate(rows, 1):
-        where = f"{path}: row {number}"
-        try:
-            row = BENCHMARKS[benchmark](published)
-            name = row["videos"]  # ActivityNet puts v_ before those of the files
-            file = videos.get(name) or videos.get(f"v_{name}") or Path(video_dir, f"{name}.mp4")
-            row["videos"] = str(file.relative_to(video_dir))
-            example = data.parse_row(row, video_dir, where)
-            if example.id in seen:
-                raise DataError(f"{where}: the id {example.id!r} occurs twice")
-            seen.add(example.id)
-            examples.append(example)
-        except DataError as error:
-            bad.append((where, str(error)))
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            what = f"field {error} is missing" if type(error) is KeyError else error
-            bad.append((where, f"{where} is not as {benchmark} has it: {what}"))
-    if not examples:
-        raise DataError(f"{path}: no row of {benchmark} is good: {bad[0][1] if bad else 'empty'}")
-    return examples
+    return rows
+
+
+def to_example(benchmark: str, row: dict, videos: dict, video_dir: str, where: str) -> Example:
+    """One published row. videos: find_videos. DataError if it is not as published."""
+    try:
+        own = BENCHMARKS[benchmark](row)
+        name = own["videos"]  # ActivityNet puts v_ before those of the files
+        file = videos.get(name) or videos.get(f"v_{name}") or Path(video_dir, f"{name}.mp4")
+        own["videos"] = str(file.relative_to(video_dir))
+        return data.parse_row(own, video_dir, where)
+    except DataError:
+        raise
+    except KeyError as error:
+        what = f"field {error} is missing"
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        what = str(error)
+    raise DataError(f"{where} is not as {benchmark} has it: {what}")
 
 
 # ----------------------------------------------------------------------------------- subtitles
 
 
+def in_seconds(clock: tuple[str, ...]) -> float:
+    """Of hours, minutes, seconds, milliseconds.
+
+    >>> in_seconds(("01", "02", "03", "500"))
+    3723.5
+    """
+    h, m, s, ms = map(int, clock)
+    return 3600 * h + 60 * m + s + ms / 1000
+
+
 def read_srt(path: str) -> list[tuple[float, float, str]]:
     """(start, end, text) of each subtitle: seconds, and text in one line without its tags."""
     text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
-    clock, found = r"(\d+):(\d+):(\d+)[,.](\d+)", []
+    clock = r"(\d+):(\d+):(\d+)[,.](\d+)"
+    found = []
     for block in re.split(r"\n\s*\n", text):
         times = re.search(f"{clock} *--> *{clock}.*", block)
         if times is None:
             continue
-        h, m, s, ms, *end = map(int, times.groups())
-        words = re.sub(r"<[^<>]*>|\{\\[^{}]*\}", "", block[times.end() :])
-        if words := " ".join(words.split()):
-            seconds = lambda h, m, s, ms: 3600 * h + 60 * m + s + ms / 1000  # noqa: E731
-            found.append((seconds(h, m, s, ms), seconds(*end), words))
+        shown = re.sub(r"<[^<>]*>|\{\\[^{}]*\}", "", block[times.end() :])
+        words = " ".join(shown.split())
+        if words:
+            numbers = times.groups()
+            found.append((in_seconds(numbers[:4]), in_seconds(numbers[4:]), words))
     return found
 
 
@@ -248,10 +303,10 @@ def srt_of(example: Example, folder: str) -> Path:
 def with_subtitles(example: Example, folder: str, times: np.ndarray) -> Example:
     """The question behind the subtitles that are shown at one of the times (F,), in seconds, of its
     video's frames, each once and in order."""
-    lines = [
-        words
-        for start, end, words in read_srt(srt_of(example, folder))
-        if ((start <= times) & (times < end)).any()
-    ]
-    head = ["Subtitles of the video at these frames:", *lines] if lines else []
-    return replace(example, problem="\n".join([*head, example.problem]))
+    lines = []
+    for start, end, words in read_srt(srt_of(example, folder)):
+        if ((start <= times) & (times < end)).any():
+            lines.append(words)
+    if lines:
+        lines = ["Subtitles of the video at these frames:", *lines]
+    return replace(example, problem="\n".join([*lines, example.problem]))

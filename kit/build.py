@@ -8,12 +8,12 @@
       | LLM again: the reasoning now speaks of what is seen              OUT/rows.jsonl
     rows of data.py, 1/3 and 2/3 of them, no video in both               OUT/sft.jsonl, OUT/rl.jsonl
 
-Captioner and LLM are OpenAI-compatible servers (`vllm serve MODEL`). A stage appends a line for
-each key that is done; what is there is not asked again. So the same command goes on where a killed
-run stopped, to the same bytes: what is decided here (form of a question, order of options, split)
-hangs on hashes of keys, not on the order of replies. A reply that fails a check is asked for again;
-after --tries its key is lost, with the reason in OUT/lost.jsonl. Nothing is repaired or replaced:
-what an LLM got wrong in form is not right in fact.
+Captioner and LLM are OpenAI-compatible servers (`vllm serve MODEL`). Each arrow is a stage of
+kit/work.py: the same command goes on where a killed run stopped, to the same bytes, as what is
+decided here (form of a question, order of options, split) hangs on hashes of keys, not on the order
+of replies. A reply that fails a check is asked for again; after --tries its key is lost, with the
+reason in OUT/lost.jsonl. Nothing is repaired or replaced: what an LLM got wrong in form is not
+right in fact.
 
 What differs from the paper, which does not publish its prompts:
     DEVIATION 1: the prompts are ours. Options are shuffled here, as LLMs favour some letters; so
@@ -24,7 +24,6 @@ Run:  python -m kit.build --videos DIR --llm URL --captioner URL --out OUT
 Check this file alone:  pytest tests/test_build.py
 """
 
-import argparse
 import base64
 import hashlib
 import io
@@ -34,17 +33,23 @@ import os
 import re
 import string
 import sys
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from data import DataError, Medium, parse_row
 from kit.chat import Chat, ReplyError, ServerError
 from kit.decode import Loader
+from kit.options import parse
+from kit.run import reported
+from kit.work import Folder
 
 ENDINGS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
-SFT_SHARE, TEMPERATURE, MIN_WORDS = 1 / 3, 0.6, 20  # MIN_WORDS of a reasoning
-FREE = "out llm captioner max_tokens timeout tries parallel retry_lost".split()  # may change
+SFT_SHARE = 1 / 3  # of the rows
+TEMPERATURE = 0.6
+MIN_WORDS = 20  # of a reasoning
+GO_ON = "the same command goes on where it stopped"
 CATEGORIES = {
     "temporal": "time: the order of events, how long they last, what has changed between them",
     "goal": "purpose: what somebody tries to achieve, or what an action turns out to be for",
@@ -94,76 +99,41 @@ BANNED = {  # in what stays in a row
 }
 
 
-class Folder:
-    """Files of lines {key: line}, and stages that append to them. lost: {key: line}."""
+@dataclass(frozen=True)
+class Options:
+    """Options of the command."""
 
-    def __init__(self, args, settings: dict):
-        self.path, self.tries, self.parallel = Path(args.out), args.tries, args.parallel
-        self.path.mkdir(parents=True, exist_ok=True)
-        kept = self.path / "settings.json"
-        old = json.loads(kept.read_text()) if kept.exists() else settings
-        for name in settings:
-            if old.get(name) != settings[name]:
-                was = f"{name} was {old.get(name)!r}, now {settings[name]!r}"
-                raise DataError(f"{kept}: {was}; give the old one, or another --out")
-        self.write("settings.json", json.dumps(settings, indent=1))
-        if args.retry_lost:
-            self.write("lost.jsonl", "")
-        self.lost = self.read("lost")
+    videos: Path  # folder of videos, searched with all its folders
+    llm: str  # server that writes questions: http://HOST:8000/v1
+    captioner: str  # server of a model that sees images
+    llm_model: str | None = None  # its name on the server; default: the first there
+    captioner_model: str | None = None  # its name on the server; default: the first there
+    out: Path = Path("runs/build")  # folder that is written, or gone on with
+    categories: tuple[str, ...] = tuple(CATEGORIES)  # of questions; default: all
+    questions: int = 1  # of each category for a video
+    open: float = 0.5  # share of open-ended questions, 0 to 1
+    clip_seconds: float = 10  # length of a clip, about
+    clip_frames: int = 8  # frames of a clip that the captioner sees
+    clip_side: int = 448  # longest side of such a frame in pixels
+    max_tokens: int = 8192  # longest reply, with its thinking
+    timeout: float = 600  # seconds for one reply
+    tries: int = 3  # requests until something is lost
+    parallel: int = 8  # requests at a time
+    retry_lost: bool = False  # ask again for what was lost in this folder
 
-    def write(self, name: str, text: str) -> None:
-        """A whole file or nothing of it."""
-        (self.path / f"{name}.part").write_text(text)
-        os.replace(self.path / f"{name}.part", self.path / name)
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if name != "open" and type(value) in (int, float) and not value > 0:  # nan, too
+                raise ValueError(f"{name} must be above 0, not {value}")
+        if not 0 <= self.open <= 1:
+            raise ValueError(f"open must be a share from 0 to 1, not {self.open}")
+        if not self.categories or set(self.categories) - set(CATEGORIES):
+            known = ", ".join(CATEGORIES)
+            raise ValueError(f"categories must be of {known}, not {' '.join(self.categories)!r}")
 
-    def read(self, name: str) -> dict[str, dict]:
-        """Lines by key. A last line that was torn when a run was killed is cut off."""
-        with open(self.path / f"{name}.jsonl", "a+b") as file:
-            file.seek(0)
-            whole, _, torn = file.read().rpartition(b"\n")
-            file.truncate(file.tell() - len(torn))
-        try:
-            lines = [json.loads(line) for line in whole.splitlines()]
-            return {next(iter(line.values())): line for line in lines}
-        except (ValueError, AttributeError, StopIteration) as error:
-            raise DataError(f"{file.name}: remove the line that is broken ({error})") from None
 
-    def append(self, name: str, line: dict) -> None:
-        """In one write, so that lines of several threads stay whole."""
-        with open(self.path / f"{name}.jsonl", "ab", buffering=0) as file:
-            file.write(json.dumps(line).encode() + b"\n")
-
-    def lose(self, key: str, reason: str) -> None:
-        self.lost[key] = {"lost": key, "reason": reason}
-        self.append("lost", self.lost[key])
-
-    def stage(self, name: str, keys, make) -> dict[str, dict]:
-        """{key: line} of name.jsonl for all keys that are not lost; new lines are make(key)."""
-        from tqdm import tqdm
-
-        done = self.read(name)
-        new = [key for key in keys if key not in done and key not in self.lost]
-
-        def one(key: str) -> None:
-            for _ in range(self.tries):
-                try:
-                    line = make(key)
-                except (ReplyError, DataError) as error:
-                    reason = str(error)
-                else:
-                    done[key] = line
-                    return self.append(name, line)
-            self.lose(key, reason)
-
-        pool = ThreadPoolExecutor(self.parallel)
-        try:
-            futures = [pool.submit(one, key) for key in new]
-            with tqdm(as_completed(futures), name, len(new)) as bar:
-                for future in bar:
-                    future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-        return {key: done[key] for key in keys if key in done and key not in self.lost}
+# What may change when a folder is gone on with.
+FREE = ("out", "llm", "captioner", "max_tokens", "timeout", "tries", "parallel", "retry_lost")
 
 
 def plain(text: str) -> str:
@@ -199,9 +169,11 @@ def parse_draft(reply: str, key: str, choice: bool) -> dict:
     """Checked question, options, answer and reasoning; the key decides the order of options."""
     found = parse_reply(reply, "question")
     options = found.get("options") or []
-    if not isinstance(options, list) or len(options) not in (range(2, 9) if choice else [0]):
+    numbers = range(2, 9) if choice else [0]
+    if not isinstance(options, list) or len(options) not in numbers:
         raise ReplyError("the wrong number of options")
-    question, answer = (one_line(found.get(name), name) for name in ("question", "answer"))
+    question = one_line(found.get("question"), "question")
+    answer = one_line(found.get("answer"), "answer")
     reasoning = one_line(found.get("reasoning"), "reasoning", banned=())
     options = sorted((one_line(o, "option") for o in options), key=lambda o: digest(key, o))
     right = [option for option in options if plain(option) == plain(answer)]
@@ -212,7 +184,8 @@ def parse_draft(reply: str, key: str, choice: bool) -> dict:
         raise ReplyError("two options are the same")
     if choice and not right:
         raise ReplyError("the answer is none of the options")
-    answer = right[0] if choice else answer
+    if choice:
+        answer = right[0]
     return {"question": question, "options": options, "answer": answer, "reasoning": reasoning}
 
 
@@ -221,17 +194,18 @@ def parse_rewritten(reply: str, draft: dict) -> dict:
     reasoning = one_line(parse_reply(reply, "reasoning")["reasoning"], "reasoning")
     if len(reasoning.split()) < MIN_WORDS:
         raise ReplyError(f"the reasoning has fewer than {MIN_WORDS} words")
-    answer, options, letters = draft["answer"], draft["options"], string.ascii_uppercase
+    answer = draft["answer"]
     if not plain(reasoning).endswith(f" answer is {plain(answer)}"):
         raise ReplyError("the reasoning does not end with the answer")
+    letters = dict(zip(draft["options"], string.ascii_uppercase))
     row = {
         "problem_id": draft["draft"],
-        "problem": "\n".join([draft["question"], *map("{}. {}".format, letters, options)]),
+        "problem": "\n".join([draft["question"], *(f"{letters[o]}. {o}" for o in letters)]),
         "data_type": "video",
         "problem_type": draft["category"],
         "reasoning": reasoning,
         "videos": draft["video"],
-        "answer": f"<answer>{letters[options.index(answer)] if options else answer}</answer>",
+        "answer": f"<answer>{letters.get(answer, answer)}</answer>",
     }
     parse_row(row, "")
     return row
@@ -247,15 +221,17 @@ def share(*parts: str) -> float:
 
 
 def clock(seconds: float) -> str:
-    return "{:02}:{:02}".format(*divmod(round(seconds), 60))
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes:02}:{rest:02}"
 
 
 def jpeg(frame, side: int) -> dict:
     """A frame (H, W, 3), its longest side at most `side` pixels, as a part of a message."""
     from PIL import Image
 
-    image, file = Image.fromarray(frame), io.BytesIO()
+    image = Image.fromarray(frame)
     image.thumbnail((side, side))
+    file = io.BytesIO()
     image.save(file, "JPEG", quality=90)
     url = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
     return {"type": "image_url", "image_url": {"url": url}}
@@ -266,133 +242,184 @@ def sft_videos(rows: list[dict]) -> set[str]:
     count = Counter(row["videos"] for row in rows)
     videos = sorted(count, key=digest)
     sums = [0, *itertools.accumulate(count[video] for video in videos)]
-    n = min(range(len(sums)), key=lambda n: abs(sums[n] - SFT_SHARE * len(rows)))
-    return set(videos[:n])
+    nearest = min(range(len(sums)), key=lambda n: abs(sums[n] - SFT_SHARE * len(rows)))
+    return set(videos[:nearest])
 
 
-def build(args) -> None:
-    root = Path(args.videos).resolve()
-    if not root.is_dir():
-        raise DataError(f"--videos {root}: no such folder")
-    videos = (p for p in root.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
-    videos = sorted(p.relative_to(root).as_posix() for p in videos)
-    if not videos:
-        raise DataError(f"--videos {root}: no file ends in {', '.join(ENDINGS)}")
-    captioner = Chat(args.captioner, args.captioner_model, args.timeout)
-    llm = Chat(args.llm, args.llm_model, args.timeout)
-    settings = {k: v for k, v in vars(args).items() if k not in FREE}
-    settings |= {"captioner_model": captioner.model, "llm_model": llm.model, "videos": str(root)}
-    settings["prompts"] = digest(CAPTION, QUESTION, CHOICE, OPEN, REWRITE, *CATEGORIES.values())
-    folder, loader = Folder(args, settings), Loader(1)  # which decodes in other processes
+class Clip(NamedTuple):
+    video: str
+    start: float  # seconds
+    end: float
 
-    def ask(model: Chat, content) -> str:
-        return model.ask([{"role": "user", "content": content}], TEMPERATURE, args.max_tokens)
 
-    def probe(video: str) -> dict:
-        with loader.open(Medium("video", str(root / video)), sys.maxsize) as frames:
+class Question(NamedTuple):
+    video: str
+    category: str
+    choice: bool  # or open-ended
+    prompt: str  # for the LLM that writes it
+
+
+class Builder:
+    """The stages of the picture. Each is a function of a key and what is known of it, to a line."""
+
+    def __init__(self, options: Options):
+        self.options = options
+        self.root = options.videos.resolve()
+        if not self.root.is_dir():
+            raise DataError(f"--videos {self.root}: no such folder")
+        found = (p for p in self.root.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+        self.videos = sorted(p.relative_to(self.root).as_posix() for p in found)
+        if not self.videos:
+            raise DataError(f"--videos {self.root}: no file ends in {', '.join(ENDINGS)}")
+        self.captioner = Chat(options.captioner, options.captioner_model, options.timeout)
+        self.llm = Chat(options.llm, options.llm_model, options.timeout)
+        self.loader = Loader(1)  # which decodes in other processes
+        settings = {name: v for name, v in asdict(options).items() if name not in FREE}
+        settings |= {"captioner_model": self.captioner.model, "llm_model": self.llm.model}
+        settings["videos"] = str(self.root)
+        settings["prompts"] = digest(CAPTION, QUESTION, CHOICE, OPEN, REWRITE, *CATEGORIES.values())
+        advice = "give the old one, or another --out"
+        self.folder = Folder(options.out, settings, what_else=advice, retry=options.retry_lost)
+
+    def build(self) -> None:
+        lengths = self.stage("videos", dict.fromkeys(self.videos), self.probe, "video")
+        clips = cut(lengths)
+        captions = self.stage("captions", clips, self.caption, "clip")
+        self.loader.close()
+        stories = self.stories(lengths, clips, captions)
+        questions = self.questions(lengths, stories)
+        drafts = self.stage("drafts", questions, self.draft, "draft")
+        found = self.stage("rows", drafts, self.rewrite, "problem_id")
+        rows = [row for _, row in sorted(found.items())]
+        kinds = dict(Counter(row["problem_type"] for row in rows))
+        print(f"videos {len(stories)} of {len(self.videos)}, clips {len(captions)} of {len(clips)}")
+        print(f"rows {len(rows)} of {len(questions)}: {kinds}")
+        self.split(rows)
+        self.report_lost()
+        if not rows:
+            raise DataError(f"not one row was made; {self.folder.path}/lost.jsonl says why")
+
+    def stage(self, name: str, known: dict, make, field: str) -> dict[str, dict]:
+        """{key: make(key, known[key])} of all keys that are not lost; lines hold it in `field`."""
+        o = self.options
+
+        def work(keys: list[str]) -> list[dict]:
+            return [make(key, known[key]) for key in keys]
+
+        how = {"threads": o.parallel, "tries": o.tries, "field": field, "bar": name}
+        return self.folder.stage(name, list(known), work, **how)
+
+    def ask(self, model: Chat, content) -> str:
+        message = {"role": "user", "content": content}
+        return model.ask([message], TEMPERATURE, self.options.max_tokens)
+
+    # --------------------------------------------------------------------- stages, and in between
+
+    def probe(self, video: str, _) -> dict:
+        """Length of a video, and the number of its clips."""
+        with self.loader.open(Medium("video", str(self.root / video)), sys.maxsize) as frames:
             times = frames.times
         if len(times) < 2:
             raise DataError("a video of one frame")
         seconds = times[-1] + times[1]
-        n = max(1, min(round(seconds / args.clip_seconds), len(times)))
-        return {"video": video, "seconds": seconds, "clips": n}
+        clips = max(1, min(round(seconds / self.options.clip_seconds), len(times)))
+        return {"seconds": seconds, "clips": clips}
 
-    lengths = folder.stage("videos", videos, probe)
-    clips = {
-        f"{video}#{i:04}": (video, *(line["seconds"] * k / line["clips"] for k in (i, i + 1)))
-        for video, line in lengths.items()
-        for i in range(line["clips"])
-    }
-
-    def caption(key: str) -> dict:
-        video, start, end = clips[key]
-        medium = Medium("video", str(root / video), segment=(start, end))
-        with loader.open(medium, args.clip_frames) as frames:
-            images = [jpeg(frame, args.clip_side) for frame in frames[:]]
-        when = f"{clock(start)}-{clock(end)}"
-        prompt = {"type": "text", "text": CAPTION.format(n=len(images), span=when)}
-        text = one_line(ask(captioner, [*images, prompt]), "caption", banned=())
+    def caption(self, key: str, clip: Clip) -> dict:
+        medium = Medium("video", str(self.root / clip.video), segment=(clip.start, clip.end))
+        with self.loader.open(medium, self.options.clip_frames) as frames:
+            images = [jpeg(frame, self.options.clip_side) for frame in frames[:]]
+        span = f"{clock(clip.start)}-{clock(clip.end)}"
+        prompt = {"type": "text", "text": CAPTION.format(n=len(images), span=span)}
+        text = one_line(self.ask(self.captioner, [*images, prompt]), "caption", banned=())
         if re.match(r"(?i)((i.?m|i am) )?sorry|i can(no|.)t|as an ai", text):
             raise ReplyError(f"the captioner refuses: {text[:80]}")
-        return {"clip": key, "caption": f"[{when}] {text}"}
+        return {"caption": f"[{span}] {text}"}
 
-    captions, seen = folder.stage("captions", clips, caption), {video: [] for video in lengths}
-    loader.close()
-    for key, line in captions.items():
-        seen[clips[key][0]].append(line["caption"])
+    def stories(self, lengths: dict, clips: dict, captions: dict) -> dict[str, list[str]]:
+        """{video: its captions}; a video is lost with more than half of its clips."""
+        seen = defaultdict(list)
+        for key, line in captions.items():
+            seen[clips[key].video].append(line["caption"])
+        for video, line in lengths.items():
+            if len(seen[video]) < line["clips"] / 2:
+                self.folder.lost[video] = "more than half of a video's clips are lost"
+        return {video: seen[video] for video in lengths if video not in self.folder.lost}
+
+    def questions(self, lengths: dict, stories: dict) -> dict[str, Question]:
+        """Those that the LLM shall write, by key; hashes choose their forms and places."""
+        o = self.options
+        found = {}
+        for video, category, i in itertools.product(stories, o.categories, range(o.questions)):
+            key = f"{video}#{category}-{i}"
+            near = lengths[video]["seconds"] * (i + share("near", key)) / o.questions
+            choice = share("form", key) >= o.open
+            form, fields = FORMS[choice]
+            told = {"about": CATEGORIES[category], "near": clock(near), "form": form}
+            prompt = QUESTION.format(captions="\n".join(stories[video]), fields=fields, **told)
+            found[key] = Question(video, category, choice, prompt)
+        return found
+
+    def draft(self, key: str, question: Question) -> dict:
+        reply = self.ask(self.llm, question.prompt)
+        line = {"video": question.video, "category": question.category}
+        return line | parse_draft(reply, key, question.choice)
+
+    def rewrite(self, key: str, draft: dict) -> dict:
+        options = "".join(f"\n- {option}" for option in draft["options"])
+        return parse_rewritten(self.ask(self.llm, REWRITE.format(**draft, list=options)), draft)
+
+    # ------------------------------------------------------------------------------------ the end
+
+    def split(self, rows: list[dict]) -> None:
+        """Rows of some videos are for SFT, those of the others for RL."""
+        first = sft_videos(rows)
+        for name, is_first in (("sft", True), ("rl", False)):
+            part = [row for row in rows if (row["videos"] in first) == is_first]
+            self.folder.write_lines(f"{name}.jsonl", part)
+            print(f"  {self.folder.path}/{name}.jsonl: {len(part)}")
+
+    def report_lost(self) -> None:
+        """How often each reason: it begins with what is wrong, a DataError's with its file."""
+        lost = self.folder.lost
+        print(f"lost {len(lost)} ({self.folder.path}/lost.jsonl; --retry_lost asks again)")
+        count = Counter()
+        for reason in lost.values():
+            what, *details = reason.split(": ")
+            is_file = details and what.startswith(str(self.root))
+            count[details[0] if is_file else what] += 1
+        for what, n in count.most_common():
+            print(f"  {n:6d} {what}")
+
+
+def cut(lengths: dict[str, dict]) -> dict[str, Clip]:
+    """{key: clip}: each video in equal parts.
+
+    >>> cut({"a.mp4": {"seconds": 25.0, "clips": 2}})["a.mp4#0001"]
+    Clip(video='a.mp4', start=12.5, end=25.0)
+    """
+    clips = {}
     for video, line in lengths.items():
-        if len(seen[video]) < line["clips"] / 2:
-            folder.lose(video, "more than half of a video's clips are lost")
-    kept = [video for video in lengths if video not in folder.lost]
-    each = itertools.product(kept, args.categories, range(args.questions))
-    questions = {f"{video}#{category}-{i}": (video, category, i) for video, category, i in each}
-
-    def draft(key: str) -> dict:
-        video, category, i = questions[key]
-        choice = share("form", key) >= args.open
-        near = lengths[video]["seconds"] * (i + share("near", key)) / args.questions
-        form, fields = FORMS[choice]
-        how = {"about": CATEGORIES[category], "near": clock(near), "form": form, "fields": fields}
-        prompt = QUESTION.format(captions="\n".join(seen[video]), **how)
-        line = {"draft": key, "video": video, "category": category}
-        return line | parse_draft(ask(llm, prompt), key, choice)
-
-    drafts = folder.stage("drafts", questions, draft)
-
-    def rewrite(key: str) -> dict:
-        options = "".join(f"\n- {option}" for option in drafts[key]["options"])
-        return parse_rewritten(ask(llm, REWRITE.format(**drafts[key], list=options)), drafts[key])
-
-    rows = [row for _, row in sorted(folder.stage("rows", drafts, rewrite).items())]
-    kinds, first = Counter(row["problem_type"] for row in rows), sft_videos(rows)
-    print(f"videos {len(kept)} of {len(videos)}, clips {len(captions)} of {len(clips)}")
-    print(f"rows {len(rows)} of {len(questions)}: {dict(kinds)}")
-    for name, is_first in (("sft", True), ("rl", False)):
-        part = [json.dumps(row) + "\n" for row in rows if (row["videos"] in first) == is_first]
-        folder.write(f"{name}.jsonl", "".join(part))
-        print(f"  {folder.path}/{name}.jsonl: {len(part)}")
-    print(f"lost {len(folder.lost)} ({folder.path}/lost.jsonl; --retry_lost asks again)")
-    reasons = [line["reason"].split(": ") for line in folder.lost.values()]
-    # A reason begins with what is wrong, then what exactly; a DataError's with the file.
-    for reason, n in Counter(r[r[0].startswith(str(root))] for r in reasons).most_common():
-        print(f"  {n:6d} {reason}")
-    if not rows:
-        raise DataError(f"not one row was made; {folder.path}/lost.jsonl says why")
+        for i in range(line["clips"]):
+            start = line["seconds"] * i / line["clips"]
+            end = line["seconds"] * (i + 1) / line["clips"]
+            clips[f"{video}#{i:04}"] = Clip(video, start, end)
+    return clips
 
 
 def main(argv: list[str] | None = None) -> None:
-    about = "Questions with reasoning from videos; the same command goes on where it stopped."
-    parser = argparse.ArgumentParser("python -m kit.build", description=about, allow_abbrev=False)
-    add = parser.add_argument
-    add("--videos", required=True, help="folder of videos, searched with all its folders")
-    add("--llm", required=True, metavar="URL", help="server that writes questions: http://.../v1")
-    add("--captioner", required=True, metavar="URL", help="server of a model that sees images")
-    add("--llm_model", help="its name on the server; default: the first there")
-    add("--captioner_model", help="its name on the server; default: the first there")
-    add("--out", default="runs/build", help="folder that is written, or gone on with")
-    add("--categories", nargs="+", choices=CATEGORIES, default=[*CATEGORIES], help="default: all")
-    add("--questions", type=int, default=1, help="of each category for a video")
-    add("--open", type=float, default=0.5, help="share of open-ended questions, 0 to 1")
-    add("--clip_seconds", type=float, default=10, help="length of a clip, about")
-    add("--clip_frames", type=int, default=8, help="frames of a clip that the captioner sees")
-    add("--clip_side", type=int, default=448, help="longest side of such a frame in pixels")
-    add("--max_tokens", type=int, default=8192, help="longest reply, with its thinking")
-    add("--timeout", type=float, default=600, help="seconds for one reply")
-    add("--tries", type=int, default=3, help="requests until something is lost")
-    add("--parallel", type=int, default=8, help="requests at a time")
-    add("--retry_lost", action="store_true", help="ask again for what was lost in this folder")
-    args = parser.parse_args(argv)
-    for name, value in vars(args).items():  # nan fails too
-        if type(value) in (int, float) and not (0 <= value <= 1 if name == "open" else value > 0):
-            parser.error(f"--{name} {value} is out of range")
+    about = f"Questions with reasoning from videos; {GO_ON}."
     try:
-        build(args)
-    except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except ServerError as error:
-        sys.exit(f"error: {error}; the same command goes on where it stopped")
+        with reported():
+            options = parse(Options, argv, prog="python -m kit.build", about=about)
+            try:
+                Builder(options).build()
+            except OSError as error:
+                raise DataError(str(error)) from None
+            except ServerError as error:
+                raise ServerError(f"{error}; {GO_ON}") from None
     except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print(f"error: interrupted; {GO_ON}", file=sys.stderr)
         os._exit(130)  # waits for no reply
 
 

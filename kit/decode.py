@@ -31,7 +31,8 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 
-from data import DataError, Frames, Medium, Opener, Rate, load_audio, named_errors
+from data import DataError, Frames, Medium, Opener, Rate, named_errors
+from kit.sound import load_audio
 
 
 class Worker:
@@ -41,13 +42,15 @@ class Worker:
     command = [sys.executable, "-m", "kit.decode"]
 
     def __init__(self, limit: float):
-        pipe = subprocess.PIPE
         root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         env = os.environ | {"PYTHONPATH": path}
+        pipe = subprocess.PIPE
         self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, env=env)
-        self.limit, self.uses, self.thread = limit, 0, ThreadPoolExecutor(1)
+        self.thread = ThreadPoolExecutor(1)
+        self.limit = limit
         self.late = threading.Event()
+        self.uses = 0  # files so far
 
     def ask(self, *request) -> Future:
         """Of the reply, or DataError, TimeoutError, ChildProcessError; requests queue up."""
@@ -55,7 +58,7 @@ class Worker:
         return self.last
 
     def _ask(self, request: tuple):
-        timer = threading.Timer(self.limit, lambda: self.late.set() or self.process.kill())
+        timer = threading.Timer(self.limit, self._kill_late)
         timer.start()
         try:
             pickle.dump(request, self.process.stdin)
@@ -74,21 +77,65 @@ class Worker:
             raise DataError(reply)
         return reply
 
+    def _kill_late(self) -> None:
+        self.late.set()
+        self.process.kill()
+
     def close(self) -> None:
         self.process.kill()
         self.thread.shutdown()
         self.process.communicate()
 
 
+class RemoteFrames(Frames):
+    """Frames that a worker decodes: the same pixels, times and errors."""
+
+    def __init__(self, medium: Medium, num_frames: int | Rate, name: str, worker: Worker):
+        self.medium = medium
+        self.name = name
+        self.worker = worker
+        self.asked = None  # the part that the worker has been asked for
+        self.times, self.shape = self._result(worker.ask("open", medium, num_frames, name))
+
+    def ask(self, part: slice) -> None:
+        """frames[part] is what will be wanted next: the worker begins with it."""
+        self.asked = part
+        self.reply = self.worker.ask("read", part)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        if self.asked != part:  # something else, or nothing, was asked for
+            self.ask(part)
+        self.asked = None
+        return self._result(self.reply)
+
+    def pieces(self, parts: list[slice]):
+        """frames[part] of one part after the other; the next one is decoded meanwhile."""
+        for part, following in zip(parts, [*parts[1:], None]):
+            pixels = self[part]
+            if following:
+                self.ask(following)
+            yield pixels
+
+    def _result(self, reply: Future):
+        with named_errors(self.medium, self.medium.kind, self.name):
+            return reply.result()
+
+
 class Loader(Opener):
-    """Opens media in child processes, so that a file that hangs or crashes costs itself alone, and
-    up to `ahead` files beforehand; with ahead=0 in this process. limit: seconds for a piece of a
-    file. A worker opens `uses` files: what its decoder keeps of memory goes with it. Without
-    ahead(), threads may share it: each file that is open has a process."""
+    """Opens media in child processes, up to `ahead` files beforehand; with ahead=0 in this process.
+    limit: seconds for a piece of a file. A worker opens `uses` files: what its decoder keeps of
+    memory goes with it. Without ahead(), threads may share it: each file that is open has a
+    process."""
 
     def __init__(self, ahead: int = 0, limit: float = 120.0, uses: int = 200):
-        self.limit, self.uses, self.slots = limit, uses, ahead
-        self.idle, self.busy, self.started, self.plan, self.failed = [], set(), {}, iter(()), {}
+        self.slots = ahead
+        self.limit = limit
+        self.uses = uses
+        self.idle: list[Worker] = []
+        self.busy: set[Worker] = set()
+        self.plan = iter(())  # what will be wanted after what is started
+        self.started: dict[tuple, Future] = {}  # (medium, num_frames) -> RemoteFrames, in order
+        self.failed: dict[Medium, tuple] = {}  # -> (message, question)
         self.threads = ThreadPoolExecutor(max(ahead, 1))
 
     def __deepcopy__(self, memo) -> "Loader":
@@ -96,8 +143,8 @@ class Loader(Opener):
 
     @contextmanager
     def open(self, medium: Medium, num_frames: int | Rate, name: str = ""):
-        """Frames of a medium, for the time of the block. Images are opened here: nothing hangs. A
-        file that failed fails again at once, whoever asks."""
+        """Frames of a medium, for the time of the block. A file that failed fails again at once,
+        whoever asks."""
         if medium not in self.failed:
             try:
                 with self._opened(medium, num_frames, name) as frames:
@@ -106,19 +153,18 @@ class Loader(Opener):
             except DataError as failed:
                 self.failed[medium] = str(failed), failed.question
         said, asked = self.failed[medium]  # of the question it was planned for, or asked first
-        error = DataError(said.replace(f"(question {asked})", f"(question {name})"))
-        error.question = name
-        raise error
+        raise DataError(said.replace(f"(question {asked})", f"(question {name})"), question=name)
 
     @contextmanager
     def _opened(self, medium: Medium, num_frames, name: str):
-        if not self.slots or medium.kind == "image":
+        if not self.slots or medium.kind == "image":  # which does not hang
             yield Frames(medium, num_frames, name)
             return
-        if (medium, num_frames) in self.started:
-            while (found := next(iter(self.started))) != (medium, num_frames):
-                self._drop(self.started.pop(found))  # planned before this one, and not wanted
-            coming = self.started.pop(found)
+        wanted = medium, num_frames
+        if wanted in self.started:
+            while (first := next(iter(self.started))) != wanted:
+                self._drop(self.started.pop(first))  # planned before this one, and not wanted
+            coming = self.started.pop(wanted)
             self._start()  # the next one is opened while this one is looked at
             frames = coming.result()
         else:
@@ -160,19 +206,28 @@ class Loader(Opener):
 
     def _start(self) -> None:
         while len(self.started) < self.slots and (job := next(self.plan, None)):
-            if job[:2] not in self.started and job[0] not in self.failed:
-                self.started[job[:2]] = self.threads.submit(self._open, *job)
+            medium, num_frames, _, _ = job
+            if (medium, num_frames) not in self.started and medium not in self.failed:
+                self.started[medium, num_frames] = self.threads.submit(self._open, *job)
 
-    def _open(self, medium: Medium, num_frames, name: str, first=None) -> Frames:
+    def _open(self, medium: Medium, num_frames, name: str, first=None) -> RemoteFrames:
         worker = self._worker()
         try:
-            frames = Frames(medium, num_frames, name, worker)
+            frames = RemoteFrames(medium, num_frames, name, worker)
             if first:
                 frames.ask(first(frames.shape))
             return frames
         except BaseException:
             self._free(worker)
             raise
+
+    def _drop(self, future: Future) -> None:
+        future.add_done_callback(self._free_opened)
+        future.cancel()
+
+    def _free_opened(self, future: Future) -> None:
+        if not future.cancelled() and future.exception() is None:  # else none is held
+            self._free(future.result().worker)
 
     def _worker(self) -> Worker:
         try:
@@ -191,12 +246,6 @@ class Loader(Opener):
         else:
             self.idle.append(worker)
 
-    def _drop(self, future) -> None:
-        future.add_done_callback(
-            lambda f: f.cancelled() or f.exception() or self._free(f.result().worker)
-        )
-        future.cancel()
-
 
 def serve() -> None:
     """The life of a worker: replies to ("open", medium, num_frames, name), ("read", part),
@@ -204,29 +253,34 @@ def serve() -> None:
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not stand between the replies
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this
-    parent, frames = os.getppid(), None
-
-    def watch():  # a decoder that hangs would never read the end of the requests
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     with suppress(EOFError, BrokenPipeError):  # the parent is gone
         while True:
-            what, *rest = pickle.load(sys.stdin.buffer)
+            request = pickle.load(sys.stdin.buffer)
+            good = True
             try:
-                if what == "open":
-                    frames = Frames(*rest)
-                    reply = frames.times, frames.shape
-                else:
-                    reply = frames[rest[0]] if what == "read" else load_audio(*rest)
-                good = True
+                match request:
+                    case "open", medium, num_frames, name:
+                        frames = Frames(medium, num_frames, name)
+                        reply = frames.times, frames.shape
+                    case "read", part:
+                        reply = frames[part]
+                    case "sound", medium, rate, name:
+                        reply = load_audio(medium, rate, name)
             except DataError as error:
-                good, reply = False, str(error)
+                good = False
+                reply = str(error)
             pickle.dump((good, reply), replies, protocol=5)
             replies.flush()
     os._exit(0)  # there is nobody left to flush to
+
+
+def end_with(parent: int) -> None:
+    """End this process when its parent has: a decoder that hangs would never read the end of the
+    requests."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 if __name__ == "__main__":

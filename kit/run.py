@@ -34,7 +34,7 @@ from model import ModelError, MultiModal
 from rollout import RolloutError
 
 # What a person can mend: shown as one line. Anything else is a fault of ours, with its traceback.
-KNOWN = (DataError, ModelError, RolloutError, ServerError, OptionError)
+KNOWN = (DataError, ModelError, RolloutError, ServerError, OptionError, OSError)
 PATIENCE = timedelta(days=1)  # a rank may wait for the others much longer than the usual half hour
 
 

@@ -71,7 +71,8 @@ class Folder:
         on all ranks, with `what_else` to do, if the folder was begun with other settings."""
         self.path = path
         self.ranks = ranks
-        self.lost = self._first(self._open, json.loads(json.dumps(settings)), what_else, retry)
+        now = json.loads(json.dumps(settings))
+        self.lost: dict[str, str] = self._first(self._open, now, what_else, retry) or {}
 
     def stage(
         self, name, keys: list, work: Work, size=1, threads=1, tries=0, tp=1, field="key", bar=""
@@ -81,26 +82,25 @@ class Folder:
         after so many ReplyErrors and DataErrors a batch is lost; with 0 the first one is raised.
         tp: neighbouring ranks that do the same batches together. field: of a line, where its key
         is. bar: title of rank 0's progress bar."""
-        done = self._first(self._read, name, field)
+        done, is_whole = self._first(self._read, name, field) or ({}, False)
         batches = [keys[i : i + size] for i in range(0, len(keys), size)]
         missing = [b for b in batches if any(k not in done and k not in self.lost for k in b)]
-        mine = missing[self.ranks.rank // tp :: self.ranks.world // tp]
         attempt = partial(self._attempt, name=name, work=work, tries=tries, tp=tp, field=field)
-        results = in_threads(attempt, mine, threads) if threads > 1 else map(attempt, mine)
-        own = list(tqdm(results, bar, len(mine), disable=not bar or self.ranks.rank > 0))
-        everyone = [own] * self.ranks.world
-        if self.ranks.world > 1:
-            dist.all_gather_object(everyone, own)
-        for where, lines in sum(everyone, []):
+        for where, lines in self._deal(attempt, missing, threads, tp, bar):
             if where == name:
                 done |= {line[field]: line for line in lines}
             else:
                 self.lost |= {line["key"]: line["lost"] for line in lines}
         if self.lost:
             self._finish("lost", [{"key": k, "lost": self.lost[k]} for k in sorted(self.lost)])
-        # Lines of keys that are not asked for today stay, behind the others.
-        self._finish(name, ({key: done[key] for key in keys if key in done} | done).values())
+        if missing or not is_whole:  # lines of keys that are not asked for today stay, at the end
+            self._finish(name, ({key: done[key] for key in keys if key in done} | done).values())
         return {key: done[key] for key in keys if key in done and key not in self.lost}
+
+    def finished(self, name: str, field="key") -> dict[str, dict]:
+        """{key: line} of a stage that an earlier run finished, on every rank, or {}: what its work
+        needs can then be left unloaded."""
+        return self._first(self._whole, name, field)
 
     def write(self, name: str, text: str) -> None:
         """A whole file of the folder, or none; by rank 0."""
@@ -123,7 +123,7 @@ class Folder:
         value, fault = from_first((value, fault), self.ranks.world)
         if fault is not None:
             raise DataError(fault)
-        return value or {}
+        return value
 
     def _open(self, settings: dict, what_else: str, retry: bool) -> dict[str, str]:
         """Make the folder, or compare its settings. Returns what was lost in it."""
@@ -142,19 +142,36 @@ class Folder:
             raise DataError(f"{said}: {what_else}")
         if retry:
             self._finish("lost", [])
-        return {key: line["lost"] for key, line in self._read("lost", "key").items()}
+        return {key: line["lost"] for key, line in self._read("lost", "key")[0].items()}
 
-    def _read(self, name: str, field: str) -> dict[str, dict]:
-        """{key: line} of a stage: of its file, and of the parts that a killed run has left."""
+    def _whole(self, name: str, field: str) -> dict[str, dict]:
+        path = self.path / f"{name}.jsonl"
+        return {line[field]: line for line in read_lines(path, field)} if path.exists() else {}
+
+    def _read(self, name: str, field: str) -> tuple[dict[str, dict], bool]:
+        """{key: line} of a stage: of its file, and of the parts that a killed run has left. And
+        whether it is that file alone."""
         whole = self.path / f"{name}.jsonl"
         done = {line[field]: line for line in read_lines(whole, field)} if whole.exists() else {}
-        for part in sorted(self.path.glob(f"{name}.part.*")):
+        parts = sorted(self.path.glob(f"{name}.part.*"))
+        for part in parts:
             for text in part.read_bytes().split(b"\n"):
                 try:
                     done |= {line[field]: line for line in json.loads(text)}
                 except (ValueError, TypeError, KeyError):
                     continue  # empty or torn: a list without its end is no JSON
-        return done
+        return done, whole.exists() and not parts
+
+    def _deal(self, attempt, missing: list[list], threads: int, tp: int, bar: str) -> list[tuple]:
+        """What attempt() gives for batches that ranks share among them; of all ranks, on each."""
+        mine = missing[self.ranks.rank // tp :: self.ranks.world // tp]
+        results = in_threads(attempt, mine, threads) if threads > 1 else map(attempt, mine)
+        shown = bar and mine and self.ranks.rank == 0
+        own = list(tqdm(results, bar, len(mine), disable=not shown))
+        everyone = [own] * self.ranks.world
+        if self.ranks.world > 1:
+            dist.all_gather_object(everyone, own)
+        return sum(everyone, [])
 
     def _attempt(self, batch: list, name, work: Work, tries, tp, field) -> tuple[str, list]:
         """(name, lines) of a batch, or ("lost", reasons); appended to this rank's part."""

@@ -8,6 +8,7 @@ import wave
 # One thread a process: at these sizes more are slower, and torchrun's ranks have one each.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from dataclasses import replace  # noqa: E402
 from datetime import timedelta  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -23,6 +24,7 @@ from zoo import RECIPE, answers, deepstack, texts_of, tiny_qwen, wide_prompt  # 
 import data  # noqa: E402
 from families.vila import VILA  # noqa: E402
 from kit.toy import SIZE, ToyConfig, toy_build, toy_checkpoint  # noqa: E402
+from rollout import Response  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -52,6 +54,59 @@ def prompts(toy, model):
     return [*seen, model.prompt(text)]
 
 
+@pytest.fixture(scope="session")
+def saved(toy, tmp_path_factory):
+    """A checkpoint whose recipe names the toy's 20 test rows."""
+    folder = tmp_path_factory.mktemp("saved") / "m"
+    model = VILA.from_pretrained(toy / "init")
+    model.recipe = replace(model.recipe, data=str(toy / "test.jsonl"))
+    model.save_pretrained(folder)
+    return folder
+
+
+class Oracle:
+    """An engine that answers as its function says."""
+
+    tp = 1  # ranks that share it
+
+    def __init__(self, model, answer):
+        self.model, self.answer, self.prompts, self.seeds = model, answer, [], []
+
+    def generate(self, prompts, n, sampling, seeds=None):
+        self.prompts += prompts
+        self.seeds.append(seeds)
+        said = [[self.answer(p) for _ in range(n)] for p in prompts]
+        return [[Response(torch.tensor([1]), torch.zeros(1), a, True) for a in s] for s in said]
+
+    def check_fits(self, prompt, sampling, name=""):
+        pass
+
+    def sync(self, policy):
+        pass
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def oracle(monkeypatch):
+    """oracle(answer): commands sample from Oracles; answer(text of the prompt). Those that were
+    made."""
+    from kit import ask
+
+    def use(answer):
+        made = []
+
+        def make(kind, model, config, dtype):
+            made.append(Oracle(model, lambda prompt: answer(prompt.text)))
+            return made[-1]
+
+        monkeypatch.setattr(ask, "make_engine", make)
+        return made
+
+    return use
+
+
 # --------------------------------------------------------------------------------- rows and media
 
 
@@ -62,10 +117,18 @@ def row(number: int, **fields) -> dict:
     return question | about | {"reasoning": "seen", "answer": "<answer>A</answer>"} | fields
 
 
-def write_rows(path, rows: list[dict]) -> str:
-    """Rows as a .jsonl file; its name."""
-    Path(path).write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return str(path)
+def says(letter):
+    """An answer in the format."""
+    return f"<think> x </think> <answer> {letter} </answer>"
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_jsonl(path, rows, end=""):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + end)
+    return path
 
 
 def sine(seconds, rate, hz):

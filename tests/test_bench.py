@@ -5,18 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_plan import shape
 
 import mrsp
 from kit import bench
 from rollout import Sampling, TorchEngine
 
-
-def shape(layers=2, hidden=64, mlp=192, vocab=512, tied=True):
-    return dict(
-        num_hidden_layers=layers, hidden_size=hidden, intermediate_size=mlp, vocab_size=vocab,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=hidden // 4,
-        tie_word_embeddings=tied,
-    )  # fmt: skip
+TINY = "--hidden 32 --layers 1 --response_tokens 2 --repeats 1".split()
 
 
 class Keep:
@@ -33,26 +28,27 @@ class Keep:
 
 
 def test_every_bar_encodes_as_often_as_it_says_and_has_the_same_gradient(monkeypatch):
-    model, group, count = bench.small_vila(32, 2), 3, 5
-    reference = TorchEngine(model, dtype=torch.float32).policy
+    options = bench.Mrsp(hidden=32, layers=2, group=3, response_tokens=4, ranks=1)
+    trainer = bench.Trainer(options, kl=True)
     with torch.no_grad():  # a reference that differs, so that its part of the loss counts
-        for p in reference.llm.parameters():
+        for p in trainer.reference.llm.parameters():
             p.mul_(1.1)
-    videos, keep = torch.randint(0, 256, (2, count, 48, 48, 3), dtype=torch.uint8), Keep(model)
-    encoded, encode = [], model.encode
-    monkeypatch.setattr(model, "encode", lambda f: encoded.append(len(f)) or encode(f))
-    grads, frames = {}, {}
+    videos = torch.randint(0, 256, (2, 5, 48, 48, 3), dtype=torch.uint8)
+    trainer.optimizer = Keep(trainer.model)
+    encoded, encode = [], trainer.model.encode
+    monkeypatch.setattr(
+        trainer.model, "encode", lambda f, **how: encoded.append(len(f)) or encode(f, **how)
+    )
+    frames, grads = {}, {}
     for bar in bench.BARS:
         encoded.clear()
-        seconds, norm = bench.grpo_step(
-            model, reference, TorchEngine(model), keep, videos, bar, [mrsp.Mesh()] * 2, group, 4
-        )
-        assert norm > 0 and set(seconds) == {
-            "encode", "rollout", "reference", "logprobs", "backward", "optimizer",
-        }  # fmt: skip
-        grads[bar], frames[bar] = keep.grads, sum(encoded)
-    once = 2 * count
-    assert list(frames.values()) == [3 * group * once, once, once, once, once]
+        numbers = trainer.step(videos, bar)
+        phases = "encode rollout reference logprobs backward optimizer".split()
+        assert list(numbers) == [*phases, "seconds", "grad_norm", "peak_bytes"]
+        assert numbers["grad_norm"] > 0 and numbers["seconds"] > numbers["backward"] > 0
+        frames[bar] = sum(encoded)
+        grads[bar] = trainer.optimizer.grads
+    assert list(frames.values()) == [3 * 3 * 10, 10, 10, 10, 10]
     for bar, found in grads.items():
         for name, grad in found.items():
             torch.testing.assert_close(grad, grads["none"][name], rtol=1e-3, atol=1e-6, msg=bar)
@@ -64,18 +60,31 @@ def test_answers_have_exactly_the_asked_length():
     assert {len(a.ids) for a in answers} == {11} and not any(a.finished for a in answers)
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_all_bars(tmp_path):
-    command = ["mrsp", "--frames", "2,3", "--repeats", "1"]
-    command += ["--group", "2", "--response_tokens", "2", "--hidden", "32", "--layers", "1"]
-    with pytest.raises(SystemExit) as end:  # it has run itself again under torchrun
-        bench.main([*command, "--output", str(tmp_path)])
-    assert end.value.code == 0
+    command = ["mrsp", "--frames", "2", "3", "--group", "2", "--output", str(tmp_path), *TINY]
+    bench.main(command)  # it runs itself again under torchrun
     rows = json.loads((tmp_path / "mrsp.json").read_text())
-    assert [(r["frames"], r["bar"]) for r in rows] == [
-        (n, bar) for n in (2, 3) for bar in bench.BARS
-    ]
+    assert [(r["frames"], r["bar"]) for r in rows] == [(n, b) for n in (2, 3) for b in bench.BARS]
     assert all(r["seconds"] > 0 and r["encode"] > 0 and "peak_bytes" in r for r in rows)
     assert (tmp_path / "mrsp.png").stat().st_size > 10_000
+
+
+def test_bars_of_unequal_work_are_refused(tmp_path, monkeypatch):
+    norms = iter(range(1, 100))
+
+    def step(*_):
+        return {"seconds": 1.0, "grad_norm": next(norms), "peak_bytes": 1}
+
+    monkeypatch.setattr(bench.Trainer, "step", step)
+    with pytest.raises(RuntimeError, match="2 frames: the bars' gradients differ in norm"):
+        bench.main(["mrsp", "--frames", "2", "--ranks", "1", "--output", str(tmp_path), *TINY])
+
+
+def test_medians_are_of_the_rounds_behind_the_warm_up_and_bars_take_turns():
+    order, values = [], iter([9, 9, 1, 10, 3, 30, 2, 20])
+    bars = {name: lambda name=name: order.append(name) or {"x": next(values)} for name in "ab"}
+    assert bench.measure(bars, 3) == {"a": {"x": 2}, "b": {"x": 20}} and order == list("abababab")
 
 
 def test_ratios_compare_with_ours():
@@ -84,33 +93,26 @@ def test_ratios_compare_with_ours():
         {"bar": bar, "frames": 4, "seconds": s, "peak_bytes": 5 if bar == "ours" else 10}
         for bar, s in seconds.items()
     ]
-    (found,) = bench.ratios(rows)
-    assert found == {
-        "frames": 4, "faster_than_none": 4.0, "faster_than_stage 1": 3.0,
-        "faster_than_stage 1+2": 2.0, "memory_to_sp_1": 0.5,
-    }  # fmt: skip
-    for row in rows:
-        row["peak_bytes"] = None
-    assert "memory_to_sp_1" not in bench.ratios(rows)[0]
+    faster = {"faster_than_none": 4.0, "faster_than_stage 1": 3.0, "faster_than_stage 1+2": 2.0}
+    assert bench.ratios(rows) == [{"frames": 4} | faster | {"memory_to_sp_1": 0.5}]
+    rows = [row | {"peak_bytes": None} for row in rows]
+    assert bench.ratios(rows) == [{"frames": 4} | faster]
 
 
 def test_peak_memory_sees_what_was_freed_again(monkeypatch, capsys):
-    peak = bench.peak_memory()
+    peak = bench.PeakMemory()
     for _ in range(3):  # one at a time
         torch.ones(2**26, dtype=torch.uint8)
-    if peak() is not None:
-        assert 0.95 * 2**26 < peak() < 1.3 * 2**26
-        assert bench.peak_memory()() < 2**24
+    if peak.read() is not None:
+        assert 0.95 * 2**26 < peak.read() < 1.3 * 2**26
+        assert bench.PeakMemory().read() < 2**24
 
     def refuse(*_):
         raise PermissionError("clear_refs is read-only")
 
     monkeypatch.setattr(Path, "write_text", refuse)
-    assert bench.peak_memory()() is None
+    assert bench.PeakMemory().read() is None
     assert "not measured: clear_refs is read-only" in capsys.readouterr().err
-
-
-# -------------------------------------------------------------------- attention, step, gpu, main
 
 
 def test_pairs_are_those_of_the_mask():
@@ -120,20 +122,36 @@ def test_pairs_are_those_of_the_mask():
     assert bench.pairs(layout) == layout.mask().sum() - 49 / 2
 
 
-def test_attention_row_times_the_three_ways():
-    row = bench.attention_row(128, 4, (4, 2, 8), repeats=1, dense=128)
+def test_attention_is_timed_in_three_ways_and_they_agree(monkeypatch):
+    found = []
+    real = bench.gradients
+    monkeypatch.setattr(bench, "gradients", lambda f, *rest: found.append(f()) or real(f, *rest))
+    row = bench.attention_row(128, 4, (4, 2, 8), plain=True, repeats=1)
     assert all(row[f"{way}_seconds"] > 0 for way in ("block", "torch", "plain"))
+    torch.testing.assert_close(found[0], found[2])
     assert "plain_seconds" not in bench.attention_row(128, 4, (4, 2, 8), repeats=1)
 
 
-def test_step_prints_one_json_line(capsys):
-    command = "step --prompt_tokens 20 --group 3 --response_tokens 5 --hidden 32 --layers 1"
-    bench.main([*command.split(), "--repeats", "1"])
-    (line,) = capsys.readouterr().out.splitlines()
-    line = json.loads(line)
-    assert line["prompt_tokens"] == 20 and line["tokens"] == 35
-    parts = [line[name] for name in ("rollout", "logprobs", "backward", "optimizer")]
-    assert min(parts) > 0 and line["total"] >= max(parts)
+@pytest.mark.parametrize(
+    "command, names",
+    [
+        ("step --prompt_tokens 20 --group 3", "rollout logprobs backward optimizer seconds"),
+        ("rollout --frames 2 --prompts 2 --group 3", "seconds sync tokens_per_second"),
+        pytest.param("decode --videos 2 --frames 3 --decodes 2", "", marks=pytest.mark.slow),
+    ],
+)
+def test_commands_print_json_lines(command, names, tmp_path, capsys):
+    tiny = TINY if "decode" not in command else ["--repeats", "1", "--output", str(tmp_path)]
+    bench.main([*command.split(), *tiny])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert all(lines[0][name] > 0 for name in names.split())
+    if "step" in command:
+        assert lines[0]["prompt_tokens"] == 20 and lines[0]["tokens"] == 26
+    if "rollout" in command:  # one prefill for three answers
+        assert lines[0]["prompt_tokens"] == 3 * lines[0]["prefilled"]
+    if "decode" in command:
+        assert {"seconds a video, child, ahead", "seconds a video, here"} < set(lines[0])
+        assert [line["decodes"] for line in lines[1:]] == [0, 1, 2]
 
 
 def test_gpu_rows_run_on_the_cpu_in_small():
@@ -154,20 +172,34 @@ def test_tiled_mlps_change_nothing():
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
-def test_impossible_options_are_errors(monkeypatch, capsys):
-    for argv in (["plan", "--fames", "3"], ["plan", "--frames", "0"], ["mrsp", "--frames", "8,x"]):
-        with pytest.raises(SystemExit) as error:
-            bench.main(argv)
-        assert error.value.code == 2
-    assert "'x' is not a number of at least 1" in capsys.readouterr().err
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for argv, message in (
-        (["gpu"], "needs a CUDA GPU"),
-        (["plan", "--model", "gpt"], "--model must be one of qwen2.5-vl-7b, longvila-7b"),
-        (["plan", "--sp", "3"], "--sp 3 does not divide --gpus 8"),
+def test_plan_says_whether_it_fits_and_what_to_change(capsys):
+    for options, said in (
+        ("--frames 128", ["GiB, fits into 92 % of 80 GiB", "9,088 tokens"]),
+        ("--frames 3600 --gpus 1", ["does NOT fit", "with --chunk 1024"]),
+        ("--frames 3600 --sp 4 --model longvila-7b", ["with --sp 8", ", fits\n"]),
     ):
-        with pytest.raises(SystemExit, match=message):
-            bench.main(argv)
+        bench.main(["plan", *options.split()])
+        out = capsys.readouterr().out
+        assert all(text in out for text in said), out
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("plan --fames 3", "--fames.*perhaps you meant --frames"),
+        ("plan --frames 0", "--frames must be at least 1"),
+        ("mrsp --frames 8 x", "--frames: .*'x'"),
+        ("mrsp --frames", "--frames must be at least 1"),
+        ("mrsp --hidden 36", "--hidden must be a multiple of 8"),
+        ("gpu", "needs a CUDA GPU"),
+        ("plan --model gpt", "--model must be one of qwen2.5-vl-7b, longvila-7b"),
+        ("plan --sp 3", "--sp 3 does not divide --gpus 8"),
+        ("attention --lengths 8", "8 tokens is too short for 8 answers"),
+        ("mrsp", "2 ranks are asked for, but torchrun started 3"),
+    ],
+)
+def test_impossible_options_are_errors(command, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(SystemExit, match="2 ranks are asked for, but torchrun started 3"):
-        bench.main(["mrsp"])
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        bench.main(command.split())

@@ -3,6 +3,7 @@
 import os
 import random
 import re
+from collections import OrderedDict
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -12,13 +13,12 @@ import safetensors
 import torch
 import torch.distributed as dist
 from conftest import run_ranks
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.multiprocessing import start_processes
 
 import data
 import mrsp
-
-# ---------------------------------------------------------------------------------------- memory
+from mrsp import SUFFIX, EmbeddingCache
 
 
 def numbers(n, seed=0, dtype=torch.float32):
@@ -29,8 +29,15 @@ def refuse():
     raise AssertionError("computed, although the cache has it")
 
 
+def counts(cache):
+    return cache.hits, cache.misses, cache.bytes
+
+
+# -------------------------------------------------------------------------------- memory and disk
+
+
 def test_memory_forgets_the_least_recently_used_by_bytes():
-    cache = mrsp.EmbeddingCache(max_bytes=100)
+    cache = EmbeddingCache(max_bytes=100)
     for key in "abac":  # each entry 40 bytes: two fit
         cache.get(key, lambda: torch.zeros(10))
     assert list(cache.memory) == ["a", "c"] and cache.bytes == 80
@@ -40,46 +47,37 @@ def test_memory_forgets_the_least_recently_used_by_bytes():
     cache.get("e", lambda: torch.zeros(11))  # 44 bytes, for which c and d have to go
     assert list(cache.memory) == ["a", "e"] and cache.bytes == 84
     cache.get("f", lambda: torch.zeros(100))  # the newest stays, though it is too large
-    assert list(cache.memory) == ["f"] and cache.bytes == 400
-    assert (cache.hits, cache.misses) == (2, 6)
-
-
-def test_hits_misses_and_bytes_are_counted_over_memory_and_disk(tmp_path):
-    first = mrsp.EmbeddingCache(str(tmp_path))
-    for key in "aba":
-        first.get(key, lambda: torch.zeros(10))
-    assert (first.hits, first.misses, first.bytes) == (1, 2, 80)
-    again = mrsp.EmbeddingCache(str(tmp_path))  # as another process would
-    again.get("a", refuse)
-    assert (again.hits, again.misses, again.bytes) == (1, 0, 40)
-    again.get("a", refuse)
-    assert (again.hits, again.misses, again.bytes) == (2, 0, 40)
-
-
-# ------------------------------------------------------------------------------------------ disk
+    assert list(cache.memory) == ["f"] and counts(cache) == (2, 6, 400)
 
 
 def entries(folder) -> list[str]:
-    return sorted(file.name.removesuffix(mrsp.SUFFIX) for file in folder.iterdir())
+    return sorted(file.name.removesuffix(SUFFIX) for file in folder.iterdir())
+
+
+def age(path, seconds):
+    then = path.stat().st_mtime - seconds
+    os.utime(path, (then, then))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_entries_survive_in_their_dtype_and_shape(tmp_path, dtype):
     value = numbers(60, dtype=dtype).view(5, 3, 4)
-    mrsp.EmbeddingCache(str(tmp_path)).get("k", lambda: value.transpose(0, 2))  # not contiguous
-    read = mrsp.EmbeddingCache(str(tmp_path)).get("k", refuse)
+    EmbeddingCache(str(tmp_path)).get("k", lambda: value.transpose(0, 2))  # not contiguous
+    again = EmbeddingCache(str(tmp_path))  # as another process would
+    read = again.get("k", refuse)
+    assert counts(again) == (1, 0, value.nbytes)
     assert read.dtype == dtype and torch.equal(read, value.transpose(0, 2))
 
 
 def test_disk_forgets_the_least_recently_used_and_a_read_refreshes(tmp_path):
     def fresh(limit):  # nothing in memory: what is found comes from the folder
-        return mrsp.EmbeddingCache(str(tmp_path), max_disk_bytes=limit)
+        return EmbeddingCache(str(tmp_path), max_disk_bytes=limit)
 
     one = fresh(10**9)
     for i, key in enumerate("abcd"):
         one.get(key, lambda: numbers(1000))
-        age(tmp_path / f"{key}{mrsp.SUFFIX}", 1000 - i)
-    size = (tmp_path / f"a{mrsp.SUFFIX}").stat().st_size
+        age(tmp_path / f"{key}{SUFFIX}", 1000 - i)
+    size = (tmp_path / f"a{SUFFIX}").stat().st_size
     assert size < 4300
     fresh(10**9).get("a", refuse)  # the oldest, used again
     fresh(3 * size).get("e", lambda: numbers(1000))
@@ -89,62 +87,39 @@ def test_disk_forgets_the_least_recently_used_and_a_read_refreshes(tmp_path):
     fresh(size - 1).get("f", refuse)
 
 
-def age(path, seconds):
-    then = path.stat().st_mtime - seconds
-    os.utime(path, (then, then))
+DAMAGE = {
+    "garbage": lambda raw: b"not a tensor",
+    "truncated": lambda raw: raw[:-7],
+    "one bit": lambda raw: raw[:-5] + bytes([raw[-5] ^ 1]) + raw[-4:],
+    "no checksum": lambda raw: save({"embeddings": numbers(50)}),
+    "misnamed": lambda raw: save({"x": numbers(50)}, {"crc32": mrsp.checksum(numbers(50))}),
+    "empty": lambda raw: b"",
+}
 
 
-def garbage(path):
-    path.write_bytes(b"not a tensor")
-
-
-def truncated(path):
-    path.write_bytes(path.read_bytes()[:-7])
-
-
-def flipped(path):
-    raw = bytearray(path.read_bytes())
-    raw[-5] ^= 1  # one bit of the data
-    path.write_bytes(raw)
-
-
-def unchecked(path):
-    save_file({"embeddings": numbers(50)}, path)  # right values, but no checksum
-
-
-def misnamed(path):
-    value = numbers(50)
-    save_file({"something": value}, path, {"crc32": mrsp.checksum(value)})
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
-@pytest.mark.parametrize("damage", [garbage, truncated, flipped, unchecked, misnamed, empty])
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_entry_is_reported_computed_again_and_rewritten(tmp_path, capsys, damage):
-    path = tmp_path / f"k{mrsp.SUFFIX}"
-    mrsp.EmbeddingCache(str(tmp_path)).get("k", lambda: numbers(50))
-    damage(path)
-    cache = mrsp.EmbeddingCache(str(tmp_path))
+    path = tmp_path / f"k{SUFFIX}"
+    EmbeddingCache(str(tmp_path)).get("k", lambda: numbers(50))
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    cache = EmbeddingCache(str(tmp_path))
     assert torch.equal(cache.get("k", lambda: numbers(50, seed=1)), numbers(50, seed=1))
     assert (cache.hits, cache.misses) == (0, 1)
     said = capsys.readouterr().out
     assert str(path) in said and "damaged" in said
-    again = mrsp.EmbeddingCache(str(tmp_path))
-    assert torch.equal(again.get("k", refuse), numbers(50, seed=1))
+    assert torch.equal(EmbeddingCache(str(tmp_path)).get("k", refuse), numbers(50, seed=1))
     assert capsys.readouterr().out == ""
 
 
 def test_a_half_written_entry_is_never_read(tmp_path, monkeypatch):
-    cache = mrsp.EmbeddingCache(str(tmp_path))
+    cache = EmbeddingCache(str(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(mrsp.os, "replace", lambda *a: 1 / 0)  # dies just before the renaming
         with pytest.raises(ZeroDivisionError):
             cache.get("k", lambda: numbers(50))
     (part,) = entries(tmp_path)
-    assert re.fullmatch(rf"k{re.escape(mrsp.SUFFIX)}\.[0-9a-f]{{32}}\.part", part)
-    again = mrsp.EmbeddingCache(str(tmp_path))
+    assert re.fullmatch(rf"k{re.escape(SUFFIX)}\.[0-9a-f]{{32}}\.part", part)
+    again = EmbeddingCache(str(tmp_path))
     assert torch.equal(again.get("k", lambda: numbers(50, seed=1)), numbers(50, seed=1))
     assert again.misses == 1
 
@@ -153,7 +128,7 @@ def _hammer(rank, folder, gets):
     """Many reads and writes of few keys; each key has one right value."""
     torch.set_num_threads(1)
     rng = random.Random(rank)
-    cache = mrsp.EmbeddingCache(folder, max_bytes=1, max_disk_bytes=5 * 4200)  # 5 of 12 fit
+    cache = EmbeddingCache(folder, max_bytes=1, max_disk_bytes=5 * 4200)  # 5 of 12 fit
     for _ in range(gets):
         i = rng.randrange(12)
         value = cache.get(f"key{i}", lambda i=i: numbers(1000, seed=i))
@@ -161,12 +136,13 @@ def _hammer(rank, folder, gets):
     assert cache.hits + cache.misses == gets and cache.hits > 0
 
 
+@pytest.mark.slow
 def test_processes_share_a_folder_while_entries_come_and_go(tmp_path):
     start_processes(_hammer, (str(tmp_path), 400), 3, start_method="forkserver")
     left = entries(tmp_path)
     assert len(left) <= 7 and all(re.fullmatch(r"key\d+", name) for name in left)  # no .part stays
     for name in left:
-        value = mrsp.EmbeddingCache(str(tmp_path)).get(name, refuse)
+        value = EmbeddingCache(str(tmp_path)).get(name, refuse)
         assert torch.equal(value, numbers(1000, seed=int(name[3:])))
 
 
@@ -174,26 +150,26 @@ def test_eviction_leaves_foreign_files_and_what_another_process_is_writing_alone
     """The unlucky moment of the test above, made certain. Between a .part file's writing and its
     renaming another process evicts; and safetensors itself writes under a name like .tmpX9f3Qz
     first. What a process that died left behind does go, an hour later; what is not ours never."""
-    young, old = [".tmpX9f3Qz", f"a{mrsp.SUFFIX}.7.part"], f"b{mrsp.SUFFIX}.8.part"
+    young, old = [".tmpX9f3Qz", f"a{SUFFIX}.7.part"], f"b{SUFFIX}.8.part"
     foreign = ["thesis.txt", "model.safetensors", "x.part"]
     for name in [*young, old, *foreign]:
         (tmp_path / name).write_bytes(bytes(1000))
     (tmp_path / "folder").mkdir()
     for name in [old, *foreign, "folder"]:
         age(tmp_path / name, 2 * 3600)
-    mrsp.EmbeddingCache(str(tmp_path), max_disk_bytes=1).get("mine", lambda: numbers(50))
+    EmbeddingCache(str(tmp_path), max_disk_bytes=1).get("mine", lambda: numbers(50))
     assert entries(tmp_path) == sorted([*young, *foreign, "folder", "mine"])
 
 
 def test_an_entry_evicted_while_it_is_opened_is_a_miss(tmp_path, monkeypatch, capsys):
     """The other unlucky moment: safe_open opens a file, and then torch opens it again."""
-    mrsp.EmbeddingCache(str(tmp_path)).get("k", lambda: numbers(50))
+    EmbeddingCache(str(tmp_path)).get("k", lambda: numbers(50))
 
     def evicted(path, *_):
         os.remove(path)
         raise RuntimeError(f"unable to open file <{path}> in read-only mode")
 
-    cache = mrsp.EmbeddingCache(str(tmp_path))
+    cache = EmbeddingCache(str(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(safetensors, "safe_open", evicted)
         assert cache._read("k") is None
@@ -207,38 +183,36 @@ def test_an_entry_evicted_while_it_is_opened_is_a_miss(tmp_path, monkeypatch, ca
 def test_cached_embeddings_equal_fresh_ones_and_skip_decoding(toy, model, tmp_path, monkeypatch):
     row = data.load_rows(str(toy / "rl.jsonl"))[0]
     fresh = model.encode(data.load_media(row.media[0], 6)[0])
-    model.cache = first = mrsp.EmbeddingCache(str(tmp_path))
+    model.cache = first = EmbeddingCache(str(tmp_path))
     assert torch.equal(model.features(row, 6)[0].features, fresh)
-    calls = []
-    monkeypatch.setattr(model.loader, "open", lambda *a: calls.append(a))
+    monkeypatch.setattr(model.loader, "open", lambda *a: refuse())
     assert torch.equal(model.features(row, 6)[0].features, fresh)  # from memory
-    model.cache = again = mrsp.EmbeddingCache(str(tmp_path))
-    assert torch.equal(
-        model.features(row, 6)[0].features, fresh
-    )  # from disk, as another process would
-    assert not calls and (first.hits, first.misses, again.hits, again.misses) == (1, 1, 1, 0)
+    model.cache = again = EmbeddingCache(str(tmp_path))  # from disk, as another process would
+    assert torch.equal(model.features(row, 6)[0].features, fresh)
+    assert (first.hits, first.misses, again.hits, again.misses) == (1, 1, 1, 0)
 
 
 def test_the_key_changes_with_all_that_the_embedding_depends_on(toy, model, tmp_path):
     rows = data.load_rows(str(toy / "rl.jsonl"))
-    row = rows[0]
+    row, other = rows[0], next(r for r in rows if r.media != rows[0].media)
     copy = tmp_path / "same.mp4"
-    copy.write_bytes(Path(row.media[0].path).read_bytes())
-    changed = lambda **how: replace(row, media=(row.media[0]._replace(**how),))  # noqa: E731
-    model.features(row, 6)
-    model.features(changed(path=str(copy)), 6)  # same content under another name: a hit
-    model.features(changed(num_frames=6), 9)  # a medium's own number of frames counts
-    assert (model.cache.hits, model.cache.misses) == (2, 1)
 
-    model.features(row, 5)
-    model.features(changed(segment=(0.0, 20.0)), 6)
-    other = next(r for r in rows if r.media != row.media)
-    features = model.features(other, 6)[0].features
-    copy.write_bytes(
-        Path(other.media[0].path).read_bytes()
-    )  # new content under a known name: a hit of it
-    assert torch.equal(model.features(changed(path=str(copy)), 6)[0].features, features)
-    assert (model.cache.hits, model.cache.misses) == (3, 4)
+    def look(n, hits, misses, **change):
+        """Features of the row's medium with a change, and whether they had to be computed."""
+        changed = replace(row, media=(row.media[0]._replace(**change),))
+        found = model.features(changed, n)[0].features
+        assert (model.cache.hits, model.cache.misses) == (hits, misses)
+        return found
+
+    look(6, 0, 1)
+    copy.write_bytes(Path(row.media[0].path).read_bytes())
+    look(6, 1, 1, path=str(copy))  # same content under another name: a hit
+    look(9, 2, 1, num_frames=6)  # a medium's own number of frames counts
+    look(5, 2, 2)
+    look(6, 2, 3, segment=(0.0, 20.0))
+    features = look(6, 2, 4, path=other.media[0].path)
+    copy.write_bytes(Path(other.media[0].path).read_bytes())  # new content under a known name
+    assert torch.equal(look(6, 3, 4, path=str(copy)), features)
 
     changes = [
         lambda: model.preprocess.update(image_mean=[0.4, 0.5, 0.5]),
@@ -249,13 +223,11 @@ def test_the_key_changes_with_all_that_the_embedding_depends_on(toy, model, tmp_
     for n, change in enumerate(changes):
         change()
         model.forget_encoder()
-        features = model.features(row, 6)[0].features
-        assert (model.cache.hits, model.cache.misses) == (3, 5 + n)
-        assert torch.equal(features, model.encode(data.load_media(row.media[0], 6)[0]))
+        fresh = model.encode(data.load_media(row.media[0], 6)[0])
+        assert torch.equal(look(6, 3, 5 + n), fresh)
     model.llm.model.norm.weight.data.mul_(2.0)  # not a part of the encoder
     model.forget_encoder()
-    model.features(row, 6)
-    assert model.cache.hits == 4
+    look(6, 4, 8)
 
 
 # -------------------------------------------------------------------------------- many ranks
@@ -277,47 +249,39 @@ class Encoder(torch.nn.Module):
         return torch.stack(wide).unflatten(1, (2, 4))
 
 
-class Lazy:
+class Lazy(list):
     """Frames that are decoded when they are sliced; counts them."""
 
-    def __init__(self, frames):
-        self.frames, self.read = frames, 0
-
-    def __len__(self):
-        return len(self.frames)
+    read = 0
 
     def __getitem__(self, at: slice):
-        self.read += len(self.frames[at])
-        return self.frames[at]
-
-
-COUNTS, TOGETHER = (1, 2, 5, 8, 9, 17), (1, 2, 8)
+        part = super().__getitem__(at)
+        self.read += len(part)
+        return torch.stack(part)
 
 
 def _encode_rank(rank):
     group, world = dist.group.WORLD, dist.get_world_size()
     g = torch.Generator().manual_seed(1)
-    for count in COUNTS:  # fewer frames than ranks; units that do not divide; a last unit of 1
+    # fewer frames than ranks; units that do not divide; a last unit of 1
+    for count, together in [(n, k) for n in (1, 2, 5, 8, 9, 17) for k in (1, 2, 8)]:
         frames = torch.randint(0, 256, (count, 2, 3, 3), generator=g, dtype=torch.uint8)
-        for together in TOGETHER:
-            case = f"{count} frames, {together} together, rank {rank} of {world}"
-            encode, lazy = Encoder(together), Lazy(frames)
-            found = mrsp.encode_parallel(encode, lazy, group, together)
-            share = ceil(ceil(count / together) / world) * together
-            assert 0 < lazy.read <= share, case  # no rank decodes more than its share
-            expected = encode(frames)
-            assert torch.equal(found, expected), case
-            # every rank has its own gradient for the result; they count as their sum
-            ups = torch.randn(world, *found.shape, generator=g, dtype=torch.float64)
-            (grad,) = torch.autograd.grad(found, encode.weight, ups[rank])
-            dist.all_reduce(grad)
-            (whole,) = torch.autograd.grad(expected, encode.weight, ups.sum(0))
-            assert (grad - whole).abs().max() < 1e-9, case
-            assert whole.abs().max() > 1e-3
-    with pytest.raises(ValueError, match="encode gave"):  # two frames a unit, promised one
-        mrsp.encode_parallel(Encoder(2), torch.zeros(17, 2, 3, 3), group, 1)
-    with pytest.raises(ValueError, match="encode gave"):
-        mrsp.encode_parallel(Encoder(1), torch.zeros(16, 2, 3, 3), group, 2)
+        case = f"{count} frames, {together} together, rank {rank} of {world}"
+        encode, lazy = Encoder(together), Lazy(frames)
+        found = mrsp.encode_parallel(encode, lazy, group, together)
+        share = ceil(ceil(count / together) / world) * together
+        assert 0 < lazy.read <= share, case  # no rank decodes more than its share
+        expected = encode(frames)
+        assert torch.equal(found, expected), case
+        # every rank has its own gradient for the result; they count as their sum
+        ups = torch.randn(world, *found.shape, generator=g, dtype=torch.float64)
+        (grad,) = torch.autograd.grad(found, encode.weight, ups[rank])
+        dist.all_reduce(grad)
+        (whole,) = torch.autograd.grad(expected, encode.weight, ups.sum(0))
+        assert (grad - whole).abs().max() < 1e-9 and whole.abs().max() > 1e-3, case
+    for count, given, promised in ((17, 2, 1), (16, 1, 2)):  # frames a unit
+        with pytest.raises(ValueError, match="encode gave"):
+            mrsp.encode_parallel(Encoder(given), torch.zeros(count, 2, 3, 3), group, promised)
 
 
 def _agree_rank(rank, folder):
@@ -330,26 +294,28 @@ def _agree_rank(rank, folder):
         dist.all_reduce(value)
         return value
 
-    for hits in (0, 1):
-        for disk in (False, True):  # each rank has its own folder, as on two machines
-            calls.clear()
-            cache = mrsp.EmbeddingCache(f"{folder}/{hits}_{rank}" if disk else None)
-            if rank == hits:
-                seen = mrsp.EmbeddingCache(cache.folder)
-                seen.get("k", lambda: torch.full((3,), 3.0))
-                cache.memory, cache.bytes = ({}, 0) if disk else (seen.memory, seen.bytes)
-                cache.memory = mrsp.OrderedDict(cache.memory)
-            assert cache.get("k", compute, group).tolist() == [3.0] * 3
-            assert (cache.hits, cache.misses, cache.bytes, len(calls)) == (0, 1, 12, 1)
-            assert cache.get("k", refuse, group).tolist() == [3.0] * 3  # now both hit
-            assert (cache.hits, cache.misses, cache.bytes) == (1, 1, 12)
-    shared = mrsp.EmbeddingCache(f"{folder}/shared")  # one folder: one rank writes, both read
+    for hits, disk in ((0, False), (0, True), (1, False), (1, True)):
+        calls.clear()  # each rank has its own folder, as on two machines
+        cache = EmbeddingCache(f"{folder}/{hits}_{rank}" if disk else None)
+        if rank == hits:
+            seen = EmbeddingCache(cache.folder)
+            seen.get("k", lambda: torch.full((3,), 3.0))
+            if not disk:
+                cache.memory, cache.bytes = OrderedDict(seen.memory), seen.bytes
+        assert cache.get("k", compute, group).tolist() == [3.0] * 3
+        assert (*counts(cache), len(calls)) == (0, 1, 12, 1)
+        assert cache.get("k", refuse, group).tolist() == [3.0] * 3  # now both hit
+        assert counts(cache) == (1, 1, 12)
+    shared = EmbeddingCache(f"{folder}/shared")  # one folder: one rank writes, both read
     assert shared.get("k", compute, group).tolist() == [3.0] * 3
     dist.barrier()
-    assert mrsp.EmbeddingCache(f"{folder}/shared").get("k", refuse, group).tolist() == [3.0] * 3
+    assert EmbeddingCache(f"{folder}/shared").get("k", refuse, group).tolist() == [3.0] * 3
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=SLOW), pytest.param(4, marks=SLOW)])
 def test_frames_encoded_in_parallel_equal_frames_encoded_alone(world):
     """Values exactly, gradients of the encoder's weights in float64."""
     run_ranks(_encode_rank, world)

@@ -26,6 +26,8 @@ from data import Example, Medium
 from families import load
 from families.text import Text
 from families.vila import VILA
+from kit.decode import Loader
+from kit.sound import load_audio
 from model import Media, ModelError
 from rollout import Sampling, TorchEngine
 
@@ -110,7 +112,7 @@ def seen_apart(model, root, example, num_frames=5) -> tuple[str, dict]:
             given.setdefault("features", []).extend(found)
             continue
         if m.kind == "audio" or m.track:
-            mels.append(model.mel(data.load_audio(m)))
+            mels.append(model.mel(load_audio(m)))
             heard = ((len(mels[-1]) - 1) // 2 + 1 - 2) // 2 + 1
         if m.kind == "audio":
             words += f"<|audio_bos|>{'<|AUDIO|>' * heard}<|audio_eos|>"
@@ -327,6 +329,7 @@ def _ranks_agree(rank, root, letters):
         expected = None
         for method in (None, "gather", "ulysses"):
             m = load(f"{root}/{family}").train()
+            m.loader = Loader()
             if method:
                 m.mesh = mrsp.make_mesh(2, method, 4, 2)
                 kept = m.features(example, 5, dist.group.WORLD)
@@ -403,6 +406,7 @@ def test_a_checkpoint_is_as_published_and_loads_again(ask, tmp_path, family, tie
     parts = {"llm", "vision_tower", "mm_projector"} if "vila" in family else {"."}
     assert all((tmp_path / part / "config.json").exists() for part in parts)
     again, shapes = load(tmp_path), load(tmp_path, weights=False)
+    again.loader = shapes.loader = model.loader
     assert type(again) is type(shapes) is type(model) and again.recipe == model.recipe
     assert same_weights(model, again)
     assert (again.llm.lm_head.weight is again.llm.get_input_embeddings().weight) == tie

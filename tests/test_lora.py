@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import answers, run_ranks
-from test_qwen import texts_of, tiny_qwen
 from torch.distributed.tensor import DTensor
+from zoo import texts_of, tiny_qwen
 
 import data
 import mrsp

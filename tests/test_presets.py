@@ -1,4 +1,4 @@
-"""Presets: --dry_run of each, what is missing, and real runs of them from tiny checkpoints."""
+"""Settings: presets, command lines, a checkpoint's recipe; plans; and runs of presets."""
 
 import json
 import os
@@ -15,6 +15,9 @@ from test_train import ROOT
 import data
 import train
 from families import load
+from kit import plan, presets
+from kit.presets import PRESETS, read_settings
+from model import Recipe
 from rollout import RolloutError
 
 MODEL = {
@@ -57,93 +60,197 @@ def options(preset, models, rows, out) -> list[str]:
     file = {"omni": "sound", "text": "text"}.get(preset, "rows")
     text = (
         f"--preset {preset} --model {models / MODEL[preset]} --data {rows}/{file}.jsonl "
-        f"--video_dir {rows}/v --output_dir {out}/run --cache_dir {out}/cache --recipe_max_tokens 6"
+        f"--video_dir {rows}/v --output_dir {out}/run --cache_dir {out}/cache --recipe.max_tokens 6"
     )
     return text.split()
 
 
+# ------------------------------------------------------------------------------ command lines
+
+
 def test_the_default_is_the_7b_where_there_is_a_gpu_and_the_toy_elsewhere():
-    assert train.DEFAULT == ("qwen2.5-vl-7b" if torch.cuda.is_available() else "toy")
-    for own in (["--data", "x.jsonl"], ["--model=x"], ["--video_dir", "v"]):
-        assert train.parse_options(own).grpo == train.PRESETS["qwen2.5-vl-7b"].grpo
-    assert train.parse_options(["--preset", "toy", "--data", "x"]).run.model is None
-    assert set(train.PRESETS) == {"toy", *MODEL}
-    for name, preset in train.PRESETS.items():
-        assert preset.run.sp in (1, 2, 4, 8) and preset.grpo.group == 8
-        if name != "toy":
-            assert preset.run.fsdp and preset.run.dtype == "bfloat16" and preset.run.checkpointing
-            assert preset.run.data is None and not preset.sft.data
+    usual = "qwen2.5-vl-7b" if torch.cuda.is_available() else "toy"
+    assert presets.default_preset([]) == usual
+    for own in (["--data", "x.jsonl"], ["--video_dir", "v"]):
+        assert presets.default_preset(own) == "qwen2.5-vl-7b"
+    assert presets.default_preset(["--model=some/folder"]) == "small"
+    assert presets.default_preset(["--model", "Qwen/Qwen2.5-Omni-7B", "--data", "x"]) == "omni"
+    assert set(PRESETS) == {"toy", "small", *MODEL}
+    for name, preset in PRESETS.items():
+        assert preset.run.preset == name and preset.run.data is preset.run.sft_data is None
+        assert preset.ranks.sp in (1, 2, 4, 8) and preset.grpo.group == 8
+        if name in MODEL:
+            ranks = preset.ranks
+            assert ranks.fsdp and ranks.dtype == "bfloat16" and ranks.checkpointing
             assert preset.rollout.max_len >= preset.recipe.max_tokens
 
 
-@pytest.mark.parametrize("preset", list(train.PRESETS))
-def test_a_dry_run_shows_settings_memory_and_the_first_prompt(
-    preset, models, rows, tmp_path, capsys
-):
-    if preset == "toy":
-        assert train.main(["--preset", "toy", "--dry_run"]) is None
-    else:
-        assert train.main([*options(preset, models, rows, tmp_path), "--dry_run"]) is None
-    out = capsys.readouterr().out
-    chosen = train.PRESETS[preset]
-    assert f"num_frames={chosen.recipe.num_frames}" in out and "max_tokens=" in out
-    assert "memory of each of 8 ranks" in out and "total" in out and "tower" in out
-    assert "first prompt: " in out and "<|im_start|>user" in out
-    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
-    if preset != "toy":  # what is shown is what a run would be trained on
-        model = load(models / MODEL[preset])
-        model.recipe = replace(chosen.recipe, max_tokens=6)
-        first = data.load_rows(options(preset, models, rows, tmp_path)[5], str(rows / "v"))[0]
-        prompt = model.prompt(first)
-        assert f"first prompt: {len(prompt.ids)} tokens, {len(prompt.media_at)} of them" in out
-        assert prompt.text in out
+def test_options_override_a_preset_and_each_value_can_be_unset():
+    line = "--preset hour --grpo.steps 3 --seed 5 --sft.lr 1e-3 --rollout.max_len None --fsdp false"
+    settings, _, notes = read_settings([*line.split(), "--dtype", "float32", "--cache_dir", "none"])
+    assert (settings.grpo.steps, settings.chance.seed, settings.sft.lr) == (3, 5, 1e-3)
+    assert settings.rollout.max_len is settings.media.cache_dir is None and not settings.ranks.fsdp
+    assert replace(settings.grpo, steps=133) == PRESETS["hour"].grpo and notes == []
 
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("--sp 0", "sp must be at least 1, not 0"),
+        ("--sp_attention foo", "'foo' for argument '--sp_attention'"),
+        ("--dtype bfloat16", "dtype bfloat16 needs --fsdp true"),
+        ("--dtype int8 --fsdp true", "'int8' for argument '--dtype'"),
+        ("--fsdp true --sft.optimizer muon", "muon needs whole matrices"),
+        ("--cache_gb 0", "cache_gb must be above 0"),
+        ("--decode_seconds nan", "decode_seconds must be above 0"),
+        ("--rollout.tp 2", "--rollout.tp 2 must divide --sp 1"),
+        ("--grpo.group 1", "group must be at least 2, not 1"),
+        ("--grpo.average x", "'x' for argument '--grpo.average'"),
+        ("--grpo.update_prompts 0", "update_prompts must be at least 1"),
+        ("--grpo.temperature 0", "temperature must be above 0"),
+        ("--eval.frames a", "--eval.frames"),
+        ("--eval.frames 0", "frames must be at least 1"),
+        ("--sft.train x", "'x' for argument '--sft.train'"),
+        ("--recipe.template why", "template"),
+        ("--recipe.num_frames 0", "num_frames"),
+        ("--toy.rl 0", "rl must be at least 1"),
+        ("--grpo_steps 3", "perhaps you meant --grpo.steps"),
+        ("--grpo.step 3", "perhaps you meant --grpo.steps"),
+        ("--preset huge", "no such preset; there are toy, small"),
+        ("stray", "stray"),
+    ],
+)
+def test_a_wrong_value_is_one_line_about_it_before_anything_runs(line, message, tmp_path):
+    argv = line if line.startswith("--preset") else f"--preset toy {line}"
+    with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
+        train.main([*argv.split(), "--output_dir", str(tmp_path / "out")])
+    assert "\n" not in str(caught.value) and "Config(" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_s_recipe_comes_before_the_preset_s_and_options_before_both(models, tmp_path):
+    model = load(models / "qwen2.5-vl")
+    model.recipe = Recipe(num_frames=64, max_tokens=100, template="{problem} Look.")
+    model.save_pretrained(tmp_path)
+    argv = ["--preset", "hour", "--model", str(tmp_path)]
+    settings, _, notes = read_settings([*argv, "--recipe.max_tokens", "7"])
+    assert settings.recipe == replace(model.recipe, max_tokens=7)
+    said = "\n".join(notes)
+    assert "num_frames 64 (preset hour: 3600)" in said and "template '{problem} Look.'" in said
+    assert "max_tokens 7 by option (the checkpoint: 100)" in said and len(notes) == 4
+    (tmp_path / "recipe.json").unlink()
+    assert read_settings(argv)[0].recipe == PRESETS["hour"].recipe
+    (tmp_path / "recipe.json").write_text('{"num_frames": 0}')
+    with pytest.raises(SystemExit, match=f"error: {tmp_path}/recipe.json: .*num_frames"):
+        train.main(argv)
+
+
+# ----------------------------------------------------------------------------------- plans
 
 PUBLISHED = {
-    "qwen2.5-vl-7b": "qwen2.5-vl", "hour": "qwen2.5-vl", "max-frames": "qwen2.5-vl",
-    "longvila-7b": "vila", "omni": "omni", "text": "qwen2",
+    "qwen2.5-vl-7b": 256 // 2 * 120, "hour": 1800 * 144, "max-frames": 4096 * 60,
+    "longvila-7b": 512 * 257, "omni": 32 * 120, "text": 0,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("preset", list(PUBLISHED))
-def test_a_preset_fits_8_gpus_of_80_gb_with_the_published_settings(preset, tmp_path):
-    zoo.published(PUBLISHED[preset], tmp_path)
-    chosen, model = train.PRESETS[preset], load(tmp_path, weights=False)
-    assert sum(p.numel() for p in model.llm.parameters()) > 7e9
-    model.recipe = chosen.recipe
-    lines, _ = train.memory_plan(chosen, model, 8, "vllm")
-    part = {line.split()[0]: float(line.split()[1]) for line in lines[1:]}
-    assert 30 < part["total"] < 0.92 * 80
-    tokens = int(lines[0].split("prompts of ")[1].split()[0].replace(",", ""))
+@pytest.mark.parametrize("preset", list(MODEL))
+def test_a_dry_run_needs_nothing_but_this_folder(preset, capsys, monkeypatch):
+    """No checkpoint, no rows, no vLLM, no GPU, no network: a plan for 8 ranks, and status 0."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    assert train.main(["--preset", preset, "--dry_run"]) is None
+    out = capsys.readouterr().out
+    chosen = PRESETS[preset]
+    assert f"num_frames={chosen.recipe.num_frames}" in out and "max_tokens=2048" in out
+    assert f"8 rank(s): data parallel {8 // chosen.ranks.sp} x sp {chosen.ranks.sp} (" in out
+    assert "sharded over all 8 (FSDP2); a vLLM engine each" in out
+    assert "before the run: no rows: give --data FILE.jsonl" in out
+    assert f"before the run: the checkpoint {chosen.run.model} is taken from the hub" in out
+    part = {
+        line.split()[0]: float(line.split()[1]) for line in out.splitlines() if line[:2] == "  "
+    }
+    assert 30 < part["total"] < 0.92 * 80  # of a GPU of 80 GB
+    tokens = int(out.split("prompts of ")[1].split()[0].replace(",", ""))
     assert tokens + chosen.recipe.max_tokens <= chosen.rollout.max_len
-    video = {"hour": 1800 * 144, "max-frames": 4096 * 60, "longvila-7b": 512 * 257}.get(preset, 0)
-    assert not video or video < tokens < video + 1500  # letters are tokens here
+    places = int(out.split(" of them media")[0].split()[-1])
+    assert places == (512 * 256 if preset == "longvila-7b" else PUBLISHED[preset])
+    assert PUBLISHED[preset] <= tokens < PUBLISHED[preset] + 3500
+    template = chosen.recipe.template.replace("{problem}", "What happens?")
+    assert template in out and "<|im_start|>user\n" in out
 
 
-def test_what_is_missing_is_said_in_a_line_each(models, rows, tmp_path):
+def test_the_settings_that_come_along_are_those_of_7b_models():
+    for name in ("qwen2.5-vl-7b", "longvila-7b", "omni", "text"):
+        model = load(plan.CONFIGS / name, weights=False)
+        assert sum(p.numel() for p in model.llm.parameters()) > 7.6e9
+        assert (model.eos, model.llm.config.hidden_size) == (151645, 3584)
+
+
+@pytest.mark.parametrize("preset", list(MODEL))
+def test_a_dry_run_on_a_checkpoint_shows_the_prompt_that_a_run_trains_on(
+    preset, models, rows, tmp_path, capsys
+):
+    argv = options(preset, models, rows, tmp_path)
+    assert train.main([*argv, "--dry_run"]) is None
+    out = capsys.readouterr().out
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+    model = load(models / MODEL[preset])
+    model.recipe = read_settings(argv)[0].recipe
+    prompt = model.prompt(data.load_rows(argv[argv.index("--data") + 1], str(rows / "v"))[0])
+    assert f"first prompt: {len(prompt.ids)} tokens, {len(prompt.media_at)} of them" in out
+    assert prompt.text in out
+
+
+def test_a_dry_run_of_the_toy_makes_one_video(capsys):
+    assert train.main(["--preset", "toy", "--dry_run"]) is None
+    out = capsys.readouterr().out
+    assert (
+        "first prompt: " in out and "1 rank(s): data parallel 1" in out and "toy: base=1200" in out
+    )
+
+
+def test_only_the_first_rank_shows_a_dry_run(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train.main(["--preset", "toy", "--dry_run"]) is None
+    assert capsys.readouterr().out == ""
+
+
+def test_what_is_missing_is_said_in_a_line_each(models, rows, tmp_path, capsys):
     argv = options("qwen2.5-vl-7b", models, rows, tmp_path)
 
-    def error(*more, without=()):
+    def error(*more, without=(), dry=True):
+        """The lines of a run that cannot start; dry: a dry run says them too, as an error."""
         left = [a for i, a in enumerate(argv) if not {argv[i], argv[i - 1]} & set(without)]
-        for flag in ([], ["--dry_run"]):
+        for flags in ([], ["--dry_run"]) if dry else ([],):
             with pytest.raises(SystemExit) as caught:
-                train.main([*left, "--sp", "1", *more, *flag])
-            assert str(caught.value).startswith("error: missing for this run:\n")
+                train.main([*left, "--sp", "1", *more, *flags])
+            kind = "wrong" if flags else "missing"
+            assert str(caught.value).startswith(f"error: {kind} for this run:\n")
+        if not dry:
+            assert train.main([*left, "--sp", "1", *more, "--dry_run"]) is None
         return str(caught.value).splitlines()[1:]
 
-    assert error(without=["--data"]) == [
-        "  no rows: give --data FILE.jsonl, with --video_dir DIR, or take --preset toy"
-    ]
+    said = "  no rows: give --data FILE.jsonl, with --video_dir DIR, or take --preset toy"
+    assert error(without=["--data"], dry=False) == [said]
+    assert f"before the run:{said[1:]}" in capsys.readouterr().out
     (line,) = error("--data", str(tmp_path / "none.jsonl"))
     assert "none.jsonl: no such file" in line
     (line,) = error("--video_dir", str(tmp_path))
     assert f"4 of 4 media files are missing, the first is {tmp_path}/0.mp4: download them" in line
     (line,) = error("--model", str(tmp_path))
     assert "--model" in line and "config.json is missing" in line
-    lines = error("--model", str(tmp_path), without=["--data"])
-    assert len(lines) == 2
-    (line,) = error("--recipe_max_tokens", "2000000000")
-    assert "memory: a rank needs" in line and "GiB are here" in line and "8 GPUs of 80 GB" in line
+    assert len(error("--model", str(tmp_path), "--data", "gone.jsonl")) == 2
+    long = ("--recipe.max_tokens", "2000000000", "--rollout.max_len", "None")
+    (line,) = error(*long, dry=False)
+    assert "memory: a rank needs" in line and "8 GPUs of 80 GB" in line
+    with pytest.raises(SystemExit, match="--sp 3 does not divide the 1 rank.*--nproc_per_node 3"):
+        train.main([*argv, "--sp", "3"])
+    with pytest.raises(SystemExit, match="no model: give --model"):
+        train.main(["--preset", "small", "--data", f"{rows}/text.jsonl"])
 
 
 def test_the_hub_and_vllm_are_named_when_they_are_missing(models, rows, tmp_path, monkeypatch):
@@ -153,30 +260,36 @@ def test_the_hub_and_vllm_are_named_when_they_are_missing(models, rows, tmp_path
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    with pytest.raises(
-        SystemExit, match="--model some/model: no such folder, and the hub does not"
-    ):
+    said = "--model some/model: no such folder, and the hub does not"
+    with pytest.raises(SystemExit, match=said):
         train.main([*argv, "--model", "some/model"])
 
     def no_vllm(kind):
         raise RolloutError("--rollout vllm needs the package vllm")
 
     monkeypatch.setattr(train, "engine_kind", no_vllm)
-    with pytest.raises(
-        SystemExit, match="missing for this run:\n  --rollout vllm needs the package"
-    ):
+    with pytest.raises(SystemExit, match="^error: --rollout vllm needs the package"):
         train.main([*argv, "--rollout", "vllm"])
 
 
+def test_training_rows_are_not_called_held_out(models, rows, tmp_path):
+    from kit.report import table
+
+    summary = {"questions": 4, "seed": 0, "chance": 0.5, "trained_on": 0, "seconds": {}}
+    assert "4 held-out questions" in table(summary)
+    assert "4 questions, 3 of them TRAINED ON" in table(summary | {"trained_on": 3})
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", list(MODEL))
 def test_a_preset_trains_and_evaluates_from_a_checkpoint(preset, models, rows, tmp_path):
     """SFT, evaluation, GRPO, checkpoints: FSDP, bfloat16 and checkpointing as the preset says."""
     argv = options(preset, models, rows, tmp_path)
     file = argv[argv.index("--data") + 1]
     small = (
-        f"--sp 1 --recipe_num_frames 4 --recipe_max_pixels 8000 --sft_data {file} --sft_steps 2 "
-        f"--sft_groups 2 --grpo_steps 2 --grpo_prompts 2 --grpo_update_prompts 1 --grpo_lr 1e-3 "
-        f"--test_data {file} --rollout torch --grpo_max_mismatch 40 --grpo_mean_mismatch 4"
+        f"--sp 1 --recipe.num_frames 4 --recipe.max_pixels 8000 --sft_data {file} --sft.steps 2 "
+        f"--sft.groups 2 --grpo.steps 2 --grpo.prompts 2 --grpo.update_prompts 1 --grpo.lr 1e-3 "
+        f"--test_data {file} --rollout torch --grpo.max_mismatch 40 --grpo.mean_mismatch 4"
     )
     summary = train.main([*argv, *small.split()])
     assert summary["questions"] == 4 and {"sft", "grpo", "chance"} <= set(summary)
@@ -195,15 +308,16 @@ def test_a_preset_trains_and_evaluates_from_a_checkpoint(preset, models, rows, t
     torch.distributed.destroy_process_group() if torch.distributed.is_initialized() else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["hour", "omni"])
 def test_the_command_of_the_readme_on_two_ranks_with_lora(preset, models, rows, tmp_path):
     """torchrun, a sequence on both ranks, sharded in bfloat16, adapters in GRPO; then eval.py."""
     argv = options(preset, models, rows, tmp_path)
     file = argv[argv.index("--data") + 1]
     small = (
-        f"--sp 2 --recipe_num_frames 6 --recipe_max_pixels 8000 --grpo_steps 2 --grpo_prompts 2 "
-        f"--grpo_update_prompts 2 --grpo_lora_rank 4 --grpo_lr 1e-2 --test_data {file} "
-        "--rollout torch --grpo_max_mismatch 40 --grpo_mean_mismatch 4 --grpo_kl_coef 0.1"
+        f"--sp 2 --recipe.num_frames 6 --recipe.max_pixels 8000 --grpo.steps 2 --grpo.prompts 2 "
+        f"--grpo.update_prompts 2 --grpo.lora_rank 4 --grpo.lr 1e-2 --test_data {file} "
+        "--rollout torch --grpo.max_mismatch 40 --grpo.mean_mismatch 4 --grpo.kl_coef 0.1"
     )
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -218,16 +332,17 @@ def test_the_command_of_the_readme_on_two_ranks_with_lora(preset, models, rows, 
     assert again.returncode == 0 and "4 questions" in again.stdout, again.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "preset, sft", [("text", "--sft_lora_rank 2"), ("longvila-7b", "--sft_train projector")]
+    "preset, sft", [("text", "--sft.lora_rank 2"), ("longvila-7b", "--sft.train projector")]
 )
 def test_a_decoder_that_was_frozen_in_sft_is_trained_in_grpo(preset, sft, models, rows, tmp_path):
     """FSDP takes the precision of gradients from what is trainable at its first forward."""
     argv = options(preset, models, rows, tmp_path)
     small = (
-        f"--sp 1 --recipe_num_frames 4 --sft_data {argv[argv.index('--data') + 1]} --sft_steps 1 "
-        f"--sft_groups 2 {sft} --grpo_steps 1 --grpo_prompts 2 --grpo_update_prompts 2 --rollout "
-        "torch --grpo_max_mismatch 40 --grpo_mean_mismatch 4"
+        f"--sp 1 --recipe.num_frames 4 --sft_data {argv[argv.index('--data') + 1]} --sft.steps 1 "
+        f"--sft.groups 2 {sft} --grpo.steps 1 --grpo.prompts 2 --grpo.update_prompts 2 --rollout "
+        "torch --grpo.max_mismatch 40 --grpo.mean_mismatch 4"
     )
     summary = train.main([*argv, *small.split()])
     assert summary["questions"] == 0 and "grpo" not in summary
@@ -240,17 +355,10 @@ def test_a_run_that_cannot_start_keeps_the_logs_of_the_last_one(models, rows, tm
     argv = options("text", models, rows, tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text("kept")
-    for more in (["--data", "none.jsonl"], ["--sp", "3"], ["--cache_dir", "/proc/x"]):
-        with pytest.raises(SystemExit, match=f"(?s)error: .*({more[0]}|none.jsonl)"):
+    for more in (["--data", "gone.jsonl"], ["--sp", "3"], ["--cache_dir", "/proc/x"]):
+        with pytest.raises(SystemExit, match=f"(?s)error: .*({more[0]}|gone.jsonl)"):
             train.main([*argv, *more])
     assert (tmp_path / "run/metrics.jsonl").read_text() == "kept"
-
-
-def test_only_the_first_rank_shows_a_dry_run(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert train.main(["--preset", "toy", "--dry_run"]) is None
-    assert capsys.readouterr().out == ""
 
 
 def test_questions_that_cannot_be_asked_are_named_before_the_run(models, rows, tmp_path):

@@ -15,7 +15,7 @@ from PIL import Image
 
 import data
 from data import Example, Medium
-from kit import decode, report
+from kit import report
 
 EVIL = "</script><img src=x onerror=\"document.title='hit'\"> <!-- 'q' & \0 \ud800 😀 @DATA@"
 
@@ -25,13 +25,13 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.tags, self.texts, text = [(None, None)], {}, path.read_text(encoding="utf-8")
-        self.feed(text)
+        self.tags, self.texts = [(None, None)], {}
+        self.feed(path.read_text(encoding="utf-8"))
         self.data = json.loads("".join(self.texts["script", "data"]))
-        css = re.findall(r"\.s(\d+)\{.*?base64,(.*?)\)", "".join(self.texts["style", None]))
-        decode = lambda s: np.asarray(Image.open(io.BytesIO(base64.b64decode(s))))  # noqa: E731
-        self.strips = {int(i): decode(jpeg) for i, jpeg in css}
         self.questions = {q["id"]: q for q in self.data["questions"]}
+        css = re.findall(r"\.s(\d+)\{.*?base64,(.*?)\)", "".join(self.texts["style", None]))
+        files = {int(i): io.BytesIO(base64.b64decode(jpeg)) for i, jpeg in css}
+        self.strips = {i: np.asarray(Image.open(file)) for i, file in files.items()}
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes).get("id")))
@@ -44,13 +44,19 @@ class Page(html.parser.HTMLParser):
 
 
 def question(name, media=(), options=("red", "blue"), gold="A", category="goal", problem="Which?"):
-    lines = [f"{chr(65 + i)}. {text}" for i, text in enumerate(options)]
-    problem = "\n".join([problem, *lines])
+    problem = "\n".join([problem, *(f"{chr(65 + i)}. {text}" for i, text in enumerate(options))])
     return Example(name, problem, options, gold, category, tuple(media), "", "")
 
 
 def answer(name, text="<think> x </think> <answer> A </answer>", right=1.0, error="", **more):
     return {"problem_id": name, "completion": text, "accuracy": right, "error": error} | more
+
+
+def save(path, records):
+    path.parent.mkdir(exist_ok=True)
+    lines = "".join(json.dumps(r) + "\n" for r in records)
+    path.write_text(lines.replace("\\u2028", "\u2028"), encoding="utf-8")
+    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -94,19 +100,6 @@ def test_strips_are_the_frames_that_the_model_saw(media, tmp_path):
     assert page.look("3")["times"][0] == "00:20.0" and page.look("0")["of"] == 90
 
 
-def test_times_are_minutes_seconds_and_tenths(monkeypatch):
-    class Frames(np.ndarray):
-        times = np.array([0.0, 59.94, 59.96, 600.25, 7503.2])
-        pieces = data.Frames.pieces
-
-        def ask(self, part):
-            pass
-
-    monkeypatch.setattr(decode, "Frames", lambda *_: np.zeros((5, 8, 8, 3), "u1").view(Frames))
-    look, _ = report.strip(decode.Loader(), Medium("video", "x.mp4"), 5, 96)
-    assert look["times"] == ["00:00.0", "00:59.9", "01:00.0", "10:00.2", "125:03.2"]
-
-
 def test_every_kind_of_media_is_shown_or_says_why_not(media, tmp_path):
     kinds = {"tone.wav": "audio", "red.png": "image", "broken.mp4": "video", "gone.png": "image"}
     sets = {name: [Medium(kind, str(media / name))] for name, kind in kinds.items()}
@@ -129,41 +122,57 @@ def test_every_kind_of_media_is_shown_or_says_why_not(media, tmp_path):
 
 
 def test_verdict_and_change_of_every_pair_of_answers(tmp_path):
-    pair = {"r": {"right": 1.0}, "w": {"right": 0.0}, "f": {"right": 0.0, "error": "gone"}}
-    names = [a + b for a in pair for b in pair]
-    runs = {run: [answer(n, **pair[n[i]]) for n in names] for i, run in enumerate(("old", "new"))}
+    """right, wrong, failed (not asked), and partly right: two values of it, one above the other."""
+    kinds = {"r": {"right": 1.0}, "w": {"right": 0.0}, "f": {"right": 0.0, "error": "gone"}}
+    kinds |= {"p": {"right": 0.43}, "q": {"right": 0.5}}
+    names = [a + b for a in kinds for b in kinds]
+    runs = {run: [answer(n, **kinds[n[i]]) for n in names] for i, run in enumerate(("old", "new"))}
     page = write(tmp_path / "r.html", [question(n) for n in names], runs)
-    found = {n: (q["verdict"], q["change"]) for n, q in page.questions.items()}
-    assert found == {
-        "rr": ("right", "both right"), "rw": ("wrong", "broken"), "rf": ("failed", "broken"),
-        "wr": ("right", "mended"), "ww": ("wrong", "both wrong"), "wf": ("failed", "both wrong"),
-        "fr": ("right", "mended"), "fw": ("wrong", "both wrong"), "ff": ("failed", "both wrong"),
+    changes = {
+        "both right": "rr", "both wrong": "ww wf fw ff", "mended": "wr fr", "broken": "rw rf",
+        "better": "wp wq fp fq pr qr pq", "worse": "rp rq pw pf qw qf qp", "equal": "pp qq",
     }  # fmt: skip
-    assert [a["verdict"] for a in page.questions["fr"]["answers"]] == ["failed", "right"]
+    expected = {name: change for change, pairs in changes.items() for name in pairs.split()}
+    assert {n: q["change"] for n, q in page.questions.items()} == expected
+    words = {"r": "right", "w": "wrong", "f": "failed", "p": "partly", "q": "partly"}
+    for name, q in page.questions.items():
+        assert [a["verdict"] for a in q["answers"]] == [words[kind] for kind in name]
+        assert q["verdict"] == words[name[1]]
+        assert [a["accuracy"] for a in q["answers"]] == [kinds[kind]["right"] for kind in name]
     assert page.questions["fr"]["answers"][0]["error"] == "gone"
     alone = write(tmp_path / "s.html", [question(n) for n in names], {"new": runs["new"]})
     assert {q["change"] for q in alone.questions.values()} == {""}
-    assert [q["verdict"] for q in alone.questions.values()] == [v for v, _ in found.values()]
 
 
 def test_an_answer_is_shown_in_its_parts_or_as_it_is():
-    plain = question("q")
-    parts = lambda text, e=plain, **more: report.describe(e, answer("q", text, **more))  # noqa: E731
-    found = parts("<think> I see\n it </think>\n <answer> (B) </answer>")
-    assert (found["think"], found["answer"], found["raw"]) == ("I see\n it", "(B)", "")
-    assert found["chosen"] == "B"
+    def shown(text, options=("red", "blue"), **more):
+        return report.describe(question("q", options=options), answer("q", text, **more))
+
+    found = shown("<think> I see\n it </think>\n <answer> (B) </answer>")
+    parts = found["think"], found["answer"], found["raw"], found["chosen"]
+    assert parts == ("I see\n it", "(B)", "", "B")
     for text, chosen in (
-        ("B", "B"), ("blue", "B"), ("maybe", None), ("", None),
+        ("B", "B"),
+        ("blue", "B"),
+        ("maybe", None),
+        ("", None),
         ("so <answer>A</answer>", "A"),
         ("<think>x</think> <answer>A</answer> <answer>B</answer>", None),
         ("<think>x</think> <answer>A</answer> <answer>B", "A"),
-    ):  # fmt: skip
-        found = parts(text)
+    ):
+        found = shown(text)
         assert found["raw"] == text and found["think"] == found["answer"] == ""
         assert found["chosen"] == chosen, text
-    assert parts("7", question("q", options=()))["chosen"] is None
-    assert parts("B", right=0.0, lenient=1.0)["lenient"] is True
-    assert not parts("B", right=1.0, lenient=1.0)["lenient"] and not parts("B")["lenient"]
+    assert shown("7", options=())["chosen"] is None
+    assert shown("B", right=0.0, lenient=1.0)["lenient"] and shown("B", right=0.4, lenient=1.0)
+    assert not shown("B", right=1.0, lenient=1.0)["lenient"] and not shown("B")["lenient"]
+
+
+def test_the_parts_of_the_reward_stand_at_the_answer():
+    parts = {"reward": 0.43210987, "accuracy": 1.0, "tIoU": 0.25}
+    found = report.describe(question("q"), answer("q", parts=parts))
+    assert found["parts"] == ["reward 0.432", "accuracy 1", "tIoU 0.25"]
+    assert report.describe(question("q"), answer("q"))["parts"] == []
 
 
 def test_options_are_listed_once(tmp_path):
@@ -249,75 +258,79 @@ def test_answers_that_do_not_belong_together_are_refused(tmp_path):
     assert list(page.questions) == ["2"]  # rows that nobody was asked are not questions
 
 
+@pytest.mark.slow
 def test_the_command_line_writes_the_page_of_one_or_two_files(toy, tmp_path, capsys):
     rows = data.load_rows(str(toy / "test.jsonl"))
-    names = ["a.jsonl", "b.jsonl", "more/b.jsonl"]
-    (tmp_path / "more").mkdir()
-    for name in names:
-        lines = [json.dumps(answer(e.id, "\u2028é")) + "\n" for e in rows]
-        (tmp_path / name).write_text("".join(lines).replace("\\u2028", "\u2028"), encoding="utf-8")
-    files, out = [str(tmp_path / name) for name in names], str(tmp_path / "r.html")
-    rest = ["--data", str(toy / "test.jsonl"), "--num_frames", "5", "--out", out]
+    said = [answer(e.id, "\u2028é") for e in rows]
+    files = [save(tmp_path / name, said) for name in ("a.jsonl", "b.jsonl", "more/b.jsonl")]
+    rest = ["--data", str(toy / "test.jsonl"), "--num_frames", "5"]
+    rest += ["--out", str(tmp_path / "r.html"), "--title", "T", "--frame_height", "16"]
     for chosen, runs in ((files[:1], ["a"]), (files[:2], ["a", "b"]), (files[1:], files[1:])):
-        report.main([*chosen, *rest, "--title", "T", "--frame_height", "16"])
+        report.main([*chosen, *rest])
         page = Page(tmp_path / "r.html")
         assert page.data["runs"] == runs and page.data["title"] == "T"
-        assert out in capsys.readouterr().out
-        assert (
-            list(page.questions) == [e.id for e in rows]
-            and page.data["frames"] == "5 frames a video"
-        )
+        assert str(tmp_path / "r.html") in capsys.readouterr().out
+        assert list(page.questions) == [e.id for e in rows]
+        assert page.data["frames"] == "5 frames a video"
         assert {s.shape for s in page.strips.values()} == {(16, 80, 3)}
         assert page.questions[rows[0].id]["answers"][0]["raw"] == "\u2028é"
 
 
-def test_a_malformed_row_that_counted_as_wrong_is_a_question_of_the_page(toy, tmp_path):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text((toy / "test.jsonl").read_text().partition("\n")[0] + "\n{\n")
-    said = [answer(data.load_rows(str(rows), str(toy), [])[0].id, "x"), answer(f"{rows}:2", "")]
-    said[1] |= {"accuracy": 0.0, "error": "not JSON"}
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in said))
-    argv = [str(tmp_path / "a.jsonl"), "--data", str(rows), "--video_dir", str(toy)]
+@pytest.fixture
+def rows(tmp_path):
+    """A file of a good row, of the question "1", and a malformed one."""
+    row = {"problem_id": "1", "problem": "Which?\nA. x\nB. y", "answer": "<answer>A</answer>"}
+    row |= {"problem_type": "t", "data_type": "text", "reasoning": "", "videos": ""}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n{\n")
+    return str(path)
+
+
+def test_a_malformed_row_that_counted_as_wrong_is_a_question_of_the_page(rows, tmp_path):
+    said = [answer("1"), answer(f"{rows}:2", "", 0.0, "not JSON")]
+    argv = [save(tmp_path / "a.jsonl", said), "--data", rows, "--video_dir", str(tmp_path)]
     report.main([*argv, "--num_frames", "2", "--out", str(tmp_path / "r.html")])
-    page = Page(tmp_path / "r.html")
-    assert list(page.questions) == [r["problem_id"] for r in said]
-    assert page.questions[f"{rows}:2"]["verdict"] == "failed"
+    verdicts = {i: q["verdict"] for i, q in Page(tmp_path / "r.html").questions.items()}
+    assert verdicts == {"1": "right", f"{rows}:2": "failed"}
 
 
-def test_command_line_errors_are_one_line(toy, tmp_path):
-    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
-    line = json.dumps(answer("x")) + "\n"
-    good.write_text(line)
-    rest = ["--data", str(toy / "test.jsonl"), "--num_frames", "5"]
-    for text in ("{", "3\n", '{"problem_id": "x"}\n', "\n"):
-        bad.write_text(line + text)
-        with pytest.raises(SystemExit, match=r"error: .*bad.jsonl:2: not an answer that eval"):
-            report.main([str(bad), *rest])
-    for files, message in (
-        ([tmp_path / "no.jsonl"], "no.jsonl.*No such file"),
+def test_command_line_errors_are_one_line(rows, tmp_path):
+    good = save(tmp_path / "good.jsonl", [answer("1")])
+    strange = save(tmp_path / "strange.jsonl", [answer("x")])
+    cases = [
         ([good] * 3, "give one or two files"),
-        ([good], "question 'x' is in good, but not in the rows"),
-    ):
-        with pytest.raises(SystemExit, match=f"error: .*{message}"):
-            report.main([*map(str, files), *rest])
+        ([str(tmp_path / "no.jsonl")], "no.jsonl.*No such file"),
+        ([strange], "question 'x' is in strange, but not in the rows"),
+        ([good, "--out", str(tmp_path / "no/r.html")], "--out .*No such file"),
+        ([good, "--max_mb", "x"], "--max_mb"),
+    ]
+    broken = ["{", "3", '{"problem_id": "x"}', "", json.dumps(answer("y", right=1.5))]
+    for i, line in enumerate(broken):
+        file = tmp_path / f"bad{i}.jsonl"
+        file.write_text(f"{json.dumps(answer('x'))}\n{line}\n")
+        cases.append(([str(file)], f"bad{i}.jsonl:2: not an answer that eval"))
+    for argv, message in cases:
+        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+            report.main([*argv, "--data", rows, "--num_frames", "5"])
 
 
 def test_text_is_legible_in_both_color_schemes():
     """Contrast of at least 4.5 (WCAG AA) on the page and on its cards."""
-    pairs = re.findall(r"--(\w+): light-dark\((#\w+), (#\w+)\)", report.PAGE)
+
+    def luminance(color):
+        digits = color[1:] if len(color) == 7 else "".join(d * 2 for d in color[1:])
+        rgb = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb)
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05
+
+    colors = re.findall(r"--(\w+): light-dark\((#\w+), (#\w+)\)", report.PAGE)
+    assert len(colors) == 10
     for scheme in (1, 2):
-        light = {}
-        for name, *colors in pairs:
-            digits = colors[scheme - 1][1:]
-            digits = digits if len(digits) == 6 else "".join(d * 2 for d in digits)
-            rgb = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
-            linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
-            light[name] = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05
-        assert len(light) == 9
+        light = {color[0]: luminance(color[scheme]) for color in colors}
         for ground in ("paper", "card"):
-            for name in ("ink", "soft", "mark", "right", "wrong", "failed"):
-                a, b = sorted((light[name], light[ground]))
-                assert b / a >= 4.5, (name, ground, b / a)
+            for name in light.keys() - {"paper", "card", "line"}:
+                low, high = sorted((light[name], light[ground]))
+                assert high / low >= 4.5, (name, ground)
 
 
 # ------------------------------------------------------------------------------------ in a browser
@@ -360,6 +373,7 @@ DRIVE = r"""<script>addEventListener("load", () => {
 })</script>"""
 
 
+@pytest.mark.slow
 def test_filters_keys_search_and_strips_work_in_a_browser(media, tmp_path):
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
     browser = next(filter(None, map(shutil.which, names)), None)
@@ -417,6 +431,30 @@ def test_filters_keys_search_and_strips_work_in_a_browser(media, tmp_path):
 
 
 # ------------------------------------------------------------------------------ table and pictures
+
+
+def test_the_table_has_what_was_measured_and_says_what_was_trained_on():
+    summary = {"questions": 4, "seed": 0, "seconds": {"total": 2.0}, "sft": {"accuracy": 0.5}}
+    after = {"accuracy": 0.75, "by_category": {"goal": 0.75}, "by_frames": {"8": 0.25}}
+    assert "guessing" not in report.table(summary)
+    summary |= {"trained_on": 2, "grpo": after | {"wrong_video": 0.1}, "chance": 0.25}
+    lines = [" ".join(line.split()) for line in report.table(summary).splitlines()]
+    assert lines[0].startswith("accuracy on 4 questions, 2 of them TRAINED ON")
+    rows = ["guessing 25.0 %", "before GRPO 50.0 %", "after GRPO 75.0 %", "goal 75.0 %"]
+    rows += ["8 frames 25.0 %", "control: wrong video 10.0 %", "seconds: total 2"]
+    assert lines[1:] == rows
+
+
+def test_frames_are_plotted_with_the_controls_that_were_measured(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    seen = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **how: seen.append(figure.axes[0]))
+    summary = {"questions": 4, "seed": 0, "sft": {"accuracy": 0.5}}
+    summary["grpo"] = {"by_frames": {"8": 0.25, "16": 0.5}}
+    for more, lines in (({}, 2), ({"chance": 0.25, "control": {"accuracy": 0.5}}, 4)):
+        report.plot_frames(summary | more, tmp_path / "f.png")
+        assert len(seen.pop().lines) == lines
 
 
 def test_the_mismatch_axis_has_labels_whatever_the_values(tmp_path, monkeypatch):

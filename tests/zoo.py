@@ -6,7 +6,6 @@ deepstack(model)       the decoder of a Qwen3-VL in place of the model's own
 published(family, at)  the settings of a published checkpoint, without weights
 """
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import data
 from families.qwen import Decoder, Omni, Qwen3VL, QwenVL
 from families.text import Text
 from families.vila import VILA
+from kit.decode import Loader
 from model import Media, MultiModal, Policy, Prompt, Recipe
 
 RECIPE = Recipe(num_frames=5, max_tokens=8, template="{problem} Think, then answer.")
@@ -39,7 +39,6 @@ MROPE = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}
 MARKS = dict(zip(("vision_start", "vision_end", "image", "video"), VISION))
 LIMITS = {"min_pixels": 56 * 56, "max_pixels": 84 * 112}
 FAMILIES = ("vila", "vila 3x3 tsp", "qwen2.5-vl", "qwen3-vl", "omni", "qwen2", "qwen3", "llama")
-CONFIGS = Path(__file__).resolve().parents[1] / "kit/configs"
 LEVELS = 2  # of deepstack()
 
 
@@ -111,6 +110,7 @@ def build(family: str, tie=True, seed=0, image_size=64) -> MultiModal:
         kind = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[family]
         config = getattr(transformers, f"{kind}Config")(**decoder(tok, tie_word_embeddings=tie))
         model = Text(getattr(transformers, f"{kind}ForCausalLM")(config), tok)
+    model.loader = Loader()  # which hears
     # Omni's own least size of a video frame is 128 tokens.
     model.recipe = replace(RECIPE, max_pixels=84 * 112) if family == "omni" else RECIPE
     return model
@@ -199,12 +199,6 @@ def deepstack(model, tie=True, seed=0):
     model.decoder_kind = "Qwen3ForCausalLM", "qwen3"
     model.llm.set_attn_implementation("mrsp")
     return model.eval()
-
-
-def published(family: str, root) -> None:
-    """A folder with the settings of a published 7B checkpoint, without weights."""
-    names = {"vila": "longvila-7b", "qwen2.5-vl": "qwen2.5-vl-7b", "omni": "omni", "qwen2": "text"}
-    shutil.copytree(CONFIGS / names[family], root, dirs_exist_ok=True)
 
 
 # ------------------------------------------------------------------------------ what they are asked
