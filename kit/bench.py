@@ -252,7 +252,7 @@ class Trainer:
         self.is_first = self.meshes[0].rank == 0
 
     def step(self, videos, bar: str) -> dict[str, float]:
-        """train.grpo_step without files and rewards; equal work for every bar. videos: frames of
+        """A GRPO step without files and rewards; equal work for every bar. videos: frames of
         each, or a Prompt (text). -> seconds by phase and in all, grad_norm, peak_bytes (-1: not
         known), all of the worst rank."""
         once, sharded, shared = BARS[bar]

@@ -90,12 +90,12 @@ def complete(argv: list[str], known: set[str]) -> list[str]:
 def one_line(box: str) -> str:
     """The text of tyro's box without its frame and its hint at --help.
 
-    >>> one_line("╭─ Error ─╮\\n│ lr must be │\\n│ above 0 │\\n│ ─── │\\n│ For full help │\\n╰─╯")
+    >>> one_line("╭─ Error ─╮\\n│ lr must be │\\n│ above 0 │\\n│ ─── │\\n│ see x --help │\\n╰─╯")
     'lr must be above 0; --help lists all options'
     """
     lines = [line.strip(f"{BOX} ") for line in box.splitlines()]
     lines = [line for line in lines if line.strip("-")]  # where there is no Unicode, rules are ---
-    text = " ".join(line for line in lines[1:] if not line.startswith("For full help"))
+    text = " ".join(line for line in lines[1:] if not line.endswith("--help"))
     text = re.sub(r"Perhaps you meant:\s+(--\S+).*", r"perhaps you meant \1", text)
-    text = re.sub(r" Argument helptext: .*", "", text).removesuffix(".")
+    text = re.sub(r" Argument helptext: .*| For full helptext.*", "", text).removesuffix(".")
     return f"{text}; --help lists all options"

@@ -123,23 +123,21 @@ def test_every_kind_of_media_is_shown_or_says_why_not(media, tmp_path):
 
 def test_verdict_and_change_of_every_pair_of_answers(tmp_path):
     """right, wrong, failed (not asked), and partly right: two values of it, one above the other."""
-    kinds = {"r": {"right": 1.0}, "w": {"right": 0.0}, "f": {"right": 0.0, "error": "gone"}}
-    kinds |= {"p": {"right": 0.43}, "q": {"right": 0.5}}
-    names = [a + b for a in kinds for b in kinds]
-    runs = {run: [answer(n, **kinds[n[i]]) for n in names] for i, run in enumerate(("old", "new"))}
+    kinds = {"right": 1.0, "wrong": 0.0, "failed": 0.0, "partly": 0.43, "partly more": 0.5}
+    names = [f"{a}, {b}" for a in kinds for b in kinds]
+    runs = {"old": [], "new": []}
+    for name in names:
+        for kind, records in zip(name.split(", "), runs.values()):
+            error = "gone" if kind == "failed" else ""
+            records.append(answer(name, right=kinds[kind], error=error))
     page = write(tmp_path / "r.html", [question(n) for n in names], runs)
-    changes = {
-        "both right": "rr", "both wrong": "ww wf fw ff", "mended": "wr fr", "broken": "rw rf",
-        "better": "wp wq fp fq pr qr pq", "worse": "rp rq pw pf qw qf qp", "equal": "pp qq",
-    }  # fmt: skip
-    expected = {name: change for change, pairs in changes.items() for name in pairs.split()}
-    assert {n: q["change"] for n, q in page.questions.items()} == expected
-    words = {"r": "right", "w": "wrong", "f": "failed", "p": "partly", "q": "partly"}
     for name, q in page.questions.items():
-        assert [a["verdict"] for a in q["answers"]] == [words[kind] for kind in name]
-        assert q["verdict"] == words[name[1]]
-        assert [a["accuracy"] for a in q["answers"]] == [kinds[kind]["right"] for kind in name]
-    assert page.questions["fr"]["answers"][0]["error"] == "gone"
+        pair = name.split(", ")
+        assert [a["verdict"] for a in q["answers"]] == [kind.split()[0] for kind in pair]
+        assert [a["accuracy"] for a in q["answers"]] == [kinds[kind] for kind in pair]
+        assert [bool(a["error"]) for a in q["answers"]] == [kind == "failed" for kind in pair]
+        assert q["verdict"] == pair[1].split()[0]
+        assert q["change"] == report.change(*[kinds[kind] for kind in pair])
     alone = write(tmp_path / "s.html", [question(n) for n in names], {"new": runs["new"]})
     assert {q["change"] for q in alone.questions.values()} == {""}
 
@@ -151,28 +149,18 @@ def test_an_answer_is_shown_in_its_parts_or_as_it_is():
     found = shown("<think> I see\n it </think>\n <answer> (B) </answer>")
     parts = found["think"], found["answer"], found["raw"], found["chosen"]
     assert parts == ("I see\n it", "(B)", "", "B")
-    for text, chosen in (
-        ("B", "B"),
-        ("blue", "B"),
-        ("maybe", None),
-        ("", None),
-        ("so <answer>A</answer>", "A"),
-        ("<think>x</think> <answer>A</answer> <answer>B</answer>", None),
-        ("<think>x</think> <answer>A</answer> <answer>B", "A"),
-    ):
+    two = "<think>x</think> <answer>A</answer> <answer>B"
+    chosen = {"B": "B", "blue": "B", "maybe": None, "": None, "so <answer>A</answer>": "A"}
+    for text, letter in (chosen | {two: "A", f"{two}</answer>": None}).items():
         found = shown(text)
         assert found["raw"] == text and found["think"] == found["answer"] == ""
-        assert found["chosen"] == chosen, text
+        assert found["chosen"] == letter, text
     assert shown("7", options=())["chosen"] is None
-    assert shown("B", right=0.0, lenient=1.0)["lenient"] and shown("B", right=0.4, lenient=1.0)
-    assert not shown("B", right=1.0, lenient=1.0)["lenient"] and not shown("B")["lenient"]
-
-
-def test_the_parts_of_the_reward_stand_at_the_answer():
+    for right, lenient, told in ((0.0, 1.0, True), (0.4, 1.0, True), (1.0, 1.0, False)):
+        assert shown("B", right=right, lenient=lenient)["lenient"] is told
     parts = {"reward": 0.43210987, "accuracy": 1.0, "tIoU": 0.25}
-    found = report.describe(question("q"), answer("q", parts=parts))
-    assert found["parts"] == ["reward 0.432", "accuracy 1", "tIoU 0.25"]
-    assert report.describe(question("q"), answer("q"))["parts"] == []
+    assert shown("B", parts=parts)["parts"] == ["reward 0.432", "accuracy 1", "tIoU 0.25"]
+    assert shown("B")["parts"] == [] and shown("B")["lenient"] is False
 
 
 def test_options_are_listed_once(tmp_path):
@@ -237,9 +225,8 @@ def test_the_file_stays_within_its_limit_and_keeps_every_question(tmp_path, monk
     assert len(have[0.001]) == 0 and len(have[30]) == 40
     assert 0.08e6 < sizes[0.12] < 0.12e6 < sizes[30] and 4 <= len(have[0.12]) < 20
     groups = [(q["category"], q["verdict"]) for q in have[0.12]]
-    assert {g: min(groups.count(g), 2) for g in groups} == {
-        ("rare", "right"): 2, ("common", "right"): 2, ("common", "wrong"): 2
-    }  # fmt: skip
+    assert set(groups) == {("rare", "right"), ("common", "right"), ("common", "wrong")}
+    assert min(groups.count(group) for group in groups) >= 2
 
 
 def test_answers_that_do_not_belong_together_are_refused(tmp_path):
@@ -350,7 +337,7 @@ DRIVE = r"""<script>addEventListener("load", () => {
   out.strips = seen(".strip").map(s => [s.ariaLabel, ...[0, 8].map(i => s.children[i].firstChild)
     .map(i => [i.clientWidth, i.clientHeight, getComputedStyle(i).imageRendering,
       getComputedStyle(i).backgroundImage.slice(0, 15), i.style.backgroundPosition, i.ariaLabel])])
-  buttons[0].click(); buttons[4].click()
+  buttons[0].click(); buttons[5].click()
   out.all = cards()
   out.keys = ["j", "ArrowRight", "j", "k", "ArrowLeft"].map(key =>
     (press(key), name(document.activeElement)))
@@ -363,9 +350,11 @@ DRIVE = r"""<script>addEventListener("load", () => {
   out.search = document.activeElement === search
   say("SQUARE  q1"); out.words = cards()
   say("verdict"); out.none = cards()
-  say(""); buttons[5].click(); out.mended = [...cards(), ...chips()]
+  say(""); buttons[6].click(); out.mended = [...cards(), ...chips()]
   history.replaceState(null, "", "#category=goal&verdict=right&words=q5"); onhashchange()
   out.back = [...cards(), search.value]
+  go({words: "q12"}); out.partly = list.textContent
+  out.table = [...document.querySelectorAll("tr")].map(row => row.textContent)
   go({}); out.first = list.children.length
   dispatchEvent(new Event("beforeprint")); out.printed = list.children.length
   const bytes = new TextEncoder().encode(JSON.stringify(out))
@@ -388,6 +377,7 @@ def test_filters_keys_search_and_strips_work_in_a_browser(media, tmp_path):
     before[2] = answer("q2", f"<think>{EVIL}</think> <answer>B</answer>", 1.0, tokens=7)
     after[2] = answer("q2", f"{EVIL} <answer>A</answer>", 0.0, lenient=1.0)
     after[13]["error"] = "gone"
+    after[12] = answer("q12", right=0.43, tokens=9, parts={"reward": 0.5, "tIoU": 0.25})
     path, pictures = tmp_path / "r.html", {media / "red.png": EVIL}
     write(path, asked, {"old": before, "new": after}, 100, pictures=pictures, text=EVIL)
     path.write_text(path.read_text(encoding="utf-8") + DRIVE, encoding="utf-8")
@@ -399,7 +389,8 @@ def test_filters_keys_search_and_strips_work_in_a_browser(media, tmp_path):
     out = json.loads(base64.b64decode(done.stdout.split("OUT")[1]))
 
     # An address is a view; the number beside each filter is what choosing it would leave.
-    numbers = "all2 right0 wrong2* failed0 all9 mended0 broken2* both right0 both wrong7"
+    numbers = "all2 right0 partly0 wrong2* failed0 "
+    numbers += "all8 mended0 broken2* better0 both right0 both wrong6"
     chips = re.findall(r"[a-z ]+\d+\*?", f"{numbers} all2* goal1 plot1")
     assert out["linked"][:3] == ["q2 q3", "#verdict=wrong&change=broken", "2 of 14 questions"]
     assert out["linked"][3:] == [c.strip() for c in chips]
@@ -407,9 +398,11 @@ def test_filters_keys_search_and_strips_work_in_a_browser(media, tmp_path):
     assert out["text"][0].count(EVIL) == 4 and out["text"][1:] == ["A run", 1]
     assert out["options"] == ["red chosen new", f"{EVIL} gold chosen old"]
     (old, first), (new, second) = out["runs"]
-    assert (
-        old == "right" and first.startswith("old ✓ rightreasoning") and first.endswith("7 tokens")
+    assert old == "right" and first.startswith("old ✓ rightreasoning")
+    assert first.endswith("7 tokens") and out["partly"].endswith(
+        "9 tokens · reward 0.5 · tIoU 0.25"
     )
+    assert "new ~ partly 0.43" in out["partly"] and out["table"][1] == "all1428.6\xa0%31.6\xa0%"
     assert new == "wrong" and second.startswith("new ✗ wrongright, but") and EVIL in second
     # 9 frames of 64 x 32 pixels are enlarged 3 times, 64 of 192 x 96 are not.
     (label, *cells), (many, *larger) = out["strips"]
@@ -445,30 +438,31 @@ def test_the_table_has_what_was_measured_and_says_what_was_trained_on():
     assert lines[1:] == rows
 
 
-def test_frames_are_plotted_with_the_controls_that_were_measured(tmp_path, monkeypatch):
+@pytest.fixture
+def figures(monkeypatch):
+    """Figures as they are saved."""
     from matplotlib.figure import Figure
 
     seen = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **how: seen.append(figure.axes[0]))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **how: seen.append(figure))
+    return seen
+
+
+def test_frames_are_plotted_with_the_controls_that_were_measured(figures):
     summary = {"questions": 4, "seed": 0, "sft": {"accuracy": 0.5}}
     summary["grpo"] = {"by_frames": {"8": 0.25, "16": 0.5}}
     for more, lines in (({}, 2), ({"chance": 0.25, "control": {"accuracy": 0.5}}, 4)):
-        report.plot_frames(summary | more, tmp_path / "f.png")
-        assert len(seen.pop().lines) == lines
+        report.plot_frames(summary | more, "f.png")
+        assert len(figures.pop().axes[0].lines) == lines
 
 
-def test_the_mismatch_axis_has_labels_whatever_the_values(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    seen = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **how: seen.append(figure.axes[4]))
+def test_the_mismatch_axis_has_labels_whatever_the_values(tmp_path, figures):
+    names = [*report.PANELS, "mismatch_max"]
     for low, high in ((0.0, 0.0), (2e-7, 6e-7), (0.01, 4.0)):
-        names = "reward accuracy length clip_fraction mismatch_mean mismatch_max entropy".split()
         rows = [dict.fromkeys(names, low) | {"stage": "grpo", "step": i} for i in range(3)]
         rows[1]["mismatch_max"] = high
-        (tmp_path / "m.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-        report.plot_curves(tmp_path / "m.jsonl", tmp_path / "c.png")
-        axis = seen.pop()
+        report.plot_curves(save(tmp_path / "m.jsonl", rows), "c.png")
+        axis = figures.pop().axes[4]
         bottom, top = axis.get_ylim()
         ticks = [t for t in axis.get_yticks() if bottom <= t <= top * (1 + 1e-9)]
         assert bottom == 0 and high <= top <= max(1e-6, 10 * high) and len(ticks) >= 3
