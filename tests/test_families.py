@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 
 import data
 import mrsp
-import sft
 from data import Example, Medium
 from families import load
 from families.text import Text
@@ -51,13 +50,13 @@ def same_weights(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-# Two cases of each family run always, the others with -m slow.
-OFTEN = ("text", "several", "all")
-EACH = [
-    pytest.param(family, name, marks=[] if name in OFTEN else pytest.mark.slow)
-    for family in FAMILIES
-    for name in cases(family)
-]
+# Some families and cases run always, the others with -m slow.
+SLOW = pytest.mark.slow
+QUICK = ("vila", "qwen2.5-vl", "qwen2")
+SOME = [pytest.param(f, marks=[] if f in QUICK else SLOW) for f in FAMILIES]
+EACH = [(f, case) for f in FAMILIES for case in cases(f)]
+EACH = [pytest.param(*x, marks=[] if x[1] in ("text", "several", "all") else SLOW) for x in EACH]
+TIE = pytest.mark.parametrize("tie", [True, pytest.param(False, marks=SLOW)])
 
 
 # ---------------------------------------------------- log-probs, against transformers' own models
@@ -172,7 +171,7 @@ def whole_of(model, root):
     return kind.from_pretrained(root, attn_implementation="sdpa").eval()
 
 
-@pytest.mark.parametrize("tie", [True, pytest.param(False, marks=pytest.mark.slow)])
+@TIE
 @pytest.mark.parametrize("family, case", EACH)
 def test_log_probs_equal_transformers_on_the_same_pixels_and_sound(
     ask, tmp_path, family, case, tie
@@ -353,7 +352,7 @@ def _ranks_agree(rank, root, letters):
                 assert gap < 1e-3, (family, method, n, gap)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_ranks_see_hear_and_train_like_one(ask, tmp_path, family):
     zoo.build(family).save_pretrained(tmp_path / family)
@@ -381,19 +380,14 @@ for text in ("qwen2", "qwen3", "llama"):
     PUBLISHED[text] = "model.layers.0.mlp.up_proj.weight lm_head.weight"
 
 
-SLOWER = [
-    f if f in ("vila", "qwen2") else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES
-]
-
-
 def located(root, name):
     """(file, name in it) of a tensor in PUBLISHED."""
     part, _, name = name.rpartition(":")
     return root / part / "model.safetensors", name
 
 
-@pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@TIE
+@pytest.mark.parametrize("family", SOME)
 def test_a_checkpoint_is_as_published_and_loads_again(ask, tmp_path, family, tie):
     model, example = zoo.build(family, tie), ask(mixed(family))
     model.save_pretrained(tmp_path)
@@ -431,7 +425,7 @@ def test_a_checkpoint_is_as_published_and_loads_again(ask, tmp_path, family, tie
         assert not info["missing_keys"] and not lost
 
 
-@pytest.mark.parametrize("tie", [True, False])
+@TIE
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_decoder_s_config_alone_fits_its_weights(tmp_path, family, tie):
     """What vLLM builds, and what it is given."""
@@ -447,7 +441,7 @@ def test_the_decoder_s_config_alone_fits_its_weights(tmp_path, family, tie):
     assert (found.pop("lm_head.weight", None) is None) == tie and found == expected
 
 
-@pytest.mark.parametrize("family", SLOWER)
+@pytest.mark.parametrize("family", SOME)
 def test_a_missing_further_or_misshapen_tensor_is_refused_by_name(tmp_path, family):
     zoo.build(family, tie=False).save_pretrained(tmp_path)
     for name in PUBLISHED[family].split():
@@ -535,15 +529,14 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, monkeypatch):
         load(tmp_path)
     with pytest.raises(ModelError, match="/no/where is no checkpoint"):
         load("/no/where")
-    (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
-    with pytest.raises(ModelError, match="'unheard_of' is not supported.*qwen3_vl"):
-        load(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
-    with pytest.raises(ModelError, match="preprocessor_config.json is missing"):
-        load(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type')
-    with pytest.raises(ModelError, match="config.json: "):
-        load(tmp_path)
+    for config, said in (
+        ('{"model_type": "unheard_of"}', "'unheard_of' is not supported.*qwen3_vl"),
+        ('{"model_type": "qwen3_vl"}', "preprocessor_config.json is missing"),
+        ('{"model_type', "config.json: "),
+    ):
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(ModelError, match=said):
+            load(tmp_path)
     asked = []
 
     def unreachable(repo, **how):
@@ -638,7 +631,7 @@ def _ranks_shard(rank, root):
         model.save_pretrained(root / "b" / source.name, write=rank == 0)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_sharded_decoder_trains_and_saves_like_a_whole_one(tmp_path, family, tie):
@@ -681,7 +674,7 @@ def test_a_question_holds_no_control_token(ask, family):
     assert {*model.media_tokens} <= {*model.tokenizer.convert_tokens_to_ids([*model.controls])}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_media_that_a_family_does_not_take_are_refused_by_name(ask, media, family):
     model = zoo.build(family)
     model.recipe = zoo.RECIPE
@@ -698,7 +691,7 @@ def test_media_that_a_family_does_not_take_are_refused_by_name(ask, media, famil
                     see(ask(letter))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_a_template_in_a_file_of_its_own_is_used_and_may_not_change_the_text(ask, tmp_path, family):
     model, text = zoo.build(family), ask("", "Why?")
     model.save_pretrained(tmp_path)
@@ -723,11 +716,11 @@ def test_a_template_may_stand_between_media_and_text(ask):
     assert end == " see: Why? Think, then answer."
 
 
-# --------------------------------------------------------------------------- sampling and training
+# ---------------------------------------------------------------------------------------- sampling
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_the_sampler_agrees_with_the_trainer_and_samples_no_media(ask, family, dtype):
     model = zoo.build(family, tie=False).eval()
     engine = TorchEngine(model, dtype=dtype)  # the model's own weights, or a copy
@@ -742,30 +735,3 @@ def test_the_sampler_agrees_with_the_trainer_and_samples_no_media(ask, family, d
     assert torch.allclose(ours, sampled, atol=1e-4, rtol=1e-5)
     ids = torch.cat([r.ids for group in out for r in group])
     assert not set(ids.tolist()) & set(model.media_tokens)
-
-
-@pytest.mark.parametrize("train", ["all", "llm", "projector"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_sft_step_changes_what_it_trains(ask, family, train):
-    model = zoo.build(family)
-    config = sft.SFTConfig(steps=4, groups=3, train=train, lr=1e-3, warmup=0)
-    rows = [ask(letters, f"Why {letters}?") for letters in cases(family).values()]
-    if not model.takes and train == "projector":
-        with pytest.raises(ValueError, match="projector"):
-            sft.train(model, rows, config)
-        return
-    before, losses = {k: v.clone() for k, v in model.state_dict().items()}, []
-    key = model.encoder_hash()
-    sft.train(model, rows, config, log=lambda step, m: losses.append(m["loss"]))
-    assert losses[-1] < losses[0]
-    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
-    assert any(k.startswith("policy.") for k in changed) == (train != "projector")
-    inner = {f"tower.{n}" for n, _ in model.tower.named_parameters()}
-    outer = {id(p) for p in model.projector.parameters()}
-    outer = {n for n, p in model.named_parameters() if id(p) in outer}
-    assert bool(changed & (inner - outer)) == (train == "all" and bool(model.takes))
-    assert bool(changed & outer) == (train != "llm" and bool(model.takes))
-    assert (model.encoder_hash() == key) == (train == "llm" or not model.takes)
-    model.enable_gradient_checkpointing()
-    sft.train(model, rows, replace(config, steps=1))
-    assert model(model.idle())[0].isfinite().all()
