@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 import zoo
 from conftest import RECIPE, deepstack, run_ranks, wide_prompt
-from test_qwen import texts_of, tiny_qwen
 from tokenizers import decoders
+from zoo import texts_of, tiny_qwen
 
 import data
 import grpo
