@@ -1,31 +1,32 @@
-"""Tiny models and data for the tests: everything is made here, nothing is downloaded."""
+"""What all tests share: the toy's folder and model, rows and media, ranks. All of it is made here,
+nothing is downloaded. A tiny model of every family: zoo.py."""
 
 import json
 import os
 import wave
-from dataclasses import replace
 
 # One thread a process: at these sizes more are slower, and torchrun's ranks have one each.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from dataclasses import replace  # noqa: E402
 from datetime import timedelta  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+import zoo  # noqa: E402
+from PIL import Image  # noqa: E402
 from torch.multiprocessing import set_forkserver_preload, start_processes  # noqa: E402
-from transformers import Qwen3VLTextConfig, Qwen3VLTextModel  # noqa: E402
+from zoo import RECIPE, answers, deepstack, texts_of, tiny_qwen, wide_prompt  # noqa: E402, F401
 
 import data  # noqa: E402
-from families.qwen import Decoder
-from families.vila import VILA
+from families.vila import VILA  # noqa: E402
 from kit.toy import SIZE, ToyConfig, toy_build, toy_checkpoint  # noqa: E402
-from model import Policy, Prompt, Recipe  # noqa: E402
 from rollout import Response  # noqa: E402
 
 torch.set_num_threads(1)
-RECIPE = Recipe(num_frames=5, max_tokens=8, template="{problem} Think, then answer.")
 
 
 @pytest.fixture(scope="session")
@@ -34,9 +35,7 @@ def toy(tmp_path_factory):
     root = tmp_path_factory.mktemp("toy")
     sizes = ToyConfig(base=3, sft=3, rl=6, test=4, other=2, images=2)
     toy_build(str(root), sizes, seed=7)
-    rows = [e for name in root.glob("*.jsonl") for e in data.load_rows(str(name))]
-    texts = [text for e in rows for text in (e.problem, e.response)]
-    toy_checkpoint(str(root / "init"), texts, SIZE, RECIPE, seed=7)
+    toy_checkpoint(str(root / "init"), texts_of(root), SIZE, RECIPE, seed=7)
     return root
 
 
@@ -51,11 +50,8 @@ def prompts(toy, model):
     """Three prompts of different lengths: two with video, one text only."""
     rows = data.load_rows(str(toy / "rl.jsonl"))
     text = next(r for r in data.load_rows(str(toy / "base.jsonl")) if r.data_type == "text")
-    return [
-        model.prompt(rows[0], num_frames=9),
-        model.prompt(rows[7], num_frames=4),
-        model.prompt(text),
-    ]
+    seen = [model.prompt(rows[0], num_frames=9), model.prompt(rows[7], num_frames=4)]
+    return [*seen, model.prompt(text)]
 
 
 @pytest.fixture(scope="session")
@@ -111,6 +107,16 @@ def oracle(monkeypatch):
     return use
 
 
+# --------------------------------------------------------------------------------- rows and media
+
+
+def row(number: int, **fields) -> dict:
+    """A row of the data set: text, unless fields say otherwise."""
+    question = {"problem_id": str(number), "problem": f"What is {number}?\nA. red\nB. blue"}
+    about = {"data_type": "text", "problem_type": "goal", "videos": ""}
+    return question | about | {"reasoning": "seen", "answer": "<answer>A</answer>"} | fields
+
+
 def says(letter):
     """An answer in the format."""
     return f"<think> x </think> <answer> {letter} </answer>"
@@ -123,13 +129,6 @@ def read_jsonl(path):
 def write_jsonl(path, rows, end=""):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + end)
     return path
-
-
-def answers(model, lengths, seed=0):
-    """Random answers of the given lengths: a list of id tensors for each inner list."""
-    g = torch.Generator().manual_seed(seed)
-    vocab = model.llm.config.vocab_size
-    return [[torch.randint(8, vocab, (r,), generator=g) for r in group] for group in lengths]
 
 
 def sine(seconds, rate, hz):
@@ -151,7 +150,8 @@ def write_video_with_audio(path, frames, fps, seconds, hz, start=0.0, codec="aac
 
     with av.open(str(path), "w") as container:
         video = container.add_stream("mpeg4", rate=fps)
-        video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
+        video.height, video.width = frames.shape[1:3]
+        video.pix_fmt = "yuv420p"
         video.codec_context.thread_count = 1
         audio = container.add_stream(codec, rate=16000, layout="mono")
         sound = sine(seconds, 16000, hz)[None]
@@ -159,54 +159,47 @@ def write_video_with_audio(path, frames, fps, seconds, hz, start=0.0, codec="aac
             container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         for i in range(0, sound.shape[1], 1024):
             part = av.AudioFrame.from_ndarray(sound[:, i : i + 1024], "fltp", "mono")
-            part.rate, part.pts = 16000, i + round(start * 16000)
+            part.rate = 16000
+            part.pts = i + round(start * 16000)
             container.mux(audio.encode(part))
         container.mux([*video.encode(), *audio.encode()])
 
 
-LEVELS = 2  # of deepstack
+@pytest.fixture(scope="session")
+def media(tmp_path_factory) -> dict[str, data.Medium]:
+    """One video with sound, two images and a sound. v: 5 frames of the video's 16 (4 s), w: all 16,
+    o: one, s: those of seconds 1 to 3; t, u: w and s with the sound; i, j: images; a: sound
+    (3.37 s)."""
+    root = tmp_path_factory.mktemp("media")
+    film, sound = str(root / "film.mp4"), str(root / "a.wav")
+    write_video_with_audio(film, zoo.frames(16, 60, 100), 4, 4.1, 300)
+    write_wav(sound, 3.37)
+    found = {"a": data.Medium("audio", sound)}
+    for name, height, width in (("i", 70, 130), ("j", 90, 64)):
+        Image.fromarray(zoo.frames(1, height, width)[0]).save(root / f"{name}.png")
+        found[name] = data.Medium("image", str(root / f"{name}.png"))
+    taken = {"v": (), "w": (16,), "o": (1,), "s": (16, (1.0, 3.0))}
+    taken |= {"t": (16, None, True), "u": (16, (1.0, 3.0), True)}
+    return found | {letter: data.Medium("video", film, *how) for letter, how in taken.items()}
 
 
-def deepstack(model, tie=True, seed=0):
-    """The model with the decoder of a Qwen3-VL of the same vocabulary, random weights."""
-    old = model.llm.config
-    torch.manual_seed(seed)
-    config = Qwen3VLTextConfig(
-        vocab_size=old.vocab_size, hidden_size=128, intermediate_size=96, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, initializer_range=0.1,
-        max_position_embeddings=4096, tie_word_embeddings=tie,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_interleaved": True,
-                         "mrope_section": [6, 5, 5]},
-    )  # fmt: skip
-    body, head = Qwen3VLTextModel(config), torch.nn.Linear(128, old.vocab_size, bias=False)
-    head.weight = body.embed_tokens.weight if tie else torch.nn.Parameter(head.weight * 2)
-    model.policy, model.mrope, model.levels = Policy(Decoder(body, head)), True, LEVELS
-    model.decoder_kind = "Qwen3ForCausalLM", "qwen3"
-    model.llm.set_attn_implementation("mrsp")
-    return model.eval()
+@pytest.fixture
+def ask(media):
+    """ask(letters): a question about these media."""
+
+    def make(letters, problem="Which came first?", response="<think> so </think> A"):
+        about = tuple(media[letter] for letter in letters)
+        return data.Example("q", problem, (), "A", "temporal", about, "mixed", response)
+
+    return make
 
 
-def wide_prompt(model, before, n, after, ahead=0, seed=0):
-    """A Prompt with n wide features in any order among its middle tokens, at any position; text
-    goes on `ahead` of its index."""
-    g, length = torch.Generator().manual_seed(seed), before + n + after
-    at = before + torch.randperm(n, generator=g)
-    positions = torch.arange(length).expand(3, -1).clone()
-    positions[:, at] = before + torch.randint(0, max(n, 1), (3, n), generator=g)
-    positions[:, before + n :] += ahead
-    ids = torch.randint(8, model.llm.config.vocab_size, (length,), generator=g)
-    ids[at], media = model.media_tokens[0], torch.randn(n, model.media_width, generator=g)
-    return Prompt(ids, positions, media if n else None, at, "", before + n)
-
+# ------------------------------------------------------------------------------------------- ranks
 
 # The processes of all tests are forked from one that has the slow imports done: 0.1 s, not 5 s.
-set_forkserver_preload(
-    ["torch.distributed.fsdp", "matplotlib.figure", "pytest"]
-    + [
-        f"transformers.models.{name}.modeling_{name}"
-        for name in ("qwen2", "qwen2_5_vl", "qwen3_vl", "siglip")
-    ]
-)
+_classes = [f"transformers.models.{n}.modeling_{n}" for n in ("qwen2", "qwen2_5_vl", "qwen3_vl")]
+_classes.append("transformers.models.siglip.modeling_siglip")
+set_forkserver_preload(["torch.distributed.fsdp", "matplotlib.figure", "pytest", *_classes])
 
 
 def run_ranks(function, world, *args):
@@ -218,14 +211,17 @@ def run_ranks(function, world, *args):
 
 def _enter(rank, function, world, port, args):
     torch.set_num_threads(1)
-    store, patience = dist.TCPStore("localhost", port), timedelta(seconds=60)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
+    store = dist.TCPStore("localhost", port)
+    wait = timedelta(seconds=60)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=wait)
     function(rank, *args)
     dist.barrier()  # nobody closes connections that another one still uses
     dist.destroy_process_group()
 
 
-# ------------------------------------------------------------------- the README's table of families
+# ----------------------------------------------------- the table of families, from test_matrix.py
+
+CELLS = pytest.StashKey[dict]()  # of a test run: (family, modality, column) -> outcome
 
 
 def pytest_addoption(parser):
@@ -236,20 +232,18 @@ def pytest_addoption(parser):
 def pytest_runtest_makereport(item, call):
     report = yield
     if call.when == "call" and item.name.startswith("test_cell["):
-        import zoo
-
         found = dict(report.user_properties).get("cell") if report.passed else report.outcome
-        names = [item.callspec.params[n] for n in ("family", "modality", "column")]
-        item.config.stash.setdefault(zoo.CELLS, {})[tuple(names)] = found
+        names = tuple(item.callspec.params[n] for n in ("family", "modality", "column"))
+        item.config.stash.setdefault(CELLS, {})[names] = found
     return report
 
 
 def pytest_sessionfinish(session):
     if path := session.config.getoption("--table"):
-        import zoo
+        import test_matrix
 
-        text, marks = open(path).read(), ("<!-- matrix -->", "<!-- /matrix -->")
-        head, rest = text.split(marks[0])
-        tail = rest.split(marks[1])[1]
-        found = zoo.table(session.config.stash[zoo.CELLS])
-        open(path, "w").write(f"{head}{marks[0]}\n\n{found}\n\n{marks[1]}{tail}")
+        head, rest = Path(path).read_text().split("<!-- matrix -->")
+        tail = rest.split("<!-- /matrix -->")[1]
+        found = test_matrix.table(session.config.stash[CELLS])
+        text = f"{head}<!-- matrix -->\n\n{found}\n\n<!-- /matrix -->{tail}"
+        Path(path).write_text(text)

@@ -1,77 +1,38 @@
-"""Every family: log-probs, positions, pixels, sound and files are those of transformers and vLLM.
+"""Every family: log-probs, features, files, prompts and training, against transformers' own models.
 
-zoo.py has a tiny model of each. One video with sound, two images and a sound are made here; CASES
-says what of it a question is about.
+zoo.py has a tiny model of each; CASES says which of conftest's media a question is about. Pixels,
+sound and positions: test_pixels.py.
 """
 
-import functools
 import json
 import math
 import re
 from dataclasses import replace
-from types import SimpleNamespace as S
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 import zoo
-from conftest import answers, run_ranks, write_video_with_audio, write_wav
-from PIL import Image
+from conftest import answers, run_ranks
 from safetensors.torch import load_file, save_file
 
 import data
 import mrsp
-import sft
 from data import Example, Medium
 from families import load
 from families.text import Text
 from families.vila import VILA
 from kit.decode import Loader
 from kit.sound import load_audio
-from model import Media, ModelError, Piece, grid, mrope_positions
+from model import Media, ModelError
 from rollout import Sampling, TorchEngine
 
-FAMILIES, QWENS = zoo.FAMILIES, ("qwen2.5-vl", "qwen3-vl", "omni")
-# v: 5 frames of 16 (4 s), w: all 16, o: one, s: those of seconds 1 to 3, t, u: all of w and s with
-# the sound, i, j: images, a: sound (3.37 s)
+FAMILIES = zoo.FAMILIES
 CASES = {"text": "", "video": "v", "frame": "o", "image": "i", "several": "vijs"}
 SOUND = {"sound": "a", "track": "tu", "all": "aitjv"}
-
-
-def frames_of(f, h, w, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (f, h, w, 3), dtype=np.uint8)
-
-
-@pytest.fixture(scope="session")
-def media(tmp_path_factory) -> dict:
-    root = tmp_path_factory.mktemp("media")
-    film, a, i, j = (str(root / name) for name in ("film.mp4", "a.wav", "i.png", "j.png"))
-    write_video_with_audio(film, frames_of(16, 60, 100), 4, 4.1, 300)
-    write_wav(a, 3.37)
-    Image.fromarray(frames_of(1, 70, 130)[0]).save(i)
-    Image.fromarray(frames_of(1, 90, 64)[0]).save(j)
-    return {
-        "v": Medium("video", film),
-        "w": Medium("video", film, 16),
-        "o": Medium("video", film, 1),
-        "s": Medium("video", film, 16, (1.0, 3.0)),
-        "t": Medium("video", film, 16, None, True),
-        "u": Medium("video", film, 16, (1.0, 3.0), True),
-        "a": Medium("audio", a),
-        "i": Medium("image", i),
-        "j": Medium("image", j),
-    }
-
-
-@pytest.fixture
-def ask(media):
-    def ask(letters, problem="Which came first?", response="<think> so </think> A") -> Example:
-        found = tuple(media[x] for x in letters)
-        return Example("q", problem, (), "A", "temporal", found, "mixed", response)
-
-    return ask
 
 
 def cases(family: str) -> dict:
@@ -84,7 +45,18 @@ def mixed(family: str) -> str:
     return [*cases(family).values()][-1]
 
 
-EACH = [(family, name) for family in FAMILIES for name in cases(family)]
+def same_weights(a, b) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# Some families and cases run always, the others with -m slow.
+SLOW = pytest.mark.slow
+QUICK = ("vila", "qwen2.5-vl", "qwen2")
+SOME = [pytest.param(f, marks=[] if f in QUICK else SLOW) for f in FAMILIES]
+EACH = [(f, case) for f in FAMILIES for case in cases(f)]
+EACH = [pytest.param(*x, marks=[] if x[1] in ("text", "several", "all") else SLOW) for x in EACH]
+TIE = pytest.mark.parametrize("tie", [True, pytest.param(False, marks=SLOW)])
 
 
 # ---------------------------------------------------- log-probs, against transformers' own models
@@ -92,20 +64,19 @@ EACH = [(family, name) for family in FAMILIES for name in cases(family)]
 
 def by_loops(model: VILA, root, medium, num_frames: int) -> list[torch.Tensor]:
     """Embeddings of each (pooled) frame: SigLIP, projector and TSP, one value after the other."""
-    p, kind = load_file(root / "mm_projector/model.safetensors"), medium.kind
+    p = load_file(root / "mm_projector/model.safetensors")
     tower = transformers.SiglipVisionModel.from_pretrained(root / "vision_tower")
     frames, _ = data.load_media(medium, num_frames)
-    size, n, found = tower.config.image_size, 3 if "layers.7.weight" in p else 2, []
+    size, n = tower.config.image_size, 3 if "layers.7.weight" in p else 2
     hidden = tower(model.scaled(frames, (size, size)), output_hidden_states=True).hidden_states[-2]
-    side = size // 16
+    side, found = size // 16, []
     layers = [1, 2, "gelu", 4, *([5, "gelu", 7] if n == 3 else [])]
     for patches in hidden:
+        padded = F.pad(patches.view(side, side, -1), (0, 0, 0, n - 1, 0, n - 1))
         rows = []
         for by in range(0, side, n):
             for bx in range(0, side, n):
-                cells = [(by + y, bx + x) for y in range(n) for x in range(n)]
-                x = torch.cat([patches[y * side + x] if max(y, x) < side else 0 * patches[0]
-                               for y, x in cells])  # fmt: skip
+                x = padded[by : by + n, bx : bx + n].flatten()
                 for i in layers:
                     if i == "gelu":
                         x = F.gelu(x)
@@ -117,14 +88,13 @@ def by_loops(model: VILA, root, medium, num_frames: int) -> list[torch.Tensor]:
         x = torch.stack(rows).view(math.isqrt(len(rows)), math.isqrt(len(rows)), -1)
         old = model.config["mm_projector_cfg"]["mm_projector_type"] == "mlp_downsample"
         found.append(x.transpose(0, 1) if old else x)  # column by column, before it was mended
-    encoder = model.config.get(f"{kind}_encoder", {})
+    encoder = model.config.get(f"{medium.kind}_encoder", {})
     t, h, w = encoder.get("pool_sizes", [[1, 1, 1]])[0] if isinstance(encoder, dict) else (1, 1, 1)
     pooled = []
     for first in range(0, len(found), t):
-        group = found[first : first + t]
-        cells = [(y, x) for y in range(0, len(group[0]), h) for x in range(0, len(group[0]), w)]
-        means = [sum(g[y + b, x + c] for g in group for b in range(h) for c in range(w))
-                 / (len(group) * h * w) for y, x in cells]  # fmt: skip
+        group = torch.stack(found[first : first + t])
+        rows, columns = range(0, group.shape[1], h), range(0, group.shape[2], w)
+        means = [group[:, y : y + h, x : x + w].mean((0, 1, 2)) for y in rows for x in columns]
         pooled.append(torch.stack(means))
     return pooled
 
@@ -132,7 +102,7 @@ def by_loops(model: VILA, root, medium, num_frames: int) -> list[torch.Tensor]:
 def seen_apart(model, root, example, num_frames=5) -> tuple[str, dict]:
     """What a prompt of the family has for the media, spelled out; and what transformers' model is
     given for them: pixels or mel. (VILA: the embeddings.)"""
-    words, given = "", {}
+    words, given, mels = "", {}, []
     for m in example.media:
         if isinstance(model, VILA):
             token = "<image>" if m.kind == "image" else "<vila/video>"
@@ -140,46 +110,48 @@ def seen_apart(model, root, example, num_frames=5) -> tuple[str, dict]:
             words += "".join(token * len(x) + "\n" for x in found)
             given.setdefault("features", []).extend(found)
             continue
-        start, end = model.marks["video"]
         if m.kind == "audio" or m.track:
-            mel = model.mel(load_audio(m))
-            given.setdefault("input_features", []).append(mel)
-            heard = ((len(mel) - 1) // 2 + 1 - 2) // 2 + 1
+            mels.append(model.mel(load_audio(m)))
+            heard = ((len(mels[-1]) - 1) // 2 + 1 - 2) // 2 + 1
         if m.kind == "audio":
             words += f"<|audio_bos|>{'<|AUDIO|>' * heard}<|audio_eos|>"
             continue
         frames, times = data.load_media(m, num_frames)
         patches, (t, h, w) = model.patches(frames, model.fit(m.kind, *frames.shape[:3]))
-        image, pad = m.kind == "image", model.pads[m.kind] * (h * w // 4)
-        given.setdefault(f"pixel_values{'' if image else '_videos'}", []).append(patches)
-        given.setdefault("image_grid_thw" if image else "video_grid_thw", []).append((t, h, w))
+        pixels = "pixel_values" if m.kind == "image" else "pixel_values_videos"
+        given.setdefault(pixels, []).append(patches)
+        given.setdefault(f"{m.kind}_grid_thw", []).append((t, h, w))
+        start, end = model.marks["video"]
+        pad = model.pads[m.kind] * (h * w // 4)
+        if m.kind == "image":
+            words += start + pad + end
+            continue
         each = 2 * (times[-1] - times[0]) / (len(times) - 1 or 1)  # seconds a group
-        if not image:
-            given.setdefault("second_per_grids", []).append(each)
+        given.setdefault("second_per_grids", []).append(each)
         if m.track:  # 2 s of video, 2 s of sound, ...; a group is in the chunk of its position
-            seen, chunks = [int(g * each * 25) // 50 for g in range(t)], -(-heard // 50)
-            turns = "".join(pad * seen.count(c) + "<|AUDIO|>" * min(50, max(heard - 50 * c, 0))
-                            for c in range(max(chunks, seen[-1] + 1)))  # fmt: skip
-            words += f"{start}<|audio_bos|>{turns}<|audio_eos|>{end}"
-        elif model.levels and not image:
-            times = [*times, times[-1]]
-            words += "".join(
-                f"<{(times[2 * g] + times[2 * g + 1]) / 2:.1f} seconds>{start}{pad}{end}"
-                for g in range(t)
-            )
+            seen = [int(g * each * 25) // 50 for g in range(t)]
+            words += f"{start}<|audio_bos|>"
+            for c in range(max(math.ceil(heard / 50), seen[-1] + 1)):
+                sound = min(50, max(heard - 50 * c, 0))
+                words += pad * seen.count(c) + "<|AUDIO|>" * sound
+            words += f"<|audio_eos|>{end}"
+        elif model.levels:
+            for g in range(t):
+                both = times[2 * g : 2 * g + 2]
+                words += f"<{sum(both) / len(both):.1f} seconds>{start}{pad}{end}"
         else:
             words += start + pad * t + end
-    if mels := given.pop("input_features", None):
-        longest = max(map(len, mels))
-        padded = [F.pad(mel, (0, 0, 0, longest - len(mel))).T for mel in mels]
-        given["input_features"] = torch.stack(padded)
-        lengths = torch.tensor([len(mel) for mel in mels])
-        given["feature_attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
     for name, values in given.items():
         if "pixel" in name:
             given[name] = torch.cat(values)
         elif "grid" in name:
             given[name] = torch.tensor(values)
+    if mels:
+        padded = torch.nn.utils.rnn.pad_sequence(mels, batch_first=True)  # (n, longest, 16)
+        lengths = torch.tensor([len(mel) for mel in mels])
+        given["input_features"] = padded.transpose(1, 2)
+        given["feature_attention_mask"] = torch.arange(padded.shape[1]) < lengths[:, None]
+        given["feature_attention_mask"] = given["feature_attention_mask"].long()
     return words, given
 
 
@@ -199,7 +171,7 @@ def whole_of(model, root):
     return kind.from_pretrained(root, attn_implementation="sdpa").eval()
 
 
-@pytest.mark.parametrize("tie", [True, False])
+@TIE
 @pytest.mark.parametrize("family, case", EACH)
 def test_log_probs_equal_transformers_on_the_same_pixels_and_sound(
     ask, tmp_path, family, case, tie
@@ -211,7 +183,7 @@ def test_log_probs_equal_transformers_on_the_same_pixels_and_sound(
     with torch.no_grad():
         words, given = seen_apart(model, tmp_path, example)
         prompt = model.prompt(example)
-        expected = model.tokenizer(spelled(model, words, example.problem)).input_ids
+        expected = model.tokenize(spelled(model, words, example.problem))
         assert prompt.ids.tolist() == expected
         ids = torch.cat([prompt.ids, answer])[None]
         after = prompt.positions.max() + 1 + torch.arange(9)
@@ -226,9 +198,9 @@ def test_log_probs_equal_transformers_on_the_same_pixels_and_sound(
         logits = theirs(input_ids=ids, position_ids=positions, **given).logits[0, -10:-1]
         logps = logits.log_softmax(-1).gather(-1, answer[:, None])[:, 0]
 
-        def ours(factor=None):
-            seen = prompt if factor is None else replace(prompt, media=prompt.media * factor)
-            return model(mrsp.pack([seen], [[answer]]))[0]
+        def ours(factor=1):
+            media = None if prompt.media is None else prompt.media * factor
+            return model(mrsp.pack([replace(prompt, media=media)], [[answer]]))[0]
 
         assert torch.allclose(ours(), logps, atol=1e-5, rtol=2e-6)
         if example.media:  # the check can fail: without media, without deepstack
@@ -239,276 +211,48 @@ def test_log_probs_equal_transformers_on_the_same_pixels_and_sound(
                 assert (ours(factor) - logps).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("pools", [[2, 2, 1], [1, 1, 2], [4, 2, 2], [8, 1, 1]])
-@pytest.mark.parametrize("letters", ["vi", "w"])
-def test_vila_pools_frames_rows_and_columns_of_a_video_alone(ask, tmp_path, pools, letters):
-    model = zoo.build("vila 3x3 tsp", image_size=192)  # 4 x 4 tokens
-    model.config["video_encoder"]["pool_sizes"] = [pools]
-    model.save_pretrained(tmp_path)
-    model, example = load(tmp_path), ask(letters)
-    with torch.no_grad():
-        words, given = seen_apart(model, tmp_path, example)
-        prompt = model.prompt(example)
-    assert prompt.ids.tolist() == model.tokenizer(spelled(model, words, example.problem)).input_ids
-    assert torch.allclose(prompt.media, torch.cat(given["features"]), atol=1e-5)
-    shapes = [m.features.shape for m in [model.measure(m, 5) for m in example.media]]
-    assert shapes == [m.features.shape for m in model.features(example, 5)]
-    trained = model.features_trainable([example], 5)[0]
-    assert [m.features.shape for m in trained] == shapes
-
-
-@pytest.mark.parametrize("side, kind, tokens", [(448, "mlp_downsample", 256),
-    (448, "mlp_downsample_2x2_fix", 256), (448, "mlp_downsample_3x3_fix", 121),
-    (384, "mlp_downsample", 196)])  # fmt: skip
-def test_vila_has_the_published_tokens_a_frame_and_a_newline_behind(media, side, kind, tokens):
-    llm = zoo.build("vila").llm.config.to_dict()
-    tower = dict(image_size=side, patch_size=14, hidden_size=16, intermediate_size=16,
-                 num_hidden_layers=2, num_attention_heads=2)  # fmt: skip
-    tok, config = zoo.build("vila").tokenizer, {"mm_projector_cfg": {"mm_projector_type": kind}}
-    config["video_encoder"] = {"_target_": "TSPVideoEncoder", "pool_sizes": [[8, 1, 1]]}
-    with torch.device("meta"):
-        model = VILA.create(config, llm, tower, tok, zoo.HALF)
-        frame = model.project(torch.zeros(1, 3, side, side))
-        pooled = model.pool(torch.zeros(11, tokens, 8), "video")  # a last group of 3 frames
-    measured = model.measure(media["w"], 64)
-    assert frame.shape[1] == tokens and measured.features.shape[:2] == (2, tokens)
-    assert pooled.shape == (2, tokens, 8)
-    pieces = model.place(measured)
-    assert [len(piece.ids) for piece in pieces] == [0, tokens, 1] * 2
-    assert pieces[2].ids == tok("\n").input_ids
-
-
-# ------------------------------------------------------------------------------------- positions
-
-# Time of each group (position), h, w of a video; h, w of an image; a number: so many text tokens.
-GRIDS = [
-    [9],
-    [3, ([0, 2, 4], 2, 3), 31],
-    [2, ([0, 1, 3, 5], 3, 2), 20],
-    [1, (4, 2), 21],
-    [4, ([0], 2, 5), 6, (2, 2), 9],
-    [(3, 2), 9, ([0, 31, 63, 95], 2, 3), 9],
-]
-
-
-@pytest.mark.parametrize("parts", GRIDS)
-def test_mrope_positions_equal_a_scalar_loop(parts):
-    rows, at, pieces = [], 0, []
-    for part in parts:
-        if isinstance(part, int):
-            rows += [(at + i,) * 3 for i in range(part)]
-            pieces.append(Piece([7] * part))
-        else:
-            times, h, w = ([0], *part) if len(part) == 2 else part
-            rows += [(at + t, at + y, at + x) for t in times for y in range(h) for x in range(w)]
-            pieces.append(Piece([9] * (len(times) * h * w), True, grid(times, h, w)))
-        at = max(map(max, rows)) + 1
-    assert mrope_positions([*pieces, Piece([])]).T.tolist() == [list(row) for row in rows]
-
-
-@pytest.mark.parametrize("family, letters", [
-    ("qwen3-vl", "v"), ("qwen3-vl", "ivoj"), ("omni", "v"), ("omni", "i"), ("omni", "a"),
-    ("omni", "ivawj"), ("omni", "t"), ("omni", "tiaj")])  # fmt: skip
-def test_positions_equal_transformers(ask, tmp_path, family, letters):
-    model, example = zoo.build(family), ask(letters)
-    words, given = seen_apart(model, tmp_path, example)
-    prompt, whole = model.prompt(example), model.kind(model.config)
-    ids = prompt.ids[None]
-    grids = {name: given.get(name) for name in ("image_grid_thw", "video_grid_thw")}
-    if family == "omni":
-        mask = given.get("feature_attention_mask")
-        theirs, _ = whole.get_rope_index(
-            ids, **grids, attention_mask=torch.ones_like(ids), use_audio_in_video="t" in letters,
-            audio_seqlens=None if mask is None else mask.sum(-1),
-            second_per_grids=given.get("second_per_grids"),
-        )  # fmt: skip
-    else:
-        kinds = sum((ids == model.ids[model.pads[k]]) * i for i, k in ((1, "image"), (2, "video")))
-        theirs, _ = whole.model.get_rope_index(ids, kinds, **grids)
-    assert torch.equal(prompt.positions, theirs[:, 0])
-
-
-@pytest.mark.parametrize("family", QWENS)
-@pytest.mark.parametrize("letters", ["", "v", "o", "ijwsv"])
-def test_positions_equal_vllm_s(ask, tmp_path, family, letters):
-    pytest.importorskip("vllm")
-    name = {"omni": "qwen2_5_omni_thinker"}.get(family, family.replace("-", "_").replace(".", "_"))
-    theirs = __import__(f"vllm.model_executor.models.{name}", fromlist=[""])
-    kind = getattr(theirs, zoo.build(family).kind.__name__)
-    model, letters = zoo.build(family), letters + "a" * (family == "omni")
-    prompt, features, at = model.prompt(ask(letters)), [], 0
-    me = S(config=model.config, get_mrope_input_positions=None)
-    for method in ("iter_mm_grid_thw", "iter_mm_features", "_get_mrope_input_positions",
-                   "_get_audio_for_video_mapping", "_compute_audio_token_count"):  # fmt: skip
-        if hasattr(kind, method):
-            found = getattr(kind, method)
-            static = isinstance(kind.__dict__.get(method), staticmethod)
-            setattr(me, method, found if static else functools.partial(found, me))
-    ids, value = prompt.ids.tolist(), lambda x: S(data=torch.tensor(x))
-    for m in model.features(ask(letters), 5):
-        offset = int(prompt.media_at[at]) - (model.levels > 0 and m.kind == "video")  # of the start
-        item = {"audio_feature_lengths": value(337)}
-        if m.kind != "audio":
-            t, h, w, _ = m.features.shape
-            item = {f"{m.kind}_grid_thw": value([t, 2 * h, 2 * w])}
-        if m.kind == "video":
-            each = 2 * (m.times[-1] - m.times[0]) / (len(m.times) - 1 or 1)
-            item["second_per_grid_ts"] = S(data=torch.tensor(each, dtype=torch.float64))
-        features.append(S(modality=m.kind, mm_position=S(offset=offset), data=item))
-        at += m.features[..., 0].numel()
-    assert torch.equal(kind.get_mrope_input_positions(me, ids, features)[0], prompt.positions)
-
-
-def test_a_video_beside_its_sound_keeps_groups_whole_and_times_in_order(ask):
-    """Also frames further apart than a chunk: the family's processor would split such a group."""
-    model, far = zoo.build("omni"), Media("video", torch.zeros(4, 2, 3, 128), np.arange(7) * 1.7)
-    for sound in (10, 50, 51, 400):
-        m = far._replace(track=torch.ones(sound, 128))
-        m.features[..., 0] = torch.arange(24).view(4, 2, 3)
-        m.track[:, 0] = torch.arange(sound)
-        ids = torch.tensor([i for piece in model.place(m) for i in piece.ids])
-        cells, (rows,) = mrope_positions(model.place(m)), model.rows(m)
-        assert len(ids) == 24 + sound + 4
-        seen, heard = ids == model.ids["<|VIDEO|>"], ids == model.ids["<|AUDIO|>"]
-        assert torch.equal(rows[seen[2:-2], 0], torch.arange(24.0))
-        assert torch.equal(rows[heard[2:-2], 0], torch.arange(sound * 1.0))
-        at = seen.nonzero()[:, 0].view(4, 6)
-        assert (at[:, -1] - at[:, 0] == 5).all()  # whole
-        assert cells[0, seen].tolist() == [1 + t for t in (0, 85, 170, 255) for _ in range(6)]
-        assert cells[:, heard].tolist() == [list(range(1, sound + 1))] * 3
-        turn = (cells[0, 2:-2] - 1) // 50 * 2 + heard[2:-2]
-        assert (turn.diff() >= 0).all()
-
-
-# ----------------------------------------------------------- frames and sound, before the towers
-
-
-@pytest.mark.parametrize("family", QWENS)
-@pytest.mark.parametrize("f, h, w", [(1, 64, 96), (3, 56, 84), (4, 61, 97), (2, 300, 200),
-                                     (3, 20, 70), (5, 9, 9), (4, 640, 30)])  # fmt: skip
-def test_patches_equal_the_family_s_processor(family, f, h, w):
-    pytest.importorskip("torchvision")
-    from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
-
-    model, third = zoo.build(family), family == "qwen3-vl"
-    model.recipe = zoo.RECIPE
-    # They resize in bytes, and cut off overshoot between the two directions: leave it room.
-    frames = frames_of(f, h, w) // 2 + 64
-    tensor = torch.as_tensor(frames).permute(0, 3, 1, 2)
-    side = model.visual.config.patch_size
-    for kind in ("image", "video"):
-        if third and kind == "video" and f == 1:
-            continue  # theirs wants two
-        seen = frames[:1] if kind == "image" else frames
-        size = model.fit(kind, *seen.shape[:3])
-        ours, grid = model.patches(seen, size)
-        least, most = model.limits(kind)
-        if kind == "image":
-            how = Qwen2VLImageProcessor
-        else:
-            how = Qwen3VLVideoProcessor if third else Qwen2VLVideoProcessor
-        keys = {name: model.preprocess[name] for name in ("image_mean", "image_std")}
-        theirs = how(size={"shortest_edge": least, "longest_edge": most}, patch_size=side, **keys)
-        out = theirs(
-            *([tensor[0]] if kind == "image" else [[tensor]]), return_tensors="pt",
-            **({} if kind == "image" else
-               {"do_sample_frames": False, "cap_pixels_per_frame": False}),
-        )  # fmt: skip
-        assert out[f"{kind}_grid_thw"].tolist() == [list(grid)]
-        pixels = out["pixel_values" if kind == "image" else "pixel_values_videos"]
-        same = size == (h, w)  # else they round twice
-        assert (ours - pixels).abs().max() < (1e-5 if same else 1.5 / 255 / 0.26)
-
-
-def test_a_video_s_prompt_equals_that_of_qwen3_vl_s_processor(ask, media):
-    theirs = pytest.importorskip("transformers.models.qwen3_vl.processing_qwen3_vl")
-    model = zoo.build("qwen3-vl")
-    for letter in "vows":
-        (found,) = model.features(ask(letter), 5)
-        t, h, w, _ = found.features.shape
-        start, end = model.marks["video"]
-        me = S(video_processor=S(merge_size=2, temporal_patch_size=2), video_token="<|video_pad|>")
-        me.vision_start_token, me.vision_end_token, kind = start, end, theirs.Qwen3VLProcessor
-        me._calculate_timestamps = functools.partial(kind._calculate_timestamps, me)
-        frames = data.Frames(media[letter], 5)
-        given = {"video_grid_thw": torch.tensor([[t, 2 * h, 2 * w]])}
-        given["video_metadata"] = [S(fps=4.0, frames_indices=frames.indices)]
-        text = kind.replace_video_token(me, given, 0)
-        ids = [i for piece in model.place(found) for i in piece.ids]
-        assert ids == model.tokenizer(text).input_ids
-
-
-def test_a_video_and_its_sound_take_turns_as_in_omni_s_processor(ask):
-    theirs = pytest.importorskip("transformers.models.qwen2_5_omni.processing_qwen2_5_omni")
-    model, kind = zoo.build("omni"), theirs.Qwen2_5OmniProcessor
-    me = S(image_processor=S(merge_size=2), video_processor=S(merge_size=2))
-    me.get_chunked_index = functools.partial(kind.get_chunked_index, me)
-    for name, pad in model.pads.items():
-        setattr(me, f"{name}_token", pad)
-    for name, (bos, eos) in (("vision", model.marks["video"]), ("audio", model.marks["audio"])):
-        vars(me).update({f"{name}_bos_token": bos, f"{name}_eos_token": eos})
-    (found,) = model.features(ask("t"), 5)
-    (t, h, w, _), each = found.features.shape, 2 * (found.times[-1] - found.times[0]) / 15
-    text = me.vision_bos_token + me.video_token + me.vision_eos_token
-    sizes = [len(found.track)], [], [np.array([t, 2 * h, 2 * w])], [each]
-    (text,) = kind.replace_multimodal_special_tokens(me, [text], *map(iter, sizes), True, 25, 2)
-    ids = [i for piece in model.place(found) for i in piece.ids]
-    assert ids == model.tokenizer(text).input_ids and text.count(me.audio_token) == len(found.track)
-
-
-@pytest.mark.parametrize("seconds", [0.02, 1, 1.99, 3.37, 131.3, 299.9])
-def test_mel_and_tokens_of_a_sound_equal_whisper_s_and_the_tower_s(seconds):
-    model, sound = zoo.build("omni"), frames_of(1, 1, int(seconds * 16000))[0, 0, :, 0] / 256 - 0.5
-    length = 300 if seconds > 8 else 8
-    ear = transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=length)
-    theirs = ear(
-        sound, sampling_rate=16000, padding="max_length", return_attention_mask=True,
-        return_tensors="pt",
-    )  # fmt: skip
-    expected = theirs.input_features[0].T[theirs.attention_mask[0].bool()]
-    ours = model.mel(sound.astype("f4"))
-    assert ours.shape == expected.shape and (ours - expected).abs().max() < 1e-4
-    if seconds == 0.02:
-        with pytest.raises(ModelError, match="a sound of 320 samples at 16 kHz is too short"):
-            model.hear(sound)
-    elif seconds < 200:  # in parts of 128 s
-        with torch.no_grad():
-            lengths, heard = torch.tensor([len(ours)]), model.hear(sound.astype("f4"))
-            whole = model.tower["audio_tower"](ours.T, feature_lens=lengths).last_hidden_state
-        assert heard.shape == whole.shape and torch.allclose(heard, whole, atol=1e-5)
-
-
-def test_tokens_of_a_sound_for_every_length():
-    model = zoo.build("omni")
-    lengths = torch.arange(640, 70000, 37)
-    theirs = model.tower["audio_tower"]._get_feat_extract_output_lengths((lengths + 159) // 160)[1]
-    assert [model.heard(int(n)) for n in lengths] == theirs.tolist()
-
-
-def test_omni_s_videos_have_the_limits_of_its_processor():
-    theirs = pytest.importorskip("transformers.models.qwen2_5_omni.processing_qwen2_5_omni")
-    size = theirs.Qwen2_5OmniProcessorKwargs._defaults["videos_kwargs"]["size"]
-    model = zoo.build("omni")
-    assert model.limits("video") == (size["shortest_edge"], size["longest_edge"])
-    assert model.limits("image") == (56 * 56, 84 * 112)
+def test_packed_log_probs_and_gradients_equal_separate_ones(ask):
+    model = zoo.build("qwen2.5-vl")
+    prompts = [model.prompt(ask(letters), 9) for letters in ("v", "i", "")]
+    branches = answers(model, [[7, 1, 4], [3, 5], [6]])
+    found = []
+    for batch in ((prompts, branches), mrsp.copies(prompts, branches)[:2]):
+        model.zero_grad()
+        logps, _ = model(mrsp.pack(*batch))
+        (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
+        found.append((logps, [p.grad for p in model.llm.parameters()]))
+    (a, ga), (b, gb) = found
+    assert torch.allclose(a, b, atol=1e-5, rtol=0)
+    assert all(torch.allclose(x, y, atol=1e-4 * float(y.abs().max())) for x, y in zip(ga, gb))
 
 
 # ------------------------------------------------------------------ features, in parts and at once
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if zoo.build(f).takes])
-def test_groups_are_encoded_apart_kept_once_and_trained(ask, media, family):
-    model = zoo.build(family)
-    recipe = model.recipe
-    video, group = data.Frames(media["w"], 5)[:][:7], model.together
+SIGHTED = [f for f in FAMILIES if zoo.build(f).takes]
+
+
+@pytest.mark.parametrize("family", SIGHTED)
+@pytest.mark.parametrize("f, h, w", [(1, 56, 84), (2, 61, 97), (3, 56, 84), (7, 200, 90)])
+def test_groups_of_frames_are_encoded_independently(family, f, h, w):
+    model, frames = zoo.build(family), zoo.frames(f, h, w)
+    group, size = model.together, model.fit("video", f, h, w)
     with torch.no_grad():
-        whole = model.encode(video)
-        assert len(whole) == -(-7 // group)
-        part = model.encode(video, at=range(2, 7))
-        assert torch.allclose(part, whole[2 // group :], atol=1e-5)
-        assert torch.allclose(model.encode(video, at_once=3), whole, atol=1e-5)
-    example, kinds = ask(mixed(family)), {m.kind for m in ask(mixed(family)).media}
-    assert kinds == set(model.takes)
+        whole = model.encode(frames)
+        parts = [model.encode(frames[i : i + group], size) for i in range(0, f, group)]
+        assert len(whole) == math.ceil(f / group)
+        assert torch.allclose(whole, torch.cat(parts), atol=1e-5)
+        assert torch.allclose(model.encode(frames, at_once=3), whole, atol=1e-5)
+        assert torch.equal(mrsp.encode_parallel(model.encode, frames, None, group), whole)
+        if f > 2:
+            behind = model.encode(frames, at=range(2, f))
+            assert torch.allclose(behind, whole[2 // group :], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", SIGHTED)
+def test_features_are_kept_once_for_all_that_they_depend_on(ask, media, family):
+    model, example = zoo.build(family), ask(mixed(family))
+    assert {m.kind for m in example.media} == set(model.takes)
     found = model.features(example, 5)
     # one miss each (and the sound of a video); then none
     count = len(example.media) + sum(m.track for m in example.media)
@@ -516,27 +260,56 @@ def test_groups_are_encoded_apart_kept_once_and_trained(ask, media, family):
     again = model.features(example, 5)
     assert (model.cache.misses, model.cache.hits) == (count, count)
     assert all(torch.equal(a.features, b.features) for a, b in zip(found, again))
-    misses = lambda *a: model.features(*a) and model.cache.misses  # noqa: E731
-    video = replace(example, media=(media["v"],))
-    assert misses(video, 5) == count  # that of the mixed question
-    assert misses(video, 6) == count + 1
-    assert misses(replace(video, media=(media["v"]._replace(segment=(0, 3.9)),)), 5) == count + 2
-    model.recipe = replace(recipe, max_pixels=64 * 64)
-    assert misses(video, 5) == count + 3
-    if family in QWENS:  # VILA's frames have a fixed size
-        assert model.features(video, 5)[0].features.shape[1:3] == (1, 2) != whole.shape[1:3]
-    model.recipe = recipe
-    trained = model.features_trainable([example, video], 5)
+
+    def misses(medium, num_frames=5) -> int:
+        model.features(replace(example, media=(medium,)), num_frames)
+        return model.cache.misses - count
+
+    assert misses(media["v"]) == 0  # that of the mixed question
+    assert misses(media["v"], 6) == 1
+    assert misses(media["v"]._replace(segment=(0, 3.9))) == 2
+    model.recipe = replace(model.recipe, max_pixels=64 * 64)
+    assert misses(media["v"]) == 3
+    (small,) = model.features(ask("v"), 5)
+    if "vila" not in family:  # whose frames have a fixed size
+        assert small.features.shape[1:3] == (1, 2)
+
+
+@pytest.mark.parametrize("family", SIGHTED)
+def test_trainable_features_are_the_kept_ones_with_gradients_everywhere(ask, family):
+    model, example = zoo.build(family), ask(mixed(family))
+    found = model.features(example, 5)
+    trained = model.features_trainable([example, ask("v")], 5)
     for a, b in zip(trained[0], found):
         assert torch.allclose(a.features, b.features, atol=1e-5)
         assert a.kind == b.kind and list(a.times if model.timed else ()) == list(b.times)
         assert (a.track is None) == (b.track is None)
-    sum((m.features**2).sum() + (0 if m.track is None else m.track.sum())
-        for m in trained[0]).backward()  # fmt: skip
+    total = sum((m.features**2).sum() for m in trained[0])
+    total += sum(m.track.sum() for m in trained[0] if m.track is not None)
+    total.backward()
     dead = {n for n, p in model.tower.named_parameters() if p.grad is None or not p.grad.any()}
     dead |= {n for n, p in model.projector.named_parameters() if p.grad is None}
     # of SigLIP what is behind the layer that is taken; of Whisper what transformers does not use
     assert not [n for n in dead if not re.search(r"layers\.2\.|post_layernorm|bos_eos_token", n)]
+
+
+def test_features_are_kept_on_disk_with_the_times_of_the_frames_taken(ask, media, tmp_path):
+    model = zoo.build("qwen2.5-vl")
+    model.cache = mrsp.EmbeddingCache(str(tmp_path))
+    (found,) = model.features(ask("v"), 5)
+    frames, times = data.load_media(media["v"], 5)
+    assert torch.equal(found.features, model.encode(frames))
+    assert found.times.tolist() == times.tolist()
+    model.cache = mrsp.EmbeddingCache(str(tmp_path))
+    (again,) = model.features(ask("v"), 5)
+    assert model.cache.hits == 1 and torch.equal(again.features, found.features)
+    assert model.features(ask("i"), 5)[0].times.tolist() == [0] and model.features(ask(""), 5) == []
+    assert model.features(ask("s"), 5)[0].times[-1] == 2.75
+    key = model.encoder_hash()
+    model.preprocess["max_pixels"] = 56 * 56
+    model.forget_encoder()
+    assert model.encoder_hash() != key
+    assert model.features(ask("v"), 5)[0].features.shape[1:3] == (1, 2)
 
 
 def test_the_sound_of_a_video_is_kept_apart_from_its_frames(ask, media):
@@ -551,10 +324,8 @@ def test_the_sound_of_a_video_is_kept_apart_from_its_frames(ask, media):
 
 def _ranks_agree(rank, root, letters):
     """Features and packed log-probs of two ranks are one's, and gradients, of towers too."""
-    import torch.distributed as dist
-
     for family, example in letters.items():
-        found = {}
+        expected = None
         for method in (None, "gather", "ulysses"):
             m = load(f"{root}/{family}").train()
             m.loader = Loader()
@@ -574,35 +345,39 @@ def _ranks_agree(rank, root, letters):
             if method:
                 mrsp.all_reduce_gradients(m.parameters())
             grads = {n: p.grad for n, p in m.named_parameters() if p.grad is not None}
-            logps, expected = found.setdefault(None, (out, grads))
-            assert torch.allclose(out, logps, atol=1e-5, rtol=1e-6), (family, method)
-            for n, g in expected.items():
+            expected = expected or (out, grads)
+            assert torch.allclose(out, expected[0], atol=1e-5, rtol=1e-6), (family, method)
+            for n, g in expected[1].items():
                 gap = (grads[n] - g).abs().max() / (g.abs().max() + 1e-3)
                 assert gap < 1e-3, (family, method, n, gap)
 
 
-def test_two_ranks_see_hear_and_train_like_one(ask, tmp_path):
-    for family in FAMILIES:
-        zoo.build(family).save_pretrained(tmp_path / family)
-    run_ranks(_ranks_agree, 2, str(tmp_path), {f: ask(mixed(f)) for f in FAMILIES})
+@SLOW
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_ranks_see_hear_and_train_like_one(ask, tmp_path, family):
+    zoo.build(family).save_pretrained(tmp_path / family)
+    run_ranks(_ranks_agree, 2, str(tmp_path), {family: ask(mixed(family))})
 
 
 # ----------------------------------------------------------------------------------- checkpoints
 
 # The published names: a tensor of each part, in which file.
-PUBLISHED = {
-    "vila": ["llm:model.layers.0.mlp.up_proj.weight", "mm_projector:layers.2.weight",
-             "vision_tower:vision_model.encoder.layers.0.mlp.fc1.weight"],
-    "qwen2.5-vl": ["model.layers.0.mlp.up_proj.weight", "visual.merger.mlp.0.weight"],
-    "qwen3-vl": ["model.language_model.layers.0.mlp.up_proj.weight",
-                 "model.visual.patch_embed.proj.weight",
-                 "model.visual.deepstack_merger_list.0.linear_fc1.weight"],
-    "omni": ["thinker.model.layers.0.mlp.up_proj.weight", "thinker.visual.merger.mlp.0.weight",
-             "thinker.audio_tower.conv1.weight", "thinker.lm_head.weight"],
-    "llama": ["model.layers.0.mlp.up_proj.weight", "lm_head.weight"],
-}  # fmt: skip
-PUBLISHED["vila 3x3 tsp"], PUBLISHED["qwen2"] = PUBLISHED["vila"], PUBLISHED["llama"]
-PUBLISHED["qwen3"] = PUBLISHED["llama"]
+PUBLISHED = dict.fromkeys(
+    ("vila", "vila 3x3 tsp"),
+    "llm:model.layers.0.mlp.up_proj.weight mm_projector:layers.2.weight "
+    "vision_tower:vision_model.encoder.layers.0.mlp.fc1.weight",
+)
+PUBLISHED["qwen2.5-vl"] = "model.layers.0.mlp.up_proj.weight visual.merger.mlp.0.weight"
+PUBLISHED["qwen3-vl"] = (
+    "model.language_model.layers.0.mlp.up_proj.weight model.visual.patch_embed.proj.weight "
+    "model.visual.deepstack_merger_list.0.linear_fc1.weight"
+)
+PUBLISHED["omni"] = (
+    "thinker.model.layers.0.mlp.up_proj.weight thinker.visual.merger.mlp.0.weight "
+    "thinker.audio_tower.conv1.weight thinker.lm_head.weight"
+)
+for text in ("qwen2", "qwen3", "llama"):
+    PUBLISHED[text] = "model.layers.0.mlp.up_proj.weight lm_head.weight"
 
 
 def located(root, name):
@@ -611,12 +386,12 @@ def located(root, name):
     return root / part / "model.safetensors", name
 
 
-@pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@TIE
+@pytest.mark.parametrize("family", SOME)
 def test_a_checkpoint_is_as_published_and_loads_again(ask, tmp_path, family, tie):
     model, example = zoo.build(family, tie), ask(mixed(family))
     model.save_pretrained(tmp_path)
-    for name in PUBLISHED[family]:
+    for name in PUBLISHED[family].split():
         path, name = located(tmp_path, name)
         assert (name in load_file(path)) != (tie and "lm_head" in name)
     if family == "omni":  # as published it can also speak
@@ -627,8 +402,7 @@ def test_a_checkpoint_is_as_published_and_loads_again(ask, tmp_path, family, tie
     again, shapes = load(tmp_path), load(tmp_path, weights=False)
     again.loader = shapes.loader = model.loader
     assert type(again) is type(shapes) is type(model) and again.recipe == model.recipe
-    a, b = model.state_dict(), again.state_dict()
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert same_weights(model, again)
     assert (again.llm.lm_head.weight is again.llm.get_input_embeddings().weight) == tie
     assert again.encoder_hash() == model.encoder_hash()
     packs = [mrsp.pack([m.prompt(example)], answers(m, [[5, 3]])) for m in (model, again)]
@@ -651,7 +425,7 @@ def test_a_checkpoint_is_as_published_and_loads_again(ask, tmp_path, family, tie
         assert not info["missing_keys"] and not lost
 
 
-@pytest.mark.parametrize("tie", [True, False])
+@TIE
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_decoder_s_config_alone_fits_its_weights(tmp_path, family, tie):
     """What vLLM builds, and what it is given."""
@@ -667,10 +441,10 @@ def test_the_decoder_s_config_alone_fits_its_weights(tmp_path, family, tie):
     assert (found.pop("lm_head.weight", None) is None) == tie and found == expected
 
 
-@pytest.mark.parametrize("family", [*PUBLISHED])
+@pytest.mark.parametrize("family", SOME)
 def test_a_missing_further_or_misshapen_tensor_is_refused_by_name(tmp_path, family):
     zoo.build(family, tie=False).save_pretrained(tmp_path)
-    for name in PUBLISHED[family]:
+    for name in PUBLISHED[family].split():
         path, name = located(tmp_path, name)
         whole, tail = load_file(path), name.split("model.")[-1].removeprefix("thinker.")
         for change, said in (
@@ -690,37 +464,49 @@ def test_a_missing_further_or_misshapen_tensor_is_refused_by_name(tmp_path, fami
     load(tmp_path)
 
 
-@pytest.mark.parametrize("change, said", [
-    ({"video_encoder": '{"_target_": "x.TSPVideoEncoder", "pool_sizes": [[8, 1, 1]]}'}, None),
-    ({"video_encoder": {"_target_": "x.BasicVideoEncoder", "end_tokens": None}}, None),
-    ({"num_video_frames": 4}, None),
-    ({"image_encoder": {"_target_": "x.BasicImageEncoder", "start_tokens": "ab"}}, None),
+TSP = {"_target_": "x.TSPVideoEncoder"}
+TAKEN = [  # a change of the config, how many frames it gives of 5, together, tokens of a frame
+    ({"video_encoder": json.dumps(TSP | {"pool_sizes": [[8, 1, 1]]})}, 1, 8, "<vila/video>\n"),
+    ({"video_encoder": {"_target_": "x.Basic", "end_tokens": None}}, 5, 1, "<vila/video>"),
+    ({"num_video_frames": 4}, 4, 1, "<vila/video>\n"),
+    ({"image_encoder": {"_target_": "x.Basic", "start_tokens": "ab"}}, 5, 1, "<vila/video>\n"),
+]
+REFUSED = [
     ({"video_encoder": {"_target_": "x.OtherEncoder"}}, "video_encoder.*OtherEncoder.*not supp"),
-    ({"video_encoder": {"_target_": "TSPVideoEncoder", "pool_sizes": [[1, 1, 1], [8, 2, 2]]}},
-     "one pool size"),
-    ({"video_encoder": {"_target_": "TSPVideoEncoder", "sep_tokens": "ab"}}, "no sep_tokens"),
-    ({"s2": True}, "s2 is True"), ({"dynamic_s2": True}, "dynamic_s2 is True"),
+    ({"video_encoder": TSP | {"pool_sizes": [[1, 1, 1], [8, 2, 2]]}}, "one pool size"),
+    ({"video_encoder": TSP | {"sep_tokens": "ab"}}, "no sep_tokens"),
+    ({"s2": True}, "s2 is True"),
+    ({"dynamic_s2": True}, "dynamic_s2 is True"),
     ({"mm_vision_select_feature": "patch"}, "mm_vision_select_feature is 'patch'"),
-    ({"projector": "linear"}, "'linear' is unknown.*mlp_downsample_3x3_fix")])  # fmt: skip
-def test_vila_s_config_as_published_or_refused(ask, tmp_path, change, said):
-    zoo.build("vila").save_pretrained(tmp_path)
-    path = tmp_path / ("mm_projector" if "projector" in change else "") / "config.json"
-    config = {"mm_projector_type" if k == "projector" else k: v for k, v in change.items()}
-    path.write_text(json.dumps(json.loads(path.read_text()) | config))
-    (tmp_path / "recipe.json").unlink()
-    if said:
-        with pytest.raises(ModelError, match=said):
-            load(tmp_path)
-        return
-    model = load(tmp_path)
-    tok = model.tokenizer
-    counts = (1, 8) if "8" in str(change) else (change.get("num_video_frames", 5), 1)
-    frame = "<vila/video>" * 4 + ("" if "None" in str(change) else "\n")
-    image = ("ab" if "ab" in str(change) else "") + "<image>" * 4 + "\n"
-    words = frame * counts[0] + image
-    expected = tok(spelled(model, words, "Why?")).input_ids
+    ({"mm_projector_type": "linear"}, "'linear' is unknown.*mlp_downsample_3x3_fix"),
+]
+
+
+def changed_vila(root, change: dict):
+    """The folder of a VILA with another config, of the model or of its projector."""
+    zoo.build("vila").save_pretrained(root)
+    for path in (root / "config.json", root / "mm_projector" / "config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    (root / "recipe.json").unlink()
+    return root
+
+
+@pytest.mark.parametrize("change, said", REFUSED)
+def test_a_config_that_vila_does_not_know_is_refused(tmp_path, change, said):
+    with pytest.raises(ModelError, match=said):
+        load(changed_vila(tmp_path, change))
+
+
+@pytest.mark.parametrize("change, count, together, frame", TAKEN)
+def test_vila_s_config_says_what_stands_around_a_frame(
+    ask, tmp_path, change, count, together, frame
+):
+    model = load(changed_vila(tmp_path, change))
+    before = "ab" if "image_encoder" in change else ""
+    video = frame.replace("<vila/video>", "<vila/video>" * 4) * count
+    expected = model.tokenize(spelled(model, f"{video}{before}{'<image>' * 4}\n", "Why?"))
     assert model.prompt(ask("vi", "Why?")).ids.tolist() == expected
-    assert model.together == counts[1]
+    assert model.together == together
 
 
 def test_tokens_that_a_tokenizer_lacks_are_added_for_vila_or_named(tmp_path):
@@ -743,15 +529,14 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, monkeypatch):
         load(tmp_path)
     with pytest.raises(ModelError, match="/no/where is no checkpoint"):
         load("/no/where")
-    (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
-    with pytest.raises(ModelError, match="'unheard_of' is not supported.*qwen3_vl"):
-        load(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
-    with pytest.raises(ModelError, match="preprocessor_config.json is missing"):
-        load(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type')
-    with pytest.raises(ModelError, match="config.json: "):
-        load(tmp_path)
+    for config, said in (
+        ('{"model_type": "unheard_of"}', "'unheard_of' is not supported.*qwen3_vl"),
+        ('{"model_type": "qwen3_vl"}', "preprocessor_config.json is missing"),
+        ('{"model_type', "config.json: "),
+    ):
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(ModelError, match=said):
+            load(tmp_path)
     asked = []
 
     def unreachable(repo, **how):
@@ -769,17 +554,20 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, monkeypatch):
     assert isinstance(load("Qwen/Qwen9"), Text)
 
 
+EXPERTS = {"num_experts": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
 TEXTS = [
-    ("Qwen2", "", {}), ("Qwen3", "", {}), ("Llama", "", {}),
+    ("Qwen2", "", {}),
+    ("Qwen3", "", {}),
+    ("Llama", "", {}),
     ("Mistral", "", {"sliding_window": None}),
     ("Mistral", "sliding_window of 1024", {"sliding_window": 1024}),
     ("Cohere", "differ by", {"logit_scale": 0.5}),
     ("Granite", "differ by", {"logits_scaling": 3.0}),
     ("Gemma2", "differ by", {"final_logit_softcapping": 1.0}),
-    ("Qwen3Next", "linear-attention", {"num_experts": 2, "moe_intermediate_size": 8,
-                                       "shared_expert_intermediate_size": 8}),
-    ("Mamba", "model.layers", {"state_size": 4}), ("GPTNeoX", "model.layers", {}),
-]  # fmt: skip
+    ("Qwen3Next", "linear-attention", EXPERTS),
+    ("Mamba", "model.layers", {"state_size": 4}),
+    ("GPTNeoX", "model.layers", {}),
+]
 
 
 @pytest.mark.parametrize("kind, said, more", TEXTS)
@@ -795,50 +583,127 @@ def test_a_text_model_is_taken_if_a_shared_prompt_gives_its_log_probs(tmp_path, 
         assert load(tmp_path).prompt(Example("q", "?", (), "", "", (), "text", "")).media is None
 
 
+def test_a_flat_config_as_first_published_loads(ask, tmp_path):
+    """All of the decoder's settings at the root, M-RoPE under rope_scaling, ids of the tokens."""
+    model = zoo.build("qwen2.5-vl")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    del text["model_type"], text["layer_types"], text["tie_word_embeddings"]
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    flat = text | config | {"rope_theta": rope["rope_theta"]}
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    again = load(tmp_path)
+    assert same_weights(model, again)
+    assert "lm_head.weight" not in dict(again.decoder_weights())
+    pack = mrsp.pack([model.prompt(ask("v"))], answers(model, [[5]]))
+    with torch.no_grad():
+        assert torch.equal(again(pack)[0], model(pack)[0])
+
+
+def test_a_tokenizer_of_another_checkpoint_is_refused(tmp_path):
+    model = zoo.build("qwen2.5-vl")
+    model.config.video_token_id = 9
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="video_token_id is 9, the tokenizer's 6"):
+        load(tmp_path)
+
+
+def _ranks_shard(rank, root):
+    """FSDP2 on two ranks: log-probs, gradients and what is saved are those of one process."""
+    for source in sorted((root / "a").iterdir()):
+        model, alone = load(source), load(source)
+        model.shard_parameters(torch.float32)
+        model.enable_gradient_checkpointing()
+        features = torch.linspace(-1, 1, 24 * 128).view(3, 2, 4, 128)
+        features = features.repeat(1, 1, 1, 1 + model.levels)
+        features = features.flatten(1, 2) if isinstance(model, VILA) else features
+        media = [Media("video", features, np.arange(5))] if model.takes else []
+        question = Example("v", "Which came first?", (), "A", "temporal", (), "video", "")
+        pack = mrsp.pack([model.build_prompt(question, media)], answers(alone, [[5, 3]]))
+        for m in (model, alone):
+            (m(pack)[0].sum() / (2 if m is model else 1)).backward()
+        assert torch.allclose(model(pack)[0], alone(pack)[0], atol=1e-5), source
+        for (name, p), q in zip(model.llm.named_parameters(), alone.llm.parameters()):
+            gap = (mrsp.whole(p.grad) - q.grad).abs().max()
+            assert gap < 1e-5 * float(q.grad.abs().max()), (source, name)
+        model.save_pretrained(root / "b" / source.name, write=rank == 0)
+
+
+@SLOW
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sharded_decoder_trains_and_saves_like_a_whole_one(tmp_path, family, tie):
+    zoo.build(family, tie).save_pretrained(tmp_path / "a" / family)
+    run_ranks(_ranks_shard, 2, tmp_path)
+    for path in (tmp_path / "a").rglob("*.safetensors"):
+        a, b = load_file(path), load_file(tmp_path / "b" / path.relative_to(tmp_path / "a"))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), path
+
+
 # --------------------------------------------------------------------------------------- prompts
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_question_is_asked_by_the_chat_template(ask, media, tmp_path, family):
+def test_the_question_is_asked_by_the_chat_template(ask, family):
     model, text = zoo.build(family), ask("", "Why?")
-    decoded = lambda **how: model.tokenizer.decode(model.build_prompt(text, [], **how).ids)  # noqa: E731
+
+    def asked(**options) -> str:
+        return model.tokenizer.decode(model.build_prompt(text, [], **options).ids)
+
     system = "" if "vila" in family else "<|im_start|>system\nYou help.<|im_end|>\n"
     user, then = "<|im_start|>user\nWhy?", "<|im_end|>\n<|im_start|>assistant\n"
-    assert decoded() == f"{system}{user} Think, then answer.{then}"
-    assert decoded(prefill="<th") == f"{system}{user} Think, then answer.{then}<th"
+    assert asked() == f"{system}{user} Think, then answer.{then}"
+    assert asked(prefill="<th") == f"{system}{user} Think, then answer.{then}<th"
     empty = "" if "vila" in family else "<think>\n\n</think>\n\n"
-    assert decoded(thinking=False) == f"{system}{user}{then}{empty}"
+    assert asked(thinking=False) == f"{system}{user}{then}{empty}"
     model.recipe = replace(model.recipe, system="Be.", thinking=False)
     other = f"<|im_start|>system\nBe.<|im_end|>\n{user}{then}{empty}"
     assert model.tokenizer.decode(model.prompt(text).ids) == other
     model.recipe = replace(model.recipe, system="")
-    assert decoded().startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user")
+    assert asked().startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_question_holds_no_control_token(ask, family):
+    model = zoo.build(family)
     for token in sorted(model.controls):
         with pytest.raises(ModelError, match=f"question q contains .*{re.escape(token)}"):
-            model.build_prompt(replace(text, problem=f"Which {token}?"), [])
+            model.build_prompt(ask("", f"Which {token}?"), [])
     assert {*model.media_tokens} <= {*model.tokenizer.convert_tokens_to_ids([*model.controls])}
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_media_that_a_family_does_not_take_are_refused_by_name(ask, media, family):
+    model = zoo.build(family)
     model.recipe = zoo.RECIPE
+    looks = [model.prompt, lambda e: model.features_trainable([e], 5)]
+    looks.append(lambda e: model.measure(e.media[0], 5, e.id))
     for letter, what in (("v", "video"), ("i", "image"), ("a", "audio"), ("t", "audio track")):
-        kind = media[letter].kind
-        what = what if kind in model.takes else kind
-        for see in (model.prompt, lambda e: model.features_trainable([e], 5),
-                    lambda e: model.measure(e.media[0], 5, e.id)):  # fmt: skip
-            if what.split()[0] not in model.takes:
+        if media[letter].kind not in model.takes:
+            what = media[letter].kind
+        for see in looks:
+            if what.split()[0] in model.takes:
+                see(ask(letter))
+            else:
                 with pytest.raises(ModelError, match=f"q: .* no {what}, .*{media[letter].path}"):
                     see(ask(letter))
-            else:
-                see(ask(letter))
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_a_template_in_a_file_of_its_own_is_used_and_may_not_change_the_text(ask, tmp_path, family):
+    model, text = zoo.build(family), ask("", "Why?")
     model.save_pretrained(tmp_path)
     root = tmp_path / "llm" if "vila" in family else tmp_path
     (root / "chat_template.jinja").unlink(missing_ok=True)
     template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
     (root / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     again = load(tmp_path, weights=False)
-    assert again.tokenizer.decode(again.build_prompt(text, []).ids) == (
-        "[Why? Think, then answer.]"
-    )
+    asked = again.tokenizer.decode(again.build_prompt(text, []).ids)
+    assert asked == "[Why? Think, then answer.]"
     for change in ("| replace('\ufdd0', '')", "~ m.content", "| upper ~ '\ufdd0'"):
-        model.tokenizer.chat_template, model._turns = template.replace(" }}", change + " }}"), {}
+        model.tokenizer.chat_template = template.replace(" }}", change + " }}")
         with pytest.raises(ModelError, match="changes the user's text"):
             model.build_prompt(text, [])
 
@@ -851,11 +716,11 @@ def test_a_template_may_stand_between_media_and_text(ask):
     assert end == " see: Why? Think, then answer."
 
 
-# --------------------------------------------------------------------------- sampling and training
+# ---------------------------------------------------------------------------------------- sampling
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_the_sampler_agrees_with_the_trainer_and_samples_no_media(ask, family, dtype):
     model = zoo.build(family, tie=False).eval()
     engine = TorchEngine(model, dtype=dtype)  # the model's own weights, or a copy
@@ -870,30 +735,3 @@ def test_the_sampler_agrees_with_the_trainer_and_samples_no_media(ask, family, d
     assert torch.allclose(ours, sampled, atol=1e-4, rtol=1e-5)
     ids = torch.cat([r.ids for group in out for r in group])
     assert not set(ids.tolist()) & set(model.media_tokens)
-
-
-@pytest.mark.parametrize("train", ["all", "llm", "projector"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_sft_step_changes_what_it_trains(ask, family, train):
-    model = zoo.build(family)
-    config = sft.SFTConfig(steps=4, groups=3, train=train, lr=1e-3, warmup=0)
-    rows = [ask(letters, f"Why {letters}?") for letters in cases(family).values()]
-    if not model.takes and train == "projector":
-        with pytest.raises(ValueError, match="projector"):
-            sft.train(model, rows, config)
-        return
-    before, losses = {k: v.clone() for k, v in model.state_dict().items()}, []
-    key = model.encoder_hash()
-    sft.train(model, rows, config, log=lambda step, m: losses.append(m["loss"]))
-    assert losses[-1] < losses[0]
-    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
-    assert any(k.startswith("policy.") for k in changed) == (train != "projector")
-    inner = {f"tower.{n}" for n, _ in model.tower.named_parameters()}
-    outer = {id(p) for p in model.projector.parameters()}
-    outer = {n for n, p in model.named_parameters() if id(p) in outer}
-    assert bool(changed & (inner - outer)) == (train == "all" and bool(model.takes))
-    assert bool(changed & outer) == (train != "llm" and bool(model.takes))
-    assert (model.encoder_hash() == key) == (train == "llm" or not model.takes)
-    model.enable_gradient_checkpointing()
-    sft.train(model, rows, replace(config, steps=1))
-    assert model(model.idle())[0].isfinite().all()

@@ -1,22 +1,28 @@
-"""A tiny model of every family, with random weights and a tokenizer of bytes: nothing is lost."""
+"""A tiny model of every family, with random weights; its tokenizer takes every text.
 
-import json
+build(family)          one of FAMILIES, a token for each byte
+tiny_qwen(texts)       Qwen2.5-VL with a token for each word of these texts: short prompts
+deepstack(model)       the decoder of a Qwen3-VL in place of the model's own
+published(family, at)  the settings of a published checkpoint, without weights
+"""
+
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 import transformers
-from conftest import RECIPE
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from families.qwen import Omni, Qwen3VL, QwenVL
+import data
+from families.qwen import Decoder, Omni, Qwen3VL, QwenVL
 from families.text import Text
 from families.vila import VILA
 from kit.decode import Loader
-from model import Media, MultiModal
+from model import Media, MultiModal, Policy, Prompt, Recipe
 
+RECIPE = Recipe(num_frames=5, max_tokens=8, template="{problem} Think, then answer.")
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VISION = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 OMNI = ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<|IMAGE|>", "<|VIDEO|>"]
@@ -29,20 +35,173 @@ TEMPLATE = (
 )
 CLIP = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255}
+MROPE = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}
+MARKS = dict(zip(("vision_start", "vision_end", "image", "video"), VISION))
+LIMITS = {"min_pixels": 56 * 56, "max_pixels": 84 * 112}
 FAMILIES = ("vila", "vila 3x3 tsp", "qwen2.5-vl", "qwen3-vl", "omni", "qwen2", "qwen3", "llama")
+LEVELS = 2  # of deepstack()
+
+
+# -------------------------------------------------------------------------------------- tokenizers
 
 
 def tokenizer(special: list[str], template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    """A token for each byte."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE({w: i for i, w in enumerate([*special, *letters])}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
+    return wrapped(core, special, template)
+
+
+def of_words(special: list[str], texts: list[str]) -> PreTrainedTokenizerFast:
+    """A token for each word of the texts and of RECIPE's prompt; no template of its own."""
+    text = " ".join([*texts, "system user assistant You are a helpful", RECIPE.template])
+    words = sorted(set(text.replace(".", " ").replace(":", " ").replace("?", " ").split()))
+    vocab = {w: i for i, w in enumerate(dict.fromkeys([*special, *words]))}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<|endoftext|>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s.,:?]+"), "removed")
+    return wrapped(core, special, None)
+
+
+def wrapped(core: Tokenizer, special: list[str], template: str | None) -> PreTrainedTokenizerFast:
     core.add_special_tokens([AddedToken(word, normalized=False) for word in special])
-    found = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
+    ends = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    found = PreTrainedTokenizerFast(tokenizer_object=core, **ends)
     found.chat_template = template
     return found
+
+
+def texts_of(root: Path) -> list[str]:
+    """All questions and answers of a folder of rows."""
+    rows = [e for name in root.glob("*.jsonl") for e in data.load_rows(str(name))]
+    return [text for e in rows for text in (e.problem, e.response)]
+
+
+# ------------------------------------------------------------------------------------------ models
+
+
+def decoder(tok, layers=2, **more) -> dict:
+    """Sizes that vLLM takes on a CPU: heads of 32."""
+    sizes = {"vocab_size": len(tok), "hidden_size": 128, "intermediate_size": 96}
+    sizes |= {"num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"head_dim": 32, "max_position_embeddings": 4096, "initializer_range": 0.2}
+    return sizes | {"eos_token_id": 2, "pad_token_id": 0, "bos_token_id": None} | more
+
+
+def eyes(**more) -> dict:
+    sizes = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
+    return sizes | {"out_hidden_size": 128, "initializer_range": 0.2} | more
+
+
+def build(family: str, tie=True, seed=0, image_size=64) -> MultiModal:
+    """One of FAMILIES. image_size: of VILA."""
+    torch.manual_seed(seed)
+    if family.startswith("vila"):
+        model = vila("3x3" in family, tie, image_size)
+    elif family == "qwen2.5-vl":
+        model = qwen2_5_vl(tokenizer([*SPECIAL, *VISION]), tie)
+    elif family == "qwen3-vl":
+        model = qwen3_vl(tokenizer([*SPECIAL, *VISION]), tie)
+    elif family == "omni":
+        model = omni(tokenizer([*SPECIAL, *OMNI]), tie)
+    else:
+        tok = tokenizer(SPECIAL)
+        kind = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[family]
+        config = getattr(transformers, f"{kind}Config")(**decoder(tok, tie_word_embeddings=tie))
+        model = Text(getattr(transformers, f"{kind}ForCausalLM")(config), tok)
+    model.loader = Loader()  # which hears
+    # Omni's own least size of a video frame is 128 tokens.
+    model.recipe = replace(RECIPE, max_pixels=84 * 112) if family == "omni" else RECIPE
+    return model
+
+
+def vila(cubed: bool, tie: bool, image_size: int) -> VILA:
+    """cubed: 3 x 3 patches a token, and means of two frames."""
+    tok = tokenizer([*SPECIAL, "<image>", "<vila/video>"], None)
+    config = {"mm_projector_cfg": {"mm_projector_type": "mlp_downsample"}, "num_video_frames": 5}
+    config["video_encoder"] = '{"_target_": "llava.BasicVideoEncoder"}'
+    if cubed:
+        config["mm_projector_cfg"]["mm_projector_type"] = "mlp_downsample_3x3_fix"
+        kind = "llava.model.encoders.TSPVideoEncoder"
+        config["video_encoder"] = {"_target_": kind, "pool_sizes": [[2, 1, 1]]}
+    tower = {"image_size": image_size, "patch_size": 16, "hidden_size": 32, "num_hidden_layers": 3}
+    tower |= {"intermediate_size": 48, "num_attention_heads": 2, "vision_use_head": False}
+    llm = decoder(tok, tie_word_embeddings=tie)
+    del llm["head_dim"]
+    model = VILA.create(config, llm, tower, tok, HALF)
+    with torch.no_grad():
+        for p in model.llm.model.parameters():
+            if p.ndim == 2:
+                p.normal_(0, 0.2)
+    return model
+
+
+def random(kind, tok, config: dict, tokens: dict, tie: bool, *preprocess):
+    """A Qwen of this class with random weights; tokens: of its config."""
+    config |= {f"{name}_token_id": tok.convert_tokens_to_ids(t) for name, t in tokens.items()}
+    config |= {"tie_word_embeddings": tie}
+    return kind(kind.kind(kind.kind.config_class(**config)), tok, *preprocess)
+
+
+def qwen2_5_vl(tok, tie: bool) -> QwenVL:
+    text = decoder(tok, rope_parameters=MROPE)
+    del text["head_dim"]
+    vision = eyes(fullatt_block_indexes=[1], window_size=56, tokens_per_second=2)
+    config = {"text_config": text, "vision_config": vision}
+    return random(QwenVL, tok, config, MARKS, tie, CLIP | LIMITS)
+
+
+def qwen3_vl(tok, tie: bool) -> Qwen3VL:
+    text = decoder(tok, 3, rope_parameters=MROPE | {"mrope_interleaved": True})
+    vision = eyes(depth=3, patch_size=16, num_position_embeddings=16)
+    vision["deepstack_visual_indexes"] = [0, 1]
+    config = {"text_config": text, "vision_config": vision}
+    image = HALF | {"size": {"shortest_edge": 64 * 64, "longest_edge": 96 * 128}}
+    video = HALF | {"size": {"shortest_edge": 64 * 64, "longest_edge": 8 * 96 * 128}}
+    return random(Qwen3VL, tok, config, MARKS, tie, image, video)
+
+
+def omni(tok, tie: bool) -> Omni:
+    text = decoder(tok, rope_parameters=MROPE)
+    del text["head_dim"]
+    audio = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2}
+    audio |= {"encoder_ffn_dim": 48, "num_mel_bins": 16, "output_dim": 128}
+    vision = eyes(fullatt_block_indexes=[1], window_size=56)
+    config = {"text_config": text, "vision_config": vision, "audio_config": audio}
+    config |= {"seconds_per_chunk": 2, "position_id_per_seconds": 25}
+    ears = transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=300).to_dict()
+    names = ("audio", "audio_start", "audio_end", "image", "video", "vision_start", "vision_end")
+    return random(Omni, tok, config, dict(zip(names, OMNI)), tie, CLIP | LIMITS | ears)
+
+
+def tiny_qwen(texts: list[str], tie=True, seed=0) -> QwenVL:
+    """A Qwen2.5-VL of words: windows of 2 x 2 tokens, one layer of whole groups."""
+    torch.manual_seed(seed)
+    model = qwen2_5_vl(of_words([*SPECIAL, *VISION], texts), tie)
+    model.recipe = RECIPE
+    return model
+
+
+def deepstack(model, tie=True, seed=0):
+    """The model with the decoder of a Qwen3-VL of the same vocabulary, random weights."""
+    vocabulary = range(model.llm.config.vocab_size)
+    torch.manual_seed(seed)
+    rope = MROPE | {"mrope_interleaved": True, "mrope_section": [6, 5, 5]}
+    sizes = decoder(vocabulary, 3, initializer_range=0.1, rope_parameters=rope)
+    config = transformers.Qwen3VLTextConfig(**sizes, tie_word_embeddings=tie)
+    body = transformers.Qwen3VLTextModel(config)
+    head = torch.nn.Linear(128, len(vocabulary), bias=False)
+    head.weight = body.embed_tokens.weight if tie else torch.nn.Parameter(head.weight * 2)
+    model.policy = Policy(Decoder(body, head))
+    model.mrope = True
+    model.levels = LEVELS
+    model.decoder_kind = "Qwen3ForCausalLM", "qwen3"
+    model.llm.set_attn_implementation("mrsp")
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------ what they are asked
 
 
 def frames(f, h, w, seed=0) -> np.ndarray:
@@ -55,208 +214,23 @@ def video(features, seconds: float) -> list[Media]:
     return [Media("video", features, np.arange(2 * len(features)) * seconds / 2)]
 
 
-def decoder(tok, layers=2, **more) -> dict:
-    """Sizes that vLLM takes on a CPU: heads of 32."""
-    return dict(
-        vocab_size=len(tok), hidden_size=128, intermediate_size=96, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, initializer_range=0.2,
-        eos_token_id=2, pad_token_id=0, bos_token_id=None, max_position_embeddings=4096,
-    ) | more  # fmt: skip
+def wide_prompt(model, before, n, after, ahead=0, seed=0) -> Prompt:
+    """A Prompt with n wide features in any order among its middle tokens, at any position; text
+    goes on `ahead` of its index."""
+    g = torch.Generator().manual_seed(seed)
+    length = before + n + after
+    at = before + torch.randperm(n, generator=g)
+    positions = torch.arange(length).expand(3, -1).clone()
+    positions[:, at] = before + torch.randint(0, max(n, 1), (3, n), generator=g)
+    positions[:, before + n :] += ahead
+    ids = torch.randint(8, model.llm.config.vocab_size, (length,), generator=g)
+    ids[at] = model.media_tokens[0]
+    media = torch.randn(n, model.media_width, generator=g) if n else None
+    return Prompt(ids, positions, media, at, "", before + n)
 
 
-def mrope(**more) -> dict:
-    return {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4} | more
-
-
-def eyes(**more) -> dict:
-    return dict(
-        depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=128,
-        initializer_range=0.2,
-    ) | more  # fmt: skip
-
-
-def random(kind, config: dict, *rest):
-    """A model of a Qwen class with random weights."""
-    return kind(kind.kind(kind.kind.config_class(**config)), *rest)
-
-
-def ids(tok, **tokens) -> dict:
-    return {f"{name}_token_id": tok.convert_tokens_to_ids(t) for name, t in tokens.items()}
-
-
-def build(family: str, tie=True, seed=0, image_size=64) -> MultiModal:
-    """One of FAMILIES. image_size: of VILA."""
-    torch.manual_seed(seed)
-    if family.startswith("vila"):
-        tok = tokenizer([*SPECIAL, "<image>", "<vila/video>"], None)
-        cubed = "3x3" in family
-        video = {"_target_": "llava.model.encoders.TSPVideoEncoder", "pool_sizes": [[2, 1, 1]]}
-        config = {
-            "mm_projector_cfg": {
-                "mm_projector_type": f"mlp_downsample{'_3x3_fix' if cubed else ''}"
-            },
-            "video_encoder": video if cubed else '{"_target_": "llava.BasicVideoEncoder"}',
-            "num_video_frames": 5,
-        }
-        llm = decoder(tok, tie_word_embeddings=tie)
-        del llm["head_dim"]
-        tower = dict(
-            image_size=image_size, patch_size=16, hidden_size=32, intermediate_size=48,
-            num_hidden_layers=3, num_attention_heads=2, vision_use_head=False,
-        )  # fmt: skip
-        model = VILA.create(config, llm, tower, tok, HALF)
-        with torch.no_grad():
-            for p in (*model.llm.model.parameters(),):
-                if p.ndim == 2:
-                    p.normal_(0, 0.2)
-    elif family == "qwen2.5-vl":
-        tok = tokenizer([*SPECIAL, *VISION])
-        vision = eyes(fullatt_block_indexes=[1], window_size=56, tokens_per_second=2)
-        config = {"text_config": decoder(tok, rope_parameters=mrope()), "vision_config": vision}
-        config |= ids(
-            tok, vision_start=VISION[0], vision_end=VISION[1], image=VISION[2], video=VISION[3]
-        )
-        limits = {"min_pixels": 56 * 56, "max_pixels": 84 * 112}
-        config["text_config"].pop("head_dim")
-        model = random(QwenVL, config | {"tie_word_embeddings": tie}, tok, CLIP | limits)
-    elif family == "qwen3-vl":
-        tok = tokenizer([*SPECIAL, *VISION])
-        vision = eyes(
-            depth=3, patch_size=16, num_position_embeddings=16, deepstack_visual_indexes=[0, 1]
-        )
-        text = decoder(tok, 3, rope_parameters=mrope(mrope_interleaved=True))
-        config = {"text_config": text, "vision_config": vision, "tie_word_embeddings": tie}
-        config |= ids(
-            tok, vision_start=VISION[0], vision_end=VISION[1], image=VISION[2], video=VISION[3]
-        )
-        sizes = [
-            {"size": {"shortest_edge": 64 * 64, "longest_edge": n}}
-            for n in (96 * 128, 8 * 96 * 128)
-        ]
-        model = random(Qwen3VL, config, tok, HALF | sizes[0], HALF | sizes[1])
-    elif family == "omni":
-        tok = tokenizer([*SPECIAL, *OMNI])
-        vision = eyes(fullatt_block_indexes=[1], window_size=56)
-        audio = dict(
-            d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=48,
-            num_mel_bins=16, output_dim=128,
-        )  # fmt: skip
-        config = {"vision_config": vision, "audio_config": audio}
-        config["text_config"] = decoder(tok, rope_parameters=mrope())
-        config["text_config"].pop("head_dim")
-        config |= ids(tok, audio=OMNI[0], audio_start=OMNI[1], audio_end=OMNI[2], image=OMNI[3])
-        config |= ids(tok, video=OMNI[4], vision_start=OMNI[5], vision_end=OMNI[6])
-        config |= {
-            "tie_word_embeddings": tie,
-            "seconds_per_chunk": 2,
-            "position_id_per_seconds": 25,
-        }
-        ears = transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=300).to_dict()
-        model = random(
-            Omni, config, tok, CLIP | {"min_pixels": 56 * 56, "max_pixels": 84 * 112} | ears
-        )
-    else:
-        tok = tokenizer(SPECIAL)
-        kind = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[family]
-        config = getattr(transformers, f"{kind}Config")(**decoder(tok, tie_word_embeddings=tie))
-        model = Text(getattr(transformers, f"{kind}ForCausalLM")(config), tok)
-    model.loader = Loader()  # which hears
-    # Omni's own least size of a video frame is 128 tokens.
-    model.recipe = replace(RECIPE, max_pixels=84 * 112) if family == "omni" else RECIPE
-    return model
-
-
-CELLS = pytest.StashKey[dict]()  # of a test run: (family, modality, column) -> outcome
-NAMES = {
-    "vila": "VILA (2x2)", "vila 3x3 tsp": "VILA (3x3, TSP)", "qwen2.5-vl": "Qwen2.5-VL",
-    "qwen3-vl": "Qwen3-VL", "omni": "Qwen2.5-Omni", "qwen2": "text: Qwen2", "qwen3": "text: Qwen3",
-    "llama": "text: Llama",
-}  # fmt: skip
-
-
-def table(cells: dict) -> str:
-    """Outcomes of tests/test_matrix.py as the README's table, a mark for each column's test."""
-    families, inputs, columns = (list(dict.fromkeys(names)) for names in zip(*cells))
-    marks = {"yes": "✓", "-": "–", "failed": "✗"}
-    lines = [f"| each ✓ a test: {', '.join(columns)} | " + " | ".join(inputs) + " |"]
-    lines.append("|---" * (len(inputs) + 1) + "|")
-    for family in families:
-        row = ["".join(marks.get(cells[family, x, c], "?") for c in columns) for x in inputs]
-        row = ["" if set(cell) == {"–"} else cell for cell in row]
-        lines.append(f"| {NAMES[family]} | " + " | ".join(row) + " |")
-    return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------- as published, no weights
-
-
-def published(family: str, root) -> None:
-    """A folder with the settings of a published 7B checkpoint, without weights; its tokenizer has
-    the published ids of the special tokens, and letters."""
-    special = {151643: "<|endoftext|>", 151644: "<|im_start|>", 151645: "<|im_end|>"}
-    text = {
-        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-        "num_attention_heads": 28, "num_key_value_heads": 4, "rope_theta": 1e6,
-        "max_position_embeddings": 128000, "vocab_size": 152064, "sliding_window": 32768,
-        "use_sliding_window": False, "max_window_layers": 28, "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16", "bos_token_id": 151643, "eos_token_id": 151645,
-    }  # fmt: skip
-    mrope = {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
-    vision = {
-        "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
-        "out_hidden_size": 3584, "patch_size": 14, "spatial_merge_size": 2, "window_size": 112,
-        "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "temporal_patch_size": 2,
-    }  # fmt: skip
-    pixels = CLIP | {"min_pixels": 3136, "max_pixels": 12845056}
-    files, tokens = {}, root
-    if family == "qwen2.5-vl":
-        special |= dict(zip((151652, 151653, 151655, 151656), VISION))
-        ids = {"image_token_id": 151655, "video_token_id": 151656}
-        ids |= {"vision_start_token_id": 151652, "vision_end_token_id": 151653}
-        config = text | mrope | ids | {"vision_config": vision, "model_type": "qwen2_5_vl"}
-        files = {"config.json": config, "preprocessor_config.json": pixels}
-    elif family == "omni":
-        names = [*OMNI[:3], *OMNI[3:]]
-        numbers = (151646, 151647, 151648, 151655, 151656, 151652, 151653)
-        special |= dict(zip(numbers, names))
-        keys = ("audio", "audio_start", "audio_end", "image", "video", "vision_start", "vision_end")
-        config = {f"{key}_token_id": i for key, i in zip(keys, numbers)}
-        audio = {"d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20}
-        audio |= {"encoder_ffn_dim": 5120, "num_mel_bins": 128, "output_dim": 3584}
-        config |= {"text_config": text | mrope, "vision_config": vision, "audio_config": audio}
-        config = {
-            "thinker_config": config | {"seconds_per_chunk": 2, "position_id_per_seconds": 25}
-        }
-        ears = transformers.WhisperFeatureExtractor(feature_size=128, chunk_length=300).to_dict()
-        files["config.json"] = config | {"model_type": "qwen2_5_omni"}
-        files["preprocessor_config.json"] = pixels | ears
-    elif family == "vila":
-        special |= {151649: "<image>", 151650: "<vila/video>"}
-        kind = {"mm_projector_type": "mlp_downsample", "model_type": "v2l_projector"}
-        tower = {"hidden_size": 1152, "image_size": 448, "intermediate_size": 4304}
-        tower |= {"num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14}
-        files = {
-            "config.json": {
-                "model_type": "llava_llama", "mm_vision_select_layer": -2, "num_video_frames": 512,
-                "mm_vision_select_feature": "cls_patch", "mm_projector_cfg": kind, "s2": False,
-                "video_encoder": {"_target_": "llava.model.encoders.BasicVideoEncoder"},
-                "image_encoder": {"_target_": "llava.model.encoders.BasicImageEncoder"},
-            },
-            "llm/config.json": text | {"vocab_size": 151672, "model_type": "qwen2"},
-            "vision_tower/config.json": tower | {"model_type": "siglip_vision_model"},
-            "vision_tower/preprocessor_config.json": HALF,
-            "mm_projector/config.json": kind,
-        }  # fmt: skip
-        tokens = root / "llm"
-    else:
-        files["config.json"] = text | {"model_type": "qwen2"}
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(json.dumps(content))
-    words = [special.get(i, f"w{i}") for i in range(151665)]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<|endoftext|>"))
-    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    core.add_special_tokens([AddedToken(word, normalized=False) for word in special.values()])
-    PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    ).save_pretrained(tokens)
+def answers(model, lengths, seed=0) -> list[list[torch.Tensor]]:
+    """Random answers of the given lengths: a list of id tensors for each inner list."""
+    g = torch.Generator().manual_seed(seed)
+    vocab = model.llm.config.vocab_size
+    return [[torch.randint(8, vocab, (r,), generator=g) for r in group] for group in lengths]
