@@ -7,6 +7,7 @@ if it is better than the others of its group: no value network is needed.
     advantage   A_i   = (r_i - mean_j r_j) / (std_j r_j + eps)           (B, G)     section 4
     ratio       rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)        (B, G, R)
     loss_t            = -min(rho_t A, clip(rho_t, 1 - low, 1 + high) A) + beta KL_t
+    loss              = mean over all tokens of all answers of loss_t
 
                  answers of one prompt, G = 4            same advantage for each token
     rewards      [1.0   0.1   1.0   0.1]   ->  [0.87 -0.87 0.87 -0.87]  ->  x mask (B, G, R)
@@ -19,14 +20,15 @@ What the large systems do: the same, spread over a worker class, a reward manage
 log-probs of the old policy come from an extra pass over all sequences. What differs here:
     - on-policy shortcut: in the first update after sampling, pi_old IS the current policy, so
       old_logp = logp.detach(); no pass is spent on it (old_logp=None).
-    - groups whose rewards are all equal have zero advantage and train nothing: informative() finds
-      them, and the caller neither packs nor trains them (it counts them).
+    - groups whose rewards are all equal have advantage 0: they train nothing, unless there is a KL
+      term. informative() finds them, and the caller leaves them out of the packs (it counts them).
     - the mean is over the GLOBAL number of tokens (or sequences), given by the caller: the loss
       does not change with ranks, micro-batches or padding.
 
-DEVIATION 1: an answer with several <answer> spans is wrong (the public code takes the first or
-    last one, so that naming all letters can pay).
-DEVIATION 2: the format has each of its four tags once.
+Differences from the public code:
+    DEVIATION 1: an answer with several <answer> spans is wrong (there the first or last one counts,
+        so that naming all letters can pay).
+    DEVIATION 2: the format has each of its four tags once (there a second answer may stand within).
 
 Glossary: B prompts, G answers a prompt, R tokens of the longest answer; logp log-probabilities of
 the sampled tokens, mask 1.0 at real tokens. Copied alone it needs torch, nothing else.
@@ -83,6 +85,8 @@ class Config:
                 raise ValueError(f"{name} must be above 0, not {value}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if not self.dual_clip > 1:
+            raise ValueError(f"dual_clip must be above 1, not {self.dual_clip}")
         if self.average not in ("token", "sequence"):
             raise ValueError(f"average must be token or sequence, not {self.average!r}")
 
@@ -112,12 +116,12 @@ def as_number(text: str) -> float | None:
 
 
 def same_text(a: str, b: str) -> bool:
-    """Equal as numbers if both are numbers, else up to case and spacing. `a` may end in a "."."""
-    a = a.strip().removesuffix(".")
+    """Equal as numbers if both are numbers, else up to case, spacing and a "." at the end."""
+    a, b = (text.strip().removesuffix(".") for text in (a, b))
     x, y = as_number(a), as_number(b)
     if x is not None and y is not None:
         return x == y
-    return a.lower().split() == b.strip().removesuffix(".").lower().split()
+    return a.lower().split() == b.lower().split()
 
 
 def chosen_letter(answer: str, options: tuple[str, ...]) -> str | None:
@@ -129,13 +133,12 @@ def chosen_letter(answer: str, options: tuple[str, ...]) -> str | None:
     """
     letters = [chr(ord("A") + i) for i in range(len(options))]
     bare = re.fullmatch(r"\(([A-Z])\)|([A-Z])[.)]?", answer)
-    if bare:
-        letter = bare.group(1) or bare.group(2)
-        return letter if letter in letters else None
+    if bare and (bare[1] or bare[2]) in letters:
+        return bare[1] or bare[2]
     full = re.fullmatch(r"(?:\(([A-Z])\)|([A-Z])[.):])\s*(.+)", answer, flags=re.DOTALL)
-    if full and (full.group(1) or full.group(2)) in letters:
-        letter = full.group(1) or full.group(2)
-        if same_text(full.group(3), options[letters.index(letter)]):
+    if full and (full[1] or full[2]) in letters:
+        letter = full[1] or full[2]
+        if same_text(full[3], options[letters.index(letter)]):
             return letter
     named = [x for x, text in zip(letters, options) if same_text(answer, text)]
     return named[0] if len(named) == 1 else None
@@ -209,9 +212,10 @@ def advantages(rewards: Tensor, config: Config, eps: float = 1e-6) -> Tensor:
     return out.to(rewards.dtype)
 
 
-def informative(rewards: Tensor, eps: float = 1e-6) -> Tensor:
-    """(B, G) -> (B,) bool: groups whose answers differ in reward. The others teach nothing."""
-    return rewards.amax(dim=1) - rewards.amin(dim=1) > eps
+def informative(advantage: Tensor, eps: float = 1e-6) -> Tensor:
+    """(B, G) -> (B,) bool: groups in which some answer has an advantage. The others teach nothing:
+    all of their answers earned the same."""
+    return advantage.abs().amax(dim=1) > eps
 
 
 # ----------------------------------------------------------------------------------------- loss
@@ -282,8 +286,9 @@ def loss(
     padding = mask == 0
     old_logp = logp.detach() if old_logp is None else old_logp
     # Padding is replaced before exp(): inf * 0 would be nan, in the gradient too.
-    # The clamp keeps exp() finite: 0 * inf is the gradient of a clipped, infinite ratio.
-    ratio = (logp - old_logp).masked_fill(padding, 0.0).clamp(-20, 20).exp()
+    log_ratio = (logp - old_logp).masked_fill(padding, 0.0)
+    # A clipped token has slope 0, times the ratio: that must be finite (exp(20) is large enough).
+    ratio = log_ratio.clamp(-20, 20).exp()
     per_token, clipped = policy_loss(ratio, advantage[..., None], config)  # (B, G, R) each
     tis = torch.ones_like(logp)
     if config.tis_cap:

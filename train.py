@@ -1,11 +1,10 @@
 """Train LongVILA-R1: chain-of-thought SFT -> GRPO -> evaluation. The story of a run.
 
-    torchrun --nproc_per_node 2 train.py            the whole pipeline on a toy, on two CPU cores
-    python train.py                                 the same in one process
-    torchrun --nproc_per_node 8 train.py --data rows.jsonl --video_dir videos/     on 8 GPUs: GRPO
-                                                    from a published 7B checkpoint
-    python train.py --preset hour --dry_run         its settings, ranks, memory and first prompt
-    python train.py --help                          every setting, with a sentence each
+    torchrun --nproc_per_node 2 train.py      the whole pipeline on a toy, on two CPU cores
+    torchrun --nproc_per_node 8 train.py --data rows.jsonl --video_dir videos/      GRPO on 8 GPUs,
+                                              from a published 7B checkpoint
+    python train.py --preset hour --dry_run   its settings, ranks, memory and first prompt
+    python train.py --help                    every setting, with a sentence each
 
 One GRPO step (section 4 of the paper; grpo_step below tells it in this order):
 
@@ -21,16 +20,15 @@ of its prompts each, and train their share of its tokens; the dp groups take eve
 a batch. Gradients are summed over all ranks and the loss is divided by global counts, so that any
 number of ranks trains the same model. --fsdp shards the parameters over all of them.
 
-Every run starts from a checkpoint and rows; the preset "toy" makes its own first (kit/toy.py). SFT
-runs if --sft_data names rows, the evaluation if --test_data does. Nothing is saved before SFT or
-GRPO ends.
+A run starts from a checkpoint and rows; the preset "toy" makes its own first (kit/toy.py). SFT runs
+if --sft_data names rows, evaluation if --test_data does. No checkpoint is written in mid-stage.
 
 Outputs (--output_dir): report.html (every test question with its frames, before and after RL),
-summary.json, metrics.jsonl (kit/run.METRICS explains each), samples.jsonl, answers_before.jsonl,
-answers_after.jsonl, lost.jsonl (rows that --on_bad_video skip left out), curves.png, frames.png,
-sft/ and model/ (checkpoints in the published layout, with recipe.json for eval.py).
+summary.json, metrics.jsonl (kit/run.METRICS explains each), samples.jsonl, answers_*.jsonl,
+lost.jsonl (rows left out), curves.png, frames.png, and the checkpoints sft/ and model/ in the
+published layout, with recipe.json for eval.py.
 
-Glossary: B prompts of a forward pass, G answers a prompt, R tokens of the longest answer, M target
+Glossary: B groups of a forward pass, G answers a prompt, R tokens of the longest answer, M target
 tokens. Check this file alone:  pytest tests/test_train.py
 """
 
@@ -51,7 +49,7 @@ from kit.method import Method
 from kit.presets import read_settings
 from kit.run import EMPTY, Meter, Run, check_mismatch, find_ranks, reported
 from model import Prompt
-from rollout import Response, Sampling, engine_kind, sample
+from rollout import Response, engine_kind, sample
 
 # ------------------------------------------------------------------------------ one GRPO step
 
@@ -67,22 +65,24 @@ class Group:
     answers: list[Response] = field(default_factory=list)  # G
     grades: list[dict] = field(default_factory=list)  # G, the parts of each reward
     advantage: Tensor | None = None  # (G,)
-    useful: bool = True  # do its answers differ in reward?
+    trained: bool = True  # does it teach anything?
 
 
 @dataclass
-class Part:
-    """One forward pass: some groups in one pack, of which this rank holds its share. A part without
+class Pass:
+    """One forward pass: some groups in one pack, of which this rank holds its share. A pass without
     groups is the smallest pack there is under a mask of zeros: it has a loss of 0."""
 
     share: mrsp.Pack
     mask: Tensor  # (B, G, R): 1.0 at the tokens of answers
     advantage: Tensor  # (B, G)
-    others: dict[str, Tensor | None]  # sampler_logp, old_logp, ref_logp: (B, G, R), or not needed
+    fixed: dict[str, Tensor]  # sampler_logp and, where needed, old_logp, ref_logp: (B, G, R) each
 
     def log_probs(self, model, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies of the answers' tokens, (B, G, R) each: stage 2 of MR-SP."""
-        logp, entropy = model.policy(self.share, temperature)  # (M,) each, on all ranks
+        """Log-probs and entropies of the answers' tokens, (B, G, R) each: stage 2 of MR-SP. All
+        ranks of a sequence have all of them, and the same loss, but each the gradient of its own
+        tokens alone (mrsp.collect): summed over ranks, each token counts once."""
+        logp, entropy = model.policy(self.share, temperature)  # (M,) each
         return self.share.pad(logp)[0], self.share.pad(entropy)[0]
 
 
@@ -90,45 +90,44 @@ def grpo_step(a: Actors, batch: list, step: int, soon: list = ()) -> tuple[dict,
     """One rollout batch and its updates. batch: the Examples of all ranks; soon: the next batch.
     Returns the step's metrics, equal on all ranks, and the groups of this rank's sequence."""
     c, model, engine = a.config, a.model, a.engine
-    meter = Meter(model.mesh)
+    meter = Meter(model.mesh)  # sums, and means under a mask; read() puts all ranks' together
 
     # 1. Rollout: one Prompt for sampler, policy and reference; G answers to each.
     with meter.clock("seconds_encode"):
         groups = look(a, batch, soon, step, meter)  # stage 1 of MR-SP
     with meter.clock("seconds_rollout"):
         before = engine.prefilled
-        limits = (model.recipe.max_tokens, c.top_k, model.recipe.stop)
-        sampling = Sampling(c.temperature, c.top_p, *limits)
         prompts = [group.prompt for group in groups]
         seeds = [group.seed for group in groups]
-        answers = sample(engine, prompts, seeds, c.group, sampling, model.mesh)
+        answers = sample(engine, prompts, seeds, c.group, a.sampling, model.mesh)
         meter.total("prompt_tokens", c.group * sum(len(prompt.ids) for prompt in prompts))
         meter.own("prefilled_tokens", (engine.prefilled - before) / engine.tp)
 
-        # 2. Reward and advantage, of each group by itself.
+        # 2. Reward and advantage, of each group by itself (timed with the rollout).
         grade(a, groups, answers, meter)
 
-    # 3. Pack the groups of each update; take the log-probs that must precede the first one.
+    # 3. Pack the groups of each update; old and reference log-probs, before any weight changes.
     with meter.clock("seconds_train"):
         model.train()
         updates = []
         for u in range(math.ceil(len(batch) / c.update_prompts)):
             own = [group for group in groups if group.update == u]
-            updates.append((make_parts(a, own, meter, on_policy=u == 0), count(own, model.mesh)))
+            passes = make_passes(a, own, meter, on_policy=u == 0)
+            updates.append((passes, count(own, model.mesh)))
 
         # 4. Loss, backward, optimizer step.
-        for u, (parts, totals) in enumerate(updates):
-            for part in parts:
-                logp, entropy = part.log_probs(model, c.temperature)  # stage 2 of MR-SP
-                known = part.others | totals
-                loss, seen = a.method.loss(logp, part.advantage, part.mask, c, **known)
+        for u, (passes, totals) in enumerate(updates):
+            for one in passes:
+                logp, entropy = one.log_probs(model, c.temperature)  # stage 2 of MR-SP
+                known = one.fixed | totals
+                loss, seen = a.method.loss(logp, one.advantage, one.mask, c, **known)
                 loss.backward()
                 meter.total("loss", loss.item() / len(updates))
                 for name, values in (seen | {"entropy": entropy}).items():
-                    meter.mean(name, values, part.mask)
+                    meter.mean(name, values, one.mask)
                 if u == 0:  # before anything has changed: sampler and trainer must agree
-                    gap = (logp - part.others["sampler_logp"]).abs() * part.mask
-                    meter.mean("mismatch_mean", gap, part.mask)
+                    gap = (logp - one.fixed["sampler_logp"]).abs() * one.mask
+                    meter.mean("mismatch_mean", gap, one.mask)
                     meter.largest("mismatch_max", gap)
             if u == 0:
                 check_mismatch(meter.read(), c)
@@ -142,34 +141,32 @@ def grpo_step(a: Actors, batch: list, step: int, soon: list = ()) -> tuple[dict,
 
 def look(a: Actors, batch: list, soon: list, step: int, meter: Meter) -> list[Group]:
     """Stage 1 of MR-SP: the prompts that this rank's sequence trains, from the embeddings of their
-    media. Of each update the sequence takes every dp-th row of the batch. Rows that cannot be seen
-    are left out, and counted."""
+    media. Of each update the sequence takes every dp-th row of the batch. Rows whose media do not
+    decode are left out, and counted; `a.lost` None: they end the run."""
     model, mesh, size = a.model, a.model.mesh, a.config.update_prompts
 
     def deal(rows: list) -> list[tuple[int, Example]]:
         """[(place in the batch, row)] for this sequence."""
         numbered = list(enumerate(rows))
-        updates = [numbered[i : i + size] for i in range(0, len(rows), size)]
-        return [pair for rows in updates for pair in rows[mesh.dp_rank :: mesh.dp]]
+        chunks = [numbered[i : i + size] for i in range(0, len(rows), size)]
+        return [pair for chunk in chunks for pair in chunk[mesh.dp_rank :: mesh.dp]]
 
     def see(examples: list) -> list[Prompt]:
         return [model.prompt(e, group=mesh.sp_group) for e in examples]
 
     dealt = deal(batch)
-    model.ahead([e for _, e in dealt + deal(soon)], group=mesh.sp_group)
-    _, prompts = model.usable([e for _, e in dealt], see, a.lost)
+    model.ahead([e for _, e in dealt + deal(soon)], group=mesh.sp_group)  # opened beforehand
+    _, prompts = model.usable([e for _, e in dealt], see, a.lost)  # the others are in a.lost now
     kept = [(i, e) for i, e in dealt if not a.lost or e not in a.lost]
     meter.total("lost_rows", len(dealt) - len(kept))
-    first = (
-        a.seed * 10**6 + step
-    ) * 10**6  # seeds of sampling: they follow the prompt, not the rank
+    base = (a.seed * 10**6 + step) * 10**6  # seeds follow the prompt, not the rank
     paired = zip(kept, prompts, strict=True)
-    return [Group(e, prompt, first + i, i // size) for (i, e), prompt in paired]
+    return [Group(e, prompt, base + i, i // size) for (i, e), prompt in paired]
 
 
 def grade(a: Actors, groups: list[Group], answers: list, meter: Meter) -> None:
-    """The reward of every answer with its parts, and each group's advantages (G,). A group of equal
-    rewards has advantages of 0: it teaches nothing, unless there is a KL term."""
+    """The reward of every answer with its parts, and each group's advantages (G,). A group without
+    an advantage teaches nothing, unless there is a KL term."""
     thinking, rewards = a.model.recipe.thinking, torch.zeros(len(groups), a.config.group)
     for group, own, row in zip(groups, answers, rewards):
         group.answers = own
@@ -182,17 +179,17 @@ def grade(a: Actors, groups: list[Group], answers: list, meter: Meter) -> None:
                 meter.mean(name, value)
             meter.mean("length", len(answer.ids))
             meter.mean("finished", answer.finished)
-    advantages = a.method.advantages(rewards, a.config)  # (B, G)
-    useful = grpo.informative(rewards)
-    meter.total("skipped_groups", (~useful).sum())
-    for i, group in enumerate(groups):
-        group.advantage = advantages[i]
-        group.useful = bool(useful[i]) or a.config.kl_coef > 0
+    advantages = a.method.advantages(rewards, a.config)  # (groups, G)
+    informative = grpo.informative(advantages)
+    meter.total("skipped_groups", (~informative).sum())
+    for group, advantage, some in zip(groups, advantages, informative):
+        group.advantage = advantage
+        group.trained = bool(some) or a.config.kl_coef > 0
 
 
 def count(groups: list[Group], mesh: mrsp.Mesh) -> dict[str, int]:
-    """Tokens and answers of an update over all ranks. Groups that teach nothing count: leaving them
-    out of the packs changes nothing but the time."""
+    """Tokens and answers of an update over all ranks; those of a sequence hold the same. Groups
+    that teach nothing count: leaving them out of the packs changes nothing but the time."""
     answers = [answer for group in groups for answer in group.answers]
     own = torch.tensor([sum(len(answer.ids) for answer in answers), len(answers)])
     tokens, sequences = (mrsp.all_sum(own) // mesh.sp).tolist()
@@ -200,13 +197,14 @@ def count(groups: list[Group], mesh: mrsp.Mesh) -> dict[str, int]:
 
 
 @torch.no_grad()
-def make_parts(a: Actors, groups: list[Group], meter: Meter, on_policy: bool) -> list[Part]:
-    """The forward passes of an update: micro_prompts groups each, sharded over their sequence's
-    ranks, with the log-probs of the old policy and of the reference where they are needed."""
+def make_passes(a: Actors, groups: list[Group], meter: Meter, on_policy: bool) -> list[Pass]:
+    """The forward passes of an update: micro_prompts groups each, with the log-probs of the old
+    policy and of the reference where they are needed. With sharded parameters all ranks have to run
+    equally many passes: some are without groups."""
     size, temperature = a.config.micro_prompts, a.config.temperature
-    useful = [group for group in groups if group.useful]
-    chunks = [useful[i : i + size] for i in range(0, len(useful), size)]
-    parts = []
+    trained = [group for group in groups if group.trained]
+    chunks = [trained[i : i + size] for i in range(0, len(trained), size)]
+    passes = []
     for chunk in mrsp.even(chunks, [], a.model.sharded):
         pack, advantage, sampled = a.model.idle(), torch.zeros(1, 1), torch.zeros(1)
         if chunk:
@@ -218,18 +216,18 @@ def make_parts(a: Actors, groups: list[Group], meter: Meter, on_policy: bool) ->
         sampled, mask = share.pad(sampled.to(pack.ids.device))  # (B, G, R) each
         mask = mask * bool(chunk)
         meter.total("tokens", mask.sum())
-        part = Part(share, mask, advantage.to(mask.device), {"sampler_logp": sampled})
+        one = Pass(share, mask, advantage.to(mask.device), {"sampler_logp": sampled})
         if not on_policy:  # in the first update the old policy is the policy itself
-            part.others["old_logp"] = part.log_probs(a.model, temperature)[0]
+            one.fixed["old_logp"] = one.log_probs(a.model, temperature)[0]
         if a.config.kl_coef:
-            part.others["ref_logp"] = part.log_probs(a.reference, temperature)[0]
-        parts.append(part)
-    return parts
+            one.fixed["ref_logp"] = one.log_probs(a.reference, temperature)[0]
+        passes.append(one)
+    return passes
 
 
 def update(a: Actors) -> float:
-    """One optimizer step; returns the norm of the gradient before clipping, over all ranks. Without
-    a gradient there is no step: momentum and weight decay alone would move the weights."""
+    """One optimizer step; returns the norm of the gradient before clipping, over all ranks; not
+    finite: an error. Without a gradient no step: momentum and weight decay alone would move."""
     trained = [p for p in a.model.parameters() if p.requires_grad]
     mrsp.all_reduce_gradients(trained)
     norm = mrsp.clip_gradients(trained, a.config.grad_clip)
@@ -244,8 +242,8 @@ def update(a: Actors) -> float:
 
 def train_grpo(run: Run, a: Actors, rows: list) -> None:
     """config.steps rollout batches, each logged; every show_every-th with a decoded question."""
-    c, show_every = a.config, run.settings.chance.show_every
-    begin_grpo(a)
+    c, show_every = a.config, run.settings.more.show_every
+    begin_grpo(a)  # the policy as it is now becomes sampler and reference; its optimizer is made
     batches = [*sft.batches(rows, c.prompts, c.steps, a.seed), []]
     bar, seen = run.bar("grpo", c.steps)(range(c.steps)), 0
     for step in bar:
@@ -327,7 +325,7 @@ def main(argv=None) -> dict | None:
             run.say("\n".join(notes + lines))
             summary = pipeline(run, method, kind)
             summary["settings"] = asdict(run.settings)
-            ranks.part()
+            ranks.leave()
             if ranks.rank == 0:  # the others need not wait while videos are decoded for it
                 report.finish(run, summary)
             return summary

@@ -19,7 +19,7 @@ import grpo
 from kit.method import Method
 from kit.run import Run
 from model import MultiModal
-from rollout import TorchEngine, make_engine
+from rollout import Sampling, TorchEngine, make_engine
 
 
 @dataclass
@@ -34,6 +34,12 @@ class Actors:
     config: grpo.Config
     seed: int = 0
     lost: dict | None = None  # takes {row: why it is left out}; None: a bad row ends the run
+
+    @property
+    def sampling(self) -> Sampling:
+        """How answers are sampled in training."""
+        c, recipe = self.config, self.model.recipe
+        return Sampling(c.temperature, c.top_p, recipe.max_tokens, c.top_k, recipe.stop)
 
 
 def make_actors(run: Run, method: Method, kind: str) -> Actors:
@@ -54,7 +60,7 @@ def make_actors(run: Run, method: Method, kind: str) -> Actors:
     if engine is None:
         engine = make_engine(kind, model, s.rollout, dtype)
         engine.sleep()
-    seed = s.chance.seed if s.chance.rl_seed is None else s.chance.rl_seed
+    seed = s.more.seed if s.more.rl_seed is None else s.more.rl_seed
     return Actors(model, reference, engine, None, method, s.grpo, seed, run.lost)
 
 

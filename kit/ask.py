@@ -126,7 +126,7 @@ def ask(
 def grade(method: Method, text: str, example: Example) -> dict[str, float]:
     """The parts of an answer's reward by the method's default Config. Its accuracy counts: 0, 1, or
     a fraction; DataError for anything else. text: see grpo.graded."""
-    parts = method.reward(text, example, method.Config())
+    parts = method.reward(text, example, method.config)
     if not 0 <= parts["accuracy"] <= 1:
         raise DataError(
             f"{method.file}: reward() gives accuracy = {parts['accuracy']} to question "

@@ -62,7 +62,7 @@ from families.vila import VILA
 from kit.decode import Loader
 from kit.options import OptionError, parse
 from kit.plan import PER_FRAME, SHAPES, memory, parameters, widths
-from kit.run import find_ranks, reported
+from kit.run import Meter, find_ranks, reported
 from kit.toy import write_mp4
 from model import Media, Policy, Prompt
 from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, VLLMEngine, sample
@@ -127,14 +127,6 @@ def timed(work, *arguments) -> dict[str, float]:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return {"seconds": time.perf_counter() - begin}
-
-
-def worst(numbers: dict[str, float]) -> dict[str, float]:
-    """The largest of each number over all ranks: of the slowest, the fullest one."""
-    values = torch.tensor(list(numbers.values()), dtype=torch.float64)
-    if not mrsp.alone():
-        dist.all_reduce(values, dist.ReduceOp.MAX)
-    return dict(zip(numbers, values.tolist()))
 
 
 class Laps:
@@ -253,8 +245,8 @@ class Trainer:
 
     def step(self, videos, bar: str) -> dict[str, float]:
         """A GRPO step without files and rewards; equal work for every bar. videos: frames of
-        each, or a Prompt (text). -> seconds by phase and in all, grad_norm, peak_bytes (-1: not
-        known), all of the worst rank."""
+        each, or a Prompt (text). -> seconds by phase and in all, grad_norm, peak_bytes (0: not
+        known): the largest of each over all ranks."""
         once, sharded, shared = BARS[bar]
         mesh = self.model.mesh = self.meshes[sharded]
         mine = list(range(len(videos)))[mesh.dp_rank :: mesh.dp]
@@ -293,8 +285,11 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         laps.lap("optimizer")
-        total = {"seconds": sum(laps.seconds.values()), "grad_norm": norm}
-        return worst(laps.seconds | total | {"peak_bytes": peak.read() or -1})
+        numbers = laps.seconds | {"seconds": sum(laps.seconds.values()), "grad_norm": norm}
+        meter = Meter(mesh)
+        for name, value in (numbers | {"peak_bytes": peak.read() or 0}).items():
+            meter.largest(name, value)
+        return meter.read()
 
     def train(self, video, ids: list, advantage, config: grpo.Config, prompts: int, laps) -> None:
         """Log-probs of reference and policy, loss and backward of one pack. advantage (1, G)"""
@@ -336,8 +331,9 @@ class Mrsp(Small):
             norms = [numbers["grad_norm"] for numbers in found.values()]
             if max(norms) / min(norms) - 1 > 1e-3:
                 raise RuntimeError(f"{count} frames: the bars' gradients differ in norm: {norms}")
+            found["ours"] |= ratios(found)
             for bar, numbers in found.items():
-                numbers["peak_bytes"] = max(0, int(numbers["peak_bytes"])) or None
+                numbers["peak_bytes"] = int(numbers["peak_bytes"]) or None
                 rows.append({"bar": bar, "frames": count} | numbers)
                 if trainer.is_first:
                     print(f"{count:5d} frames  {bar:10s} {numbers['seconds']:8.2f} s", flush=True)
@@ -345,47 +341,43 @@ class Mrsp(Small):
             out = Path(self.output)
             out.mkdir(parents=True, exist_ok=True)
             (out / "mrsp.json").write_text(json.dumps(rows, indent=2) + "\n")
-            plot_mrsp(rows, ratios(rows), out / "mrsp.png")
+            plot_mrsp(rows, out / "mrsp.png")
             for name, part in (("decoder", trainer.model.llm), ("tower", trainer.model.tower)):
                 print(f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters")
-            print(
-                asdict(self), *ratios(rows), f"written: {out}/mrsp.json, {out}/mrsp.png", sep="\n"
-            )
+            ours = [row for row in rows if row["bar"] == "ours"]
+            print(asdict(self), *ours, f"written: {out}/mrsp.json, mrsp.png", sep="\n")
 
 
-def ratios(rows: list) -> list[dict]:
+def ratios(found: dict) -> dict[str, float]:
     """How many times faster ours is, and its memory with sharding against that without."""
-    at = {(r["frames"], r["bar"]): r for r in rows}
-    out = []
-    for n in dict.fromkeys(r["frames"] for r in rows):
-        ours, alone = at[n, "ours"], at[n, "ours, sp 1"]
-        found = {"frames": n}
-        for bar in ("none", "stage 1", "stage 1+2"):
-            found[f"faster_than_{bar}"] = round(at[n, bar]["seconds"] / ours["seconds"], 3)
-        if ours["peak_bytes"]:
-            found["memory_to_sp_1"] = round(ours["peak_bytes"] / alone["peak_bytes"], 3)
-        out.append(found)
+    ours = found["ours"]
+    alone = found["ours, sp 1"]
+    out = {}
+    for bar in ("none", "stage 1", "stage 1+2"):
+        out[f"faster_than_{bar}"] = round(found[bar]["seconds"] / ours["seconds"], 3)
+    if ours["peak_bytes"]:
+        out["memory_to_sp_1"] = round(ours["peak_bytes"] / alone["peak_bytes"], 3)
     return out
 
 
-def plot_mrsp(rows: list, found: list, path) -> None:
+def plot_mrsp(rows: list, path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure((12, 4.8), layout="constrained")
     times, sizes = figure.subplots(1, 2)
     colors = ("#bdbdbd", "#9ecae1", "#4292c6", "#d94801", "#fdae6b")
     for b, (bar, color) in enumerate(zip(BARS, colors)):
-        places = [i + 0.17 * (b - 2) for i in range(len(found))]
         own = [r for r in rows if r["bar"] == bar]
+        places = [i + 0.17 * (b - 2) for i in range(len(own))]
         drawn = times.bar(places, [r["seconds"] for r in own], 0.16, color=color, label=bar)
         sizes.bar(places, [(r["peak_bytes"] or 0) / 2**20 for r in own], 0.16, color=color)
         if bar == "ours":
-            times.bar_label(drawn, [f"{r['faster_than_none']:.1f}x" for r in found], padding=2)
+            times.bar_label(drawn, [f"{r['faster_than_none']:.1f}x" for r in own], padding=2)
     times.set(title="seconds a step (above ours: faster than none)", yscale="log")
     times.legend()
     sizes.set(title="peak MiB")
     for axis in (times, sizes):
-        axis.set_xticks(range(len(found)), [r["frames"] for r in found])
+        axis.set_xticks(range(len(own)), [r["frames"] for r in own])
         axis.set(xlabel="frames a video")
     figure.savefig(path, dpi=110)
 

@@ -36,6 +36,7 @@ class Method:
         self.Config = self.names["Config"]
         if not (isinstance(self.Config, type) and issubclass(self.Config, grpo.Config)):
             raise DataError(f"--method {file}: Config must be a subclass of grpo.Config")
+        self.config = self.Config()  # a training run puts its own in place
 
     def call(self, name: str, *given, **more):
         """What the file's function returns; what it raises becomes a DataError."""

@@ -102,8 +102,8 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class ChanceConfig:
-    """What is drawn at random, and how often it is shown."""
+class MoreConfig:
+    """What few runs set."""
 
     seed: int = 0  # of data, weights, batches and sampling
     rl_seed: int | None = None  # of batches and sampling in GRPO; None: as seed
@@ -121,7 +121,7 @@ class Settings:
     run: OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
     ranks: OmitArgPrefixes[RanksConfig] = field(default_factory=RanksConfig)
     media: OmitArgPrefixes[MediaConfig] = field(default_factory=MediaConfig)
-    chance: OmitArgPrefixes[ChanceConfig] = field(default_factory=ChanceConfig)
+    more: OmitArgPrefixes[MoreConfig] = field(default_factory=MoreConfig)
     recipe: Recipe = field(default_factory=Recipe)
     sft: SFTConfig = field(default_factory=SFTConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
@@ -314,8 +314,10 @@ def read_settings(argv: list[str] | None = None) -> tuple[Settings, Method, list
     settings = parse(Settings, argv, preset, about=about)
     own = read_recipe(Path(settings.run.model)) if settings.run.model else None
     if own is None:
+        method.config = settings.grpo
         return settings, method, []
     settings = parse(Settings, argv, replace(preset, recipe=own), about=about)
+    method.config = settings.grpo
     lines = []
     for key, value in asdict(settings.recipe).items():
         if value != getattr(own, key):

@@ -136,7 +136,8 @@ def match(examples: list, runs: dict) -> list[tuple]:
 def describe_all(examples: list, runs: dict, places: dict) -> list[dict]:
     """A dict for each question that was asked, in the order of the rows. places: {Medium: index}.
     turn: how many of the same category, verdict and change come before. DataError: match."""
-    questions, turns = [], Counter()
+    questions = []
+    turns = Counter()
     for e, records in match(examples, runs):
         answers = [describe(e, record) for record in records]
         changed = change(*[a["accuracy"] for a in answers]) if len(runs) > 1 else ""
@@ -172,7 +173,8 @@ def strip(loader, medium, num_frames, height: int, most: int = MOST_FRAMES) -> t
         if medium.kind == "audio":
             return {"seconds": round(len(loader.sound(medium)) / 16000, 1)}, ""
         with loader.open(medium, num_frames) as frames:
-            chosen, cells = data.frame_indices(len(frames), most), []
+            chosen = data.frame_indices(len(frames), most)
+            cells = []
             # A few at once: large ones do not fit in memory.
             step = 8 if len(chosen) == len(frames) else 1
             parts = [slice(i, i + step) for i in chosen[::step].tolist()]
@@ -335,7 +337,8 @@ def plot_frames(summary: dict, path: str) -> None:
 
 def finish(run, summary: dict) -> None:
     """The end of a training run (kit.run.Run), on one rank: summary.json, curves, table, report."""
-    out, s = run.out, run.settings
+    out = run.out
+    s = run.settings
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot_curves(out / "metrics.jsonl", out / "curves.png")
     pictures = {out / "curves.png": "curves over the steps of GRPO"}

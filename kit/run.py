@@ -67,7 +67,7 @@ class Ranks:
         elif alone:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
-    def part(self) -> None:
+    def leave(self) -> None:
         """The end: the process group goes."""
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -123,7 +123,7 @@ METRICS = {
     "length": "mean tokens of an answer",
     "finished": "share of answers that ended by themselves, not at max_tokens",
     "lost_rows": "rows of the batch left out because their media do not decode (--on_bad_video)",
-    "skipped_groups": "prompts whose answers all got the same reward: they teach nothing",
+    "skipped_groups": "prompts whose answers all have advantage 0: they teach nothing",
     "clip_fraction": "share of trained tokens whose gradient a clip cut off; 0 on-policy",
     "kl": "mean k3 estimate of KL(policy || reference); 0 if the coefficient is 0",
     "ratio_error": "mean |ratio - 1| at the trained tokens; 0 on-policy",
@@ -187,7 +187,8 @@ class Meter:
     def clock(self, name: str):
         start = time.time()
         yield
-        self.mean(name, time.time() - start)
+        self.sums[name][0] += time.time() - start
+        self.sums[name][1] = 1.0  # one value of this rank, however often it runs
 
     def read(self) -> dict[str, float]:
         """All numbers so far, equal on all ranks. One exchange of a small dict from each rank."""
@@ -310,7 +311,7 @@ class Run:
 
         with self.stage(name):
             bar = self.bar(name, config.steps)
-            sft.train(model, rows, config, self.settings.chance.seed, bar, log, self.lost)
+            sft.train(model, rows, config, self.settings.more.seed, bar, log, self.lost)
 
     def save(self, model, name: str) -> None:
         """Write a checkpoint folder; rank 0 writes."""
@@ -334,7 +335,7 @@ class Run:
         """Of the test rows, for the summary: how many questions; the accuracy of guessing; how many
         of them are among the rows that are trained on (those are not held out)."""
         known = {(e.media, e.problem) for e in trained}
-        found = {"seed": self.settings.chance.seed, "questions": len(test)}
+        found = {"seed": self.settings.more.seed, "questions": len(test)}
         if test:
             found["chance"] = sum(1 / len(e.options) for e in test if e.options) / len(test)
             found["trained_on"] = sum((e.media, e.problem) in known for e in test)

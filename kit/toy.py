@@ -373,7 +373,7 @@ def named(settings, out: Path, model: Path):
 
 def sketch(settings, folder: Path):
     """A toy of one video a split in a folder, for a look at it."""
-    toy_make(folder, ToyConfig(1, 1, 1, 1, 1), settings.recipe, settings.chance.seed)
+    toy_make(folder, ToyConfig(1, 1, 1, 1, 1), settings.recipe, settings.more.seed)
     return named(settings, folder, folder / "init")
 
 
@@ -407,7 +407,7 @@ def prepare(run):
     )
     with run.stage("data"):
         bar = run.bar("videos")
-        toy_make(out, sizes, s.recipe, s.chance.seed, ranks.rank, ranks.world, bar)
+        toy_make(out, sizes, s.recipe, s.more.seed, ranks.rank, ranks.world, bar)
     model = run.load_policy(out / "init")
     for name, config in (("images", sizes.images_stage), ("base", sizes.base_stage)):
         file = {"images": "base_images", "base": "base"}[name]

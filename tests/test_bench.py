@@ -44,7 +44,7 @@ def test_every_bar_encodes_as_often_as_it_says_and_has_the_same_gradient(monkeyp
         encoded.clear()
         numbers = trainer.step(videos, bar)
         phases = "encode rollout reference logprobs backward optimizer".split()
-        assert list(numbers) == [*phases, "seconds", "grad_norm", "peak_bytes"]
+        assert set(numbers) == {*phases, "seconds", "grad_norm", "peak_bytes"}
         assert numbers["grad_norm"] > 0 and numbers["seconds"] > numbers["backward"] > 0
         frames[bar] = sum(encoded)
         grads[bar] = trainer.optimizer.grads
@@ -66,6 +66,7 @@ def test_two_ranks_measure_all_bars(tmp_path):
     bench.main(command)  # it runs itself again under torchrun
     rows = json.loads((tmp_path / "mrsp.json").read_text())
     assert [(r["frames"], r["bar"]) for r in rows] == [(n, b) for n in (2, 3) for b in bench.BARS]
+    assert rows[3]["faster_than_none"] == round(rows[0]["seconds"] / rows[3]["seconds"], 3)
     assert all(r["seconds"] > 0 and r["encode"] > 0 and "peak_bytes" in r for r in rows)
     assert (tmp_path / "mrsp.png").stat().st_size > 10_000
 
@@ -89,14 +90,12 @@ def test_medians_are_of_the_rounds_behind_the_warm_up_and_bars_take_turns():
 
 def test_ratios_compare_with_ours():
     seconds = {"none": 8.0, "stage 1": 6.0, "stage 1+2": 4.0, "ours": 2.0, "ours, sp 1": 2.0}
-    rows = [
-        {"bar": bar, "frames": 4, "seconds": s, "peak_bytes": 5 if bar == "ours" else 10}
-        for bar, s in seconds.items()
-    ]
+    found = {bar: {"seconds": s, "peak_bytes": 10} for bar, s in seconds.items()}
+    found["ours"]["peak_bytes"] = 5
     faster = {"faster_than_none": 4.0, "faster_than_stage 1": 3.0, "faster_than_stage 1+2": 2.0}
-    assert bench.ratios(rows) == [{"frames": 4} | faster | {"memory_to_sp_1": 0.5}]
-    rows = [row | {"peak_bytes": None} for row in rows]
-    assert bench.ratios(rows) == [{"frames": 4} | faster]
+    assert bench.ratios(found) == faster | {"memory_to_sp_1": 0.5}
+    found["ours"]["peak_bytes"] = None
+    assert bench.ratios(found) == faster
 
 
 def test_peak_memory_sees_what_was_freed_again(monkeypatch, capsys):

@@ -24,6 +24,8 @@ import sft
 import train
 from data import DataError, Example, Rate
 from kit import decode
+from kit.plan import make_plan
+from kit.presets import read_settings
 from kit.sound import load_audio
 from kit.toy import write_mp4
 
@@ -297,9 +299,9 @@ def test_a_run_goes_on_without_the_hostile_files(directory, hostile, toy, tmp_pa
         "--preset", "qwen2.5-vl-7b", "--model", own, "--cache_dir", str(tmp_path / "cache"),
         "--data", questions, "--sft_data", questions, "--test_data", questions, "--video_dir",
         str(folder), "--sp", "1", "--fsdp", "false", "--dtype", "float32", "--rollout", "torch",
-        "--decode_seconds", "4", "--recipe_num_frames", "4", "--recipe_max_tokens", "4",
-        "--sft_steps", "3", "--sft_groups", "8", "--grpo_steps", "3", "--grpo_prompts", "8",
-        "--grpo_update_prompts", "8", "--grpo_group", "2",
+        "--decode_seconds", "4", "--recipe.num_frames", "4", "--recipe.max_tokens", "4",
+        "--sft.steps", "3", "--sft.groups", "8", "--grpo.steps", "3", "--grpo.prompts", "8",
+        "--grpo.update_prompts", "8", "--grpo.group", "2",
     ]  # fmt: skip
     out = tmp_path / "run"
     with pytest.raises(SystemExit, match="2 of 18 media files are missing"):
@@ -417,14 +419,14 @@ def test_a_first_row_that_does_not_decode_refuses_no_run_that_skips(
 ):
     rows = write_rows(tmp_path, [f"{name}.mp4"])
     for how in ("error", "skip"):
-        preset = train.parse_options(
+        settings, _, _ = read_settings(
             ["--preset", "qwen2.5-vl-7b", "--model", str(toy / "init"), "--sp", "1", "--data"]
             + [rows, "--video_dir", str(directory[0]), "--on_bad_video"]
-            + [how, "--decode_seconds", "4", "--recipe_max_tokens", "4", "--recipe_num_frames", "4"]
+            + [how, "--decode_seconds", "4", "--recipe.max_tokens", "4", "--recipe.num_frames", "4"]
         )
-        lines, lacks = train.prepare(preset, 1)
-        assert (said in "\n".join(lines)) == (how == "skip")
-        assert (said in "\n".join(lacks)) == (how != "skip")
+        found = make_plan(settings, 1, "torch")
+        assert (said in "\n".join(found.lines)) == (how == "skip")
+        assert (said in "\n".join(found.wrong)) == (how != "skip")
 
 
 def test_files_are_opened_ahead_a_few_at_a_time(tmp_path):
@@ -537,8 +539,8 @@ def test_a_run_whose_rows_are_all_left_out_is_an_error(directory, toy, tmp_path,
     arguments = [
         "--preset", "qwen2.5-vl-7b", "--model", str(toy / "init"), "--data", rows, "--video_dir",
         str(folder), "--sp", "1", "--fsdp", "false", "--dtype", "float32", "--rollout", "torch",
-        "--on_bad_video", "skip", "--grpo_steps", "2", "--grpo_prompts", "2", "--recipe_num_frames",
-        "4", "--grpo_update_prompts", "2", "--output_dir", str(tmp_path / "run"), "--cache_dir",
+        "--on_bad_video", "skip", "--grpo.steps", "2", "--grpo.prompts", "2", "--recipe.num_frames",
+        "4", "--grpo.update_prompts", "2", "--output_dir", str(tmp_path / "run"), "--cache_dir",
         str(tmp_path / "cache"),
     ]  # fmt: skip
     with pytest.raises(SystemExit, match="GRPO had no row to learn from"):

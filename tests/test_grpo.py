@@ -385,10 +385,11 @@ def test_advantages_need_groups_of_two_or_more(shape):
         advantages(torch.zeros(shape), Config())
 
 
-def test_informative_groups_are_those_whose_rewards_differ():
-    rewards = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [0.1, 0.1, 0.0], [0.0, 1.0, 0.5]])
-    assert informative(rewards).tolist() == [False, False, True, True]
-    assert informative(rewards + 1e-8).tolist() == [False, False, True, True]
+@pytest.mark.parametrize("scale_std", (True, False))
+def test_informative_groups_are_those_whose_rewards_differ(scale_std):
+    rewards = torch.tensor([[1.0, 1.0, 1.0], [0.1, 0.1, 0.1], [0.1, 0.1, 0.0], [0.0, 1.0, 0.5]])
+    found = informative(advantages(rewards, Config(scale_std=scale_std)))
+    assert found.tolist() == [False, False, True, True]
 
 
 # ------------------------------------------------------------------------------------------- KL
@@ -503,6 +504,7 @@ NUMBERS = ("2", "1,000", "4.5")
         ("1,000", (), "1000", 1),
         ("1000.0", (), "1,000", 1),
         ("-3", (), "-3.00", 1),
+        ("3.0", (), " 3.", 1),
         (".5", (), "0.5", 1),
         ("-3", (), "3", 0),
         ("31", (), "3", 0),
@@ -544,6 +546,7 @@ def test_only_one_answer_span_counts(completion, expected):
 
 def test_an_option_whose_text_begins_like_a_letter_can_be_named():
     assert chosen_letter("A. Smith", ("J. Doe", "A. Smith")) == "B"
+    assert chosen_letter("X", ("Y", "X")) == "B"
 
 
 @pytest.mark.parametrize(

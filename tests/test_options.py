@@ -103,7 +103,7 @@ def test_help_says_something_about_every_option_and_groups_those_that_most_runs_
     most_set = words.split("run options")[1].split("ranks options")[0]
     assert len(re.findall(r"--\w+ ", most_set)) == 10
     for part, fields in asdict(PRESETS["toy"]).items():
-        prefix = "" if part in ("run", "ranks", "media", "chance") else f"{part}."
+        prefix = "" if part in ("run", "ranks", "media", "more") else f"{part}."
         for name in (name for name, value in fields.items() if not isinstance(value, dict)):
             behind = words.split(f"--{prefix}{name} ", 1)[1].split("(default")[0]
             plain = [word for word in behind.split() if word.islower() and word.isalpha()]

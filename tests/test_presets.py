@@ -88,7 +88,7 @@ def test_the_default_is_the_7b_where_there_is_a_gpu_and_the_toy_elsewhere():
 def test_options_override_a_preset_and_each_value_can_be_unset():
     line = "--preset hour --grpo.steps 3 --seed 5 --sft.lr 1e-3 --rollout.max_len None --fsdp false"
     settings, _, notes = read_settings([*line.split(), "--dtype", "float32", "--cache_dir", "none"])
-    assert (settings.grpo.steps, settings.chance.seed, settings.sft.lr) == (3, 5, 1e-3)
+    assert (settings.grpo.steps, settings.more.seed, settings.sft.lr) == (3, 5, 1e-3)
     assert settings.rollout.max_len is settings.media.cache_dir is None and not settings.ranks.fsdp
     assert replace(settings.grpo, steps=133) == PRESETS["hour"].grpo and notes == []
 

@@ -158,7 +158,7 @@ def test_a_template_whose_beginning_depends_on_thinking_is_refused(toy, model):
     bare = replace(rows[1], response="A")
     media = model.features(rows[0], 5)
     sft.to_branches(model, rows, media)
-    with pytest.raises(ModelError, match="use --sft_texts 1"):
+    with pytest.raises(ModelError, match="use --sft.texts 1"):
         sft.to_branches(model, [rows[0], bare], media)
 
 
