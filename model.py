@@ -263,7 +263,7 @@ class MultiModal(nn.Module):
         config |= {"architectures": [name], "model_type": kind}
         Path(folder, "config.json").write_text(json.dumps(config))
 
-    # -- media: how many features
+    # -- media
 
     def check_question(self, example: Example) -> None:
         """ModelError, naming the question, if it cannot be asked."""
@@ -301,8 +301,6 @@ class MultiModal(nn.Module):
             with self.loader.open(medium, num_frames, name) as frames:
                 seen = self.blank(medium.kind, *frames.shape[:3], frames.times)
             return seen._replace(track=track)
-
-    # -- media: the features
 
     def scaled(self, frames, size: tuple[int, int]) -> Tensor:
         """(F, H, W, 3) uint8 -> (F, 3, *size), normalised as preprocessor_config.json says, on the
@@ -640,9 +638,7 @@ class Policy(nn.Module):
         x = x if x.requires_grad or not torch.is_grad_enabled() else x.requires_grad_()
         return {"inputs_embeds": x, **extra}
 
-    def forward(
-        self, share: mrsp.Pack, temperature: float = 1.0, chunk: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, share: mrsp.Pack, temperature: float = 1.0, chunk: int | None = None):
         """Log-probs (M,) float32 (or wider) of the targets at a sampling temperature, and the
         entropy (M,) of each predicted distribution (no gradient). share: this rank's part of a
         Pack (mrsp.shard); the result is that of the whole Pack, on every rank. chunk: targets

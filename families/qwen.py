@@ -21,7 +21,7 @@ Differences from the families' own processors:
     DEVIATION 4: Omni's frames that are further apart than 2 s stand whole, before the sound of
         their time; its processor splits their tokens over the chunks.
 
-Check this file alone:  pytest tests/test_qwen.py tests/test_families.py -k "qwen or omni"
+Check this file alone:  pytest tests/test_pixels.py tests/test_families.py -k "qwen or omni"
 """
 
 import json
@@ -372,12 +372,13 @@ class Omni(QwenVL):
     def side_by_side(self, m: Media) -> tuple[list[int], Tensor, Tensor]:
         """A video and its audio track: ids, positions and order of their tokens, 2 s of video and
         2 s of audio in turn (DEVIATION 4)."""
-        ids, cells = self.places(m)
+        seen, cells = self.places(m)
+        heard = [self.ids[self.pads["audio"]]] * len(m.track)
         sound = torch.arange(len(m.track)).expand(3, -1)
         chunk = self.config.seconds_per_chunk * self.positions_per_second
         turn = torch.cat([cells[0] // chunk * 2, sound[0] // chunk * 2 + 1])
         order = turn.argsort(stable=True)
-        ids = torch.tensor(ids + [self.ids[self.pads["audio"]]] * len(m.track))[order].tolist()
+        ids = torch.tensor(seen + heard)[order].tolist()
         return ids, torch.cat([cells, sound], 1)[:, order], order
 
     def rows(self, m: Media) -> Tensor:
@@ -387,17 +388,13 @@ class Omni(QwenVL):
         return rows[self.side_by_side(m)[2].to(rows.device)]
 
     def place(self, m: Media) -> list[Piece]:
+        first, last = self.mark("audio")
         if m.kind == "audio":
-            start, end = self.mark("audio")
-            return [start, Piece([self.ids[self.pads["audio"]]] * len(m.features), True), end]
+            return [first, Piece([self.ids[self.pads["audio"]]] * len(m.features), True), last]
         if m.track is None:
             return super().place(m)
         ids, cells, _ = self.side_by_side(m)
-        start, end = (self.ids[token] for token in self.marks["video"])
-        begin, stop = (self.ids[token] for token in self.marks["audio"])
+        start, end = self.mark("video")
         one = torch.zeros(3, 2, dtype=torch.long)  # the marks of both share a position
-        return [
-            Piece([start, begin], cells=one),
-            Piece(ids, True, cells),
-            Piece([stop, end], cells=one),
-        ]
+        before = Piece(start.ids + first.ids, cells=one)
+        return [before, Piece(ids, True, cells), Piece(last.ids + end.ids, cells=one)]

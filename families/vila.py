@@ -14,7 +14,7 @@ Differences from VILA's own processor:
     DEVIATION 1: TSP averages what is left where the frames do not divide; VILA fails there.
     DEVIATION 2: images are resized like frames of a video, never cut into tiles.
 
-Check this file alone:  pytest tests/test_model.py tests/test_families.py -k vila
+Check this file alone:  pytest tests/test_pixels.py tests/test_families.py -k vila
 """
 
 import json
