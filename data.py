@@ -102,7 +102,7 @@ class Example:
 
 def wrong(row: dict, field: str) -> DataError:
     """The error of a field that is not what it must be."""
-    found = f"is {row[field]!r}, not" if field in row else "is missing:"
+    found = "is missing:" if row.get(field) is None else f"is {row[field]!r}, not"
     return DataError(f"field {field!r} {found} {FIELDS[field][1]}")
 
 

@@ -15,7 +15,7 @@ mrsp.py says who sees whom, so no cache is ever copied G times:
     cache of a row:   [ prompt, P keys | step 0: r_1 .. r_G | step 1: r_1 .. r_G | ... ]
     queries:            r_1 .. r_G   each sees the prompt and its own column
 
-Copied alone it needs mrsp.py, and a script AttentionInterface.register("mrsp", mrsp_attention).
+Copied alone it needs mrsp.py, and AttentionInterface.register("mrsp", mrsp_attention) to be called.
 TorchEngine wants a policy, a torch.nn.Module (such as model.MultiModal) that has
 
     llm                  decoder of transformers, attention "mrsp"; its model, lm_head and config

@@ -3,8 +3,7 @@
     torchrun --nproc_per_node 2 train.py      the whole pipeline on a toy, on two CPU cores
     torchrun --nproc_per_node 8 train.py --data rows.jsonl --video_dir videos/      GRPO on 8 GPUs,
                                               from a published 7B checkpoint
-    python train.py --preset hour --dry_run   its settings, ranks, memory and first prompt
-    python train.py --help                    every setting, with a sentence each
+    python train.py --preset hour --dry_run   its settings, ranks, memory, first prompt; or --help
 
 One GRPO step (section 4 of the paper; grpo_step below tells it in this order):
 
@@ -13,27 +12,25 @@ One GRPO step (section 4 of the paper; grpo_step below tells it in this order):
          -> pack [prompt | r_1 ... r_G] -> log-probs -> loss -> backward  mrsp.py, model.py, .loss
          -> optimizer -> engine.sync
 
-The method is grpo.py, or what `--method FILE.py` puts in its place (kit/method.py).
+The method is grpo.py, or what `--method FILE.py` puts in its place (kit/method.py). A run starts
+from a checkpoint and rows; the preset "toy" makes its own first (kit/toy.py). SFT runs if
+--sft_data names rows, evaluation if --test_data does. No checkpoint is written in mid-stage.
 
 Ranks = dp x sp (mrsp.Mesh). The sp ranks of a sequence encode its video together, sample for some
 of its prompts each, and train their share of its tokens; the dp groups take every dp-th prompt of
 a batch. Gradients are summed over all ranks and the loss is divided by global counts, so that any
 number of ranks trains the same model. --fsdp shards the parameters over all of them.
 
-A run starts from a checkpoint and rows; the preset "toy" makes its own first (kit/toy.py). SFT runs
-if --sft_data names rows, evaluation if --test_data does. No checkpoint is written in mid-stage.
-
 Outputs (--output_dir): report.html (every test question with its frames, before and after RL),
 summary.json, metrics.jsonl (kit/run.METRICS explains each), samples.jsonl, answers_*.jsonl,
-lost.jsonl (rows left out), curves.png, frames.png, and the checkpoints sft/ and model/ in the
-published layout, with recipe.json for eval.py.
+lost.jsonl (rows left out), curves.png, frames.png, and the checkpoints sft/ and model/.
 
 Glossary: B groups of a forward pass, G answers a prompt, R tokens of the longest answer, M target
 tokens. Check this file alone:  pytest tests/test_train.py
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -134,8 +131,7 @@ def grpo_step(a: Actors, batch: list, step: int, soon: list = ()) -> tuple[dict,
             meter.mean("grad_norm", update(a))
     with meter.clock("seconds_sync"):
         engine.sync(model)
-    for name in ("hits", "misses", "bytes"):
-        meter.total(f"cache_{name}", getattr(model.cache, name))
+    meter.cache(model.cache)
     return EMPTY | meter.read() | {"lr": c.lr}, groups
 
 
@@ -250,7 +246,7 @@ def train_grpo(run: Run, a: Actors, rows: list) -> None:
         metrics, groups = grpo_step(a, batches[step], step, soon=batches[step + 1])
         run.write("metrics.jsonl", {"stage": "grpo", "step": step} | metrics)
         seen += metrics["prompt_tokens"]
-        bar.set_postfix(accuracy=round(metrics.get("accuracy", 0.0), 2))
+        bar.set_postfix(accuracy=round(metrics["accuracy"], 2))
         if groups and (step % show_every == 0 or step + 1 == c.steps):
             run.show(a.model, step, groups[0])
     if not seen:
@@ -272,8 +268,8 @@ def pipeline(run: Run, method: Method, kind: str) -> dict:
         with run.stage("eval"):
             a.engine.sync(a.model)
             a.engine.wake()
-            asked = {"ranks": run.ranks, "bar": f"eval {name}"} | how
-            result = evaluate(a.model, a.engine, rows, method, **asked)
+            how |= {"ranks": run.ranks, "bar": f"eval {name}"}
+            result = evaluate(a.model, a.engine, rows, method, **how)
             a.engine.sleep()
             for record in result["records"] if file else ():
                 run.write(file, record)
@@ -295,8 +291,8 @@ def pipeline(run: Run, method: Method, kind: str) -> dict:
     if test:
         found["grpo"] = after = test_on(test, "after GRPO", "answers_after.jsonl")
         if s.eval.frames:
-            curve = {n: test_on(test, f"{n} frames", num_frames=n) for n in s.eval.frames}
-            after["by_frames"] = {str(n): result["accuracy"] for n, result in curve.items()}
+            curve = {str(n): test_on(test, f"{n} frames", num_frames=n) for n in s.eval.frames}
+            after["by_frames"] = {n: result["accuracy"] for n, result in curve.items()}
         if s.eval.other_data:
             others = run.rows(s.eval.other_data)
             after["other_environment"] = test_on(others, "other environment")["accuracy"]
@@ -324,7 +320,6 @@ def main(argv=None) -> dict | None:
                 lines = plan.check(run.settings, ranks)
             run.say("\n".join(notes + lines))
             summary = pipeline(run, method, kind)
-            summary["settings"] = asdict(run.settings)
             ranks.leave()
             if ranks.rank == 0:  # the others need not wait while videos are decoded for it
                 report.finish(run, summary)

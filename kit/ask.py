@@ -257,7 +257,7 @@ class Job:
         if "asked" in vars(self):
             self.asked[1].close()
         self.loader.close()
-        self.ranks.part()
+        self.ranks.leave()
 
 
 def check_media(look: MultiModal, examples: list[Example]) -> None:

@@ -24,7 +24,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import DataError, Example, parse_line, read_rows
+from data import DataError, Example, read_rows
 from grpo import graded
 from kit.ask import AskConfig, Job, above_zero, ask, grade
 from kit.options import parse
@@ -110,7 +110,6 @@ def kept_rows(job: Job, rates: dict[str, dict]):
     for where, row in read_rows(job.source):
         if where in job.malformed:
             continue
-        row = parse_line(row, where) if isinstance(row, bytes) else row
         rate = rates.get(str(row["problem_id"]))  # None: left out by --limit
         if rate and fate(rate, job.config) == "kept":
             yield row | {"pass_rate": rate["pass_rate"]}

@@ -183,6 +183,11 @@ class Meter:
         found = torch.as_tensor(values, dtype=torch.float64).detach().max().item()
         self.most[name] = maximum([self.most.get(name, 0.0), found])
 
+    def cache(self, cache: mrsp.EmbeddingCache) -> None:
+        """Its counters, since the start of the run."""
+        for name in ("hits", "misses", "bytes"):
+            self.total(f"cache_{name}", getattr(cache, name))
+
     @contextmanager
     def clock(self, name: str):
         start = time.time()

@@ -121,13 +121,13 @@ def test_longvideo_reason_is_the_own_format(toy):
 @pytest.mark.parametrize(
     "name, change, message",
     [
-        ("videomme", {"duration": None}, "field 'problem_type' is None, not a category"),
+        ("videomme", {"duration": None}, "field 'problem_type' is missing: a category"),
         ("videomme", {"answer": "E"}, "answer 'E' is no letter of its 4 options"),
         ("videomme", {"options": ["A. x", "C. y"]}, r"option letters \['A', 'C'\]"),
         ("longvideobench", {"correct_choice": 5}, "answer 'F' is no letter of its 5 options"),
         ("longvideobench", {"correct_choice": -1}, "answer 'Z' is no letter"),
         ("longvideobench", {"correct_choice": None}, "not as longvideobench has it"),
-        ("nextqa", {"type": "XX"}, "field 'problem_type' is None, not a category"),
+        ("nextqa", {"type": "XX"}, "field 'problem_type' is missing"),
         ("nextqa", {"answer": "two"}, "row 2 is not as nextqa has it: .*'two'"),
         ("nextqa", {}, "the id '4010069381-6' occurs twice"),
         ("vnbench", {"gt": 9}, "row 2 is not as vnbench has it: '9' is not in list"),

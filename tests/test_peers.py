@@ -53,8 +53,9 @@ def _exchange_rank(rank):
     from yunchang.comm.all_to_all import SeqAllToAll4D
 
     group, g = dist.group.WORLD, torch.Generator().manual_seed(rank)
-    make = lambda h: torch.randn(3, h, 5, 4, generator=g, dtype=torch.float64)  # noqa: E731
-    q, k = make(8).requires_grad_(), make(4).requires_grad_()  # (B, H, Ls, D)
+    q, k = (torch.randn(3, h, 5, 4, generator=g, dtype=torch.float64) for h in (8, 4))
+    q.requires_grad_()  # (B, H, Ls, D)
+    k.requires_grad_()
     ups = []
     for x, ours in zip((q, k), mrsp.tokens_for_heads([q, k], group), strict=True):
         # theirs is (B, L, H, D); both have my heads of all tokens, ranks in order
@@ -72,6 +73,7 @@ def _exchange_rank(rank):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_exchange_of_tokens_for_heads_equals_that_of_yunchang(world):
     """Both ways and both gradients, for different numbers of heads, over gloo."""

@@ -16,6 +16,7 @@ import data
 import train
 from families import load
 from kit import plan, presets
+from kit.decode import Loader
 from kit.presets import PRESETS, read_settings
 from model import Recipe
 from rollout import RolloutError
@@ -198,7 +199,7 @@ def test_a_dry_run_on_a_checkpoint_shows_the_prompt_that_a_run_trains_on(
     out = capsys.readouterr().out
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
     model = load(models / MODEL[preset])
-    model.recipe = read_settings(argv)[0].recipe
+    model.recipe, model.loader = read_settings(argv)[0].recipe, Loader()  # which can hear
     prompt = model.prompt(data.load_rows(argv[argv.index("--data") + 1], str(rows / "v"))[0])
     assert f"first prompt: {len(prompt.ids)} tokens, {len(prompt.media_at)} of them" in out
     assert prompt.text in out
