@@ -242,18 +242,13 @@ class MultiModal(nn.Module):
     def save_pretrained(self, folder: str, write: bool = True) -> None:
         """Write the published layout, loadable again. With sharded parameters every rank calls this
         (they are gathered one by one), and one of them writes."""
-        each = self.decoder_weights()
         # Copied if gathered: a view of a larger, padded tensor cannot be saved.
-        weights = {name: x.to("cpu", copy=self.sharded) for name, x in each if write}
+        weights = {k: x.to("cpu", copy=self.sharded) for k, x in self.decoder_weights() if write}
         if write:
             root = Path(folder)
             root.mkdir(parents=True, exist_ok=True)
             self.write(root, weights)
             (root / "recipe.json").write_text(json.dumps(asdict(self.recipe), indent=2))
-
-    def load_recipe(self, root: Path, default: Recipe | None = None) -> None:
-        """Take over recipe.json; without one, the default if there is one."""
-        self.recipe = read_recipe(root) or default or self.recipe
 
     def save_config(self, folder: str) -> None:
         """Config and tokenizer of the decoder as a text model, no weights: what vLLM builds."""

@@ -5,7 +5,7 @@ model.MultiModal, an entry of load(), and a tiny model in tests/zoo.py. It defin
 
     takes mrope together timed levels decoder_kind     attributes, explained in MultiModal
     tower, projector                          modules, empty if there are none
-    from_pretrained(folder, dtype, weights)   read the published layout; load_recipe() at its end
+    from_pretrained(folder, dtype, weights)   read the published layout, and recipe.json
     write(root, weights)                      write it: the decoder's tensors are given
 and, unless it takes no media,
     encoder_settings() -> list                what features depend on, besides weights

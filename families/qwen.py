@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 import mrsp
 from families.files import folder_of, load_part, load_tokenizer, read_json
-from model import Media, ModelError, MultiModal, Piece
+from model import Media, ModelError, MultiModal, Piece, read_recipe
 
 
 def smart_resize(
@@ -172,7 +172,7 @@ class QwenVL(MultiModal):
         tokenizer = load_tokenizer(root)
         whole = load_part(cls.kind, root, dtype, weights, cls.skip)
         model = cls(whole, tokenizer, preprocess, video)
-        model.load_recipe(root)
+        model.recipe = read_recipe(root) or model.recipe
         return model
 
     def write(self, root: Path, weights: dict) -> None:

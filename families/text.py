@@ -17,7 +17,7 @@ from torch import nn
 
 import mrsp
 from families.files import folder_of, load_part, load_tokenizer
-from model import ModelError, MultiModal, Prompt
+from model import ModelError, MultiModal, Prompt, read_recipe
 
 
 def text_class(root: Path):
@@ -55,7 +55,7 @@ class Text(MultiModal):
         root = folder_of(folder, weights)
         llm = load_part(text_class(root), root, dtype, weights)
         model = cls(llm, load_tokenizer(root))
-        model.load_recipe(root)
+        model.recipe = read_recipe(root) or model.recipe
         if weights:
             model.try_packing()
         return model

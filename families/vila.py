@@ -31,7 +31,7 @@ from transformers import Qwen2ForCausalLM
 
 import mrsp
 from families.files import check_tensors, folder_of, load_part, load_tokenizer, read_json
-from model import Media, ModelError, MultiModal, Piece, Recipe, agreed
+from model import Media, ModelError, MultiModal, Piece, Recipe, agreed, read_recipe
 
 
 class BlockDownsample(nn.Module):
@@ -159,7 +159,7 @@ class VILA(MultiModal):
             raise ModelError(f"{folder}: the embedding has no room for VILA's media tokens")
         model = cls(config, llm, tower, projector.to(dtype), tokenizer, preprocess)
         frames = config.get("num_video_frames") or Recipe.num_frames
-        model.load_recipe(root, Recipe(num_frames=frames))
+        model.recipe = read_recipe(root) or Recipe(num_frames=frames)
         return model
 
     def write(self, root: Path, weights: dict) -> None:

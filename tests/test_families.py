@@ -24,7 +24,7 @@ import mrsp
 from data import Example, Medium
 from families import load
 from families.text import Text
-from families.vila import VILA
+from families.vila import VILA, BlockDownsample
 from kit.decode import Loader
 from kit.sound import load_audio
 from model import Media, ModelError
@@ -62,39 +62,29 @@ TIE = pytest.mark.parametrize("tie", [True, pytest.param(False, marks=SLOW)])
 # ---------------------------------------------------- log-probs, against transformers' own models
 
 
-def by_loops(model: VILA, root, medium, num_frames: int) -> list[torch.Tensor]:
-    """Embeddings of each (pooled) frame: SigLIP, projector and TSP, one value after the other."""
+def by_layers(model: VILA, root, medium, num_frames: int) -> list[torch.Tensor]:
+    """Embeddings of each (pooled) frame: SigLIP, projector and TSP, layer by layer."""
     p = load_file(root / "mm_projector/model.safetensors")
     tower = transformers.SiglipVisionModel.from_pretrained(root / "vision_tower")
     frames, _ = data.load_media(medium, num_frames)
-    size, n = tower.config.image_size, 3 if "layers.7.weight" in p else 2
-    hidden = tower(model.scaled(frames, (size, size)), output_hidden_states=True).hidden_states[-2]
-    side, found = size // 16, []
-    layers = [1, 2, "gelu", 4, *([5, "gelu", 7] if n == 3 else [])]
-    for patches in hidden:
-        padded = F.pad(patches.view(side, side, -1), (0, 0, 0, n - 1, 0, n - 1))
-        rows = []
-        for by in range(0, side, n):
-            for bx in range(0, side, n):
-                x = padded[by : by + n, bx : bx + n].flatten()
-                for i in layers:
-                    if i == "gelu":
-                        x = F.gelu(x)
-                    elif (w := p[f"layers.{i}.weight"]).ndim == 1:
-                        x = F.layer_norm(x, x.shape, w, p[f"layers.{i}.bias"])
-                    else:
-                        x = w @ x + p[f"layers.{i}.bias"]
-                rows.append(x)
-        x = torch.stack(rows).view(math.isqrt(len(rows)), math.isqrt(len(rows)), -1)
-        old = model.config["mm_projector_cfg"]["mm_projector_type"] == "mlp_downsample"
-        found.append(x.transpose(0, 1) if old else x)  # column by column, before it was mended
+    size = (tower.config.image_size,) * 2
+    x = tower(model.scaled(frames, size), output_hidden_states=True).hidden_states[-2]
+    three = "layers.7.weight" in p
+    old = model.config["mm_projector_cfg"]["mm_projector_type"] == "mlp_downsample"
+    x = BlockDownsample(3 if three else 2, old)(x)  # by loops: test_pixels.py
+    for i in (1, 2, "gelu", 4, *((5, "gelu", 7) if three else ())):
+        if i == "gelu":
+            x = F.gelu(x)
+        elif (w := p[f"layers.{i}.weight"]).ndim == 1:
+            x = F.layer_norm(x, w.shape, w, p[f"layers.{i}.bias"])
+        else:
+            x = x @ w.T + p[f"layers.{i}.bias"]
     encoder = model.config.get(f"{medium.kind}_encoder", {})
     t, h, w = encoder.get("pool_sizes", [[1, 1, 1]])[0] if isinstance(encoder, dict) else (1, 1, 1)
-    pooled = []
-    for first in range(0, len(found), t):
-        group = torch.stack(found[first : first + t])
-        rows, columns = range(0, group.shape[1], h), range(0, group.shape[2], w)
-        means = [group[:, y : y + h, x : x + w].mean((0, 1, 2)) for y in rows for x in columns]
+    side, pooled = math.isqrt(x.shape[1]), []
+    for group in x.unflatten(1, (side, side)).split(t):  # (t, side, side, D)
+        cells = [(y, x) for y in range(0, side, h) for x in range(0, side, w)]
+        means = [group[:, y : y + h, x : x + w].mean((0, 1, 2)) for y, x in cells]
         pooled.append(torch.stack(means))
     return pooled
 
@@ -106,7 +96,7 @@ def seen_apart(model, root, example, num_frames=5) -> tuple[str, dict]:
     for m in example.media:
         if isinstance(model, VILA):
             token = "<image>" if m.kind == "image" else "<vila/video>"
-            found = by_loops(model, root, m, num_frames)
+            found = by_layers(model, root, m, num_frames)
             words += "".join(token * len(x) + "\n" for x in found)
             given.setdefault("features", []).extend(found)
             continue

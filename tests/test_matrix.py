@@ -1,6 +1,6 @@
 """Every family with everything it takes: SFT, a GRPO step, sequence parallelism, both samplers.
 
-The outcome is a table:  pytest tests/test_matrix.py -m "slow or not slow" --table docs/models.md
+The outcome is a table:  pytest -m "" tests/test_matrix.py --table docs/models.md
 (with vLLM). Three cells run always, the others with -m slow.
 """
 
