@@ -30,7 +30,7 @@ tokens. Check this file alone:  pytest tests/test_train.py
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -300,7 +300,7 @@ def pipeline(run: Run, method: Method, kind: str) -> dict:
             after["wrong_video"] = test_on(swap_media(test), "wrong video")["accuracy"]
     a.engine.close()
     found["lost"] = run.list_lost()
-    return found | {"seconds": run.seconds | {"total": run.age}}
+    return found | {"seconds": run.seconds | {"total": run.age}, "settings": asdict(s)}
 
 
 def main(argv=None) -> dict | None:

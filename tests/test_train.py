@@ -339,7 +339,7 @@ def test_the_whole_pipeline_runs_on_two_ranks_and_its_model_scores_the_same_agai
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary) == set(
-        "seed chance sft control grpo questions lost seconds settings".split()
+        "seed chance sft control grpo questions trained_on lost seconds settings".split()
     )
     assert summary["settings"]["grpo"]["prompts"] == 4 and "recipe" in summary["settings"]
     assert set(summary["grpo"]) >= {
