@@ -57,7 +57,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
 
-from mrsp import Layout, Mesh, gather_dealt, pad_prompts
+from mrsp import Layout, Mesh, gather_dealt, pack
 
 
 class RolloutError(RuntimeError):
@@ -191,12 +191,12 @@ class TorchEngine:
         uniform = torch.stack(rows).to(device)  # (B, steps, G)
 
         # Prefill (B, P). All answers of a prompt start from the state of its last token.
-        lengths = [len(prompt.ids) for prompt in prompts]
-        ids, segment, order, positions, *media = pad_prompts(prompts, max(lengths), device)
-        layout = Layout(segment, order, segment, order, [[[(0, 0, p)] for p in lengths]])
+        alone = pack(prompts, [[] for _ in prompts])  # without answers
         cache = DynamicCache(config=self.policy.llm.config)
-        states = self._states(cache, layout, positions, ids, *media)  # (B, P, D)
-        length = torch.tensor(lengths, device=device)
+        inputs = (alone.ids, alone.media, alone.media_at)
+        states = self._states(cache, alone.layout, alone.positions, *inputs)  # (B, P, D)
+        segment, order = alone.segment, alone.order
+        length = torch.tensor([len(prompt.ids) for prompt in prompts], device=device)
         last = states[torch.arange(len(prompts), device=device), length - 1]  # (B, D)
         hidden = last[:, None].expand(-1, n, -1)  # (B, G, D)
 
@@ -220,7 +220,7 @@ class TorchEngine:
             segment = torch.cat([segment, columns], 1)
             order = torch.cat([order, now], 1)
             position = (after + t)[:, None].expand(-1, n)
-            if positions.ndim == 3:  # M-RoPE: text has three equal rows
+            if alone.positions.ndim == 3:  # M-RoPE: text has three equal rows
                 position = position.expand(3, -1, -1)
             layout = Layout(columns, now, segment, order)
             hidden = self._states(cache, layout, position, token)

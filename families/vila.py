@@ -31,7 +31,7 @@ from transformers import Qwen2ForCausalLM
 
 import mrsp
 from families.files import check_tensors, folder_of, load_part, load_tokenizer, read_json
-from model import Media, ModelError, MultiModal, Piece, Recipe, agreed, read_recipe
+from model import Media, ModelError, MultiModal, Piece, Recipe, read_recipe
 
 
 class BlockDownsample(nn.Module):
@@ -221,7 +221,7 @@ class VILA(MultiModal):
         pixels = []  # of each medium, (F, 3, S, S): whole, on every rank
         for e in examples:
             self.check_question(e)
-        with agreed(self.mesh.sp_group):
+        with mrsp.agreed(self.mesh.sp_group):
             for e in examples:
                 for m in e.media:
                     with self.loader.open(m, num_frames, e.id) as frames:

@@ -525,7 +525,7 @@ class Attention(Options):
 def pairs(layout) -> float:
     """Query-key pairs that the block attention computes; a square on the diagonal counts half."""
     total = 0.0
-    for queries, keys, causal in layout.blocks(0):  # slices of (B, H, L)
+    for queries, keys, causal in layout.plan[0]:  # slices of (B, H, L)
         area = (queries[2].stop - queries[2].start) * (keys[2].stop - keys[2].start)
         total += area / 2 if causal else area
     return total
@@ -561,7 +561,7 @@ def attention_row(length, group, heads, plain=False, repeats=3, **where) -> dict
         "torch": lambda: torch_kernel(q, k, v, is_causal=True, enable_gqa=True),
     }
     if plain:
-        ways["plain"] = lambda: plain_softmax(q, k, v, layout.mask())
+        ways["plain"] = lambda: plain_softmax(q, k, v, layout.mask)
     bars = {name: partial(timed, gradients, ways[name], (q, k, v), upstream) for name in ways}
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if "cuda" in device else nullcontext():
         found = measure(bars, repeats)

@@ -118,7 +118,7 @@ def test_pairs_are_those_of_the_mask():
     branches = [[torch.ones(r, dtype=torch.long) for r in (5, 1, 3)]]
     layout = mrsp.pack([bench.text_prompt(40, 512)], branches).layout
     # a diagonal of n counts n / 2 too few: of the prompt and of each answer
-    assert bench.pairs(layout) == layout.mask().sum() - 49 / 2
+    assert bench.pairs(layout) == layout.mask.sum() - 49 / 2
 
 
 def test_attention_is_timed_in_three_ways_and_they_agree(monkeypatch):
