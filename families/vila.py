@@ -219,6 +219,7 @@ class VILA(MultiModal):
             return super().features_trainable(examples, num_frames)
         size = self.fit("video", 0, 0, 0)  # that of all frames and images
         pixels = []  # of each medium, (F, 3, S, S): whole, on every rank
+        times = []
         for e in examples:
             self.check_question(e)
         with mrsp.agreed(self.mesh.sp_group):
@@ -226,9 +227,10 @@ class VILA(MultiModal):
                 for m in e.media:
                     with self.loader.open(m, num_frames, e.id) as frames:
                         pixels.append(self.scaled(frames[: len(frames)], size))
+                        times.append(frames.times)
         joined = mrsp.encode_parallel(self.project, torch.cat(pixels), self.mesh.sp_group)
-        found = iter(joined.split([len(frames) for frames in pixels]))
-        return [[Media(m.kind, next(found)) for m in e.media] for e in examples]
+        found = iter(zip(joined.split([len(frames) for frames in pixels]), times))
+        return [[Media(m.kind, *next(found)) for m in e.media] for e in examples]
 
     def place(self, m: Media) -> list[Piece]:
         """Each frame's features with the tokens before and behind."""
