@@ -394,8 +394,8 @@ def copies(prompts, branches, context=None) -> tuple[list, list, list | None]:
 def deal(segment: Tensor, outer: int) -> list[Tensor]:
     """Deal the tokens of a packed row, segment (L,), to the outer ranks: rank r gets chunks r and
     2 * outer - 1 - r of the prompt, and whole answers, the longest first to the rank with the
-    fewest tokens. Returns the columns that each has, without padding. A prompt of 8, answers of 2
-    and 3:
+    fewest tokens. Returns the columns that each has, in order, without padding. A prompt of 8,
+    answers of 2 and 3:
 
     >>> deal(torch.tensor([0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 2, 2, -1]), 2)
     [tensor([ 0,  1,  6,  7, 10, 11, 12]), tensor([2, 3, 4, 5, 8, 9])]
@@ -404,9 +404,10 @@ def deal(segment: Tensor, outer: int) -> list[Tensor]:
     chunks = prompt.tensor_split(2 * outer)  # of a short prompt some are empty
     parts = [torch.cat([chunks[r], chunks[-1 - r]]) for r in range(outer)]
     for answer in sorted(answers, key=len, reverse=True):
-        fewest = min(range(outer), key=[len(part) for part in parts].__getitem__)
+        sizes = [len(part) for part in parts]
+        fewest = sizes.index(min(sizes))
         parts[fewest] = torch.cat([parts[fewest], answer])
-    return parts
+    return [part.sort().values for part in parts]
 
 
 @dataclass
