@@ -54,6 +54,7 @@ import zlib
 from collections import OrderedDict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -66,6 +67,8 @@ from torch.distributed.tensor import DTensor
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
+PATIENCE = timedelta(days=1)  # that a rank waits for others: a long video takes more than the usual
+#   10 or 30 minutes to decode, a large checkpoint to save
 DENSE_LIMIT = 2048  # longest packed sequence for which the (L, L) mask is built
 SUFFIX = ".mrsp.safetensors"  # of the cache's files
 RING_BYTES = 2 << 30  # "auto": K/V of a prompt and layer above this travel in a ring, not at once
@@ -155,7 +158,9 @@ def make_mesh(sp: int = 1, method: str = "auto", heads: int = 1, kv_heads: int =
 
     def mine(groups):  # (n, ranks of each): every rank makes all n process groups, and gets its own
         each = groups.tolist()
-        return dist.new_subgroups_by_enumeration(each)[0] if len(each[0]) > 1 else None
+        if len(each[0]) == 1:
+            return None
+        return dist.new_subgroups_by_enumeration(each, PATIENCE)[0]
 
     grid = torch.arange(world).view(-1, sp // u, u)  # (dp, O, U)
     groups = mine(grid.flatten(1)), mine(grid.mT.flatten(0, 1)), mine(grid.flatten(0, 1))

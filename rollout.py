@@ -46,6 +46,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -314,6 +315,9 @@ def import_vllm():
     # Its second model runner keeps a copy of a prompt's embeddings on the GPU for each answer,
     # beside the memory that it was given; the first one has one buffer, and takes our positions.
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    # Or it compiles a sampler at its start, and dies on a node without nvcc. Requests with seeds of
+    # their own, as ours have, are never sampled by that one.
+    os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
@@ -429,14 +433,12 @@ class VLLMEngine:
             )
         self.max_len = self.config.max_len or self.policy.llm.config.max_position_embeddings
         self.sleeping = []  # parts of the memory that are given back
-        self.folder = tempfile.TemporaryDirectory()  # config and tokenizer, no weights
-        self.policy.save_config(self.folder.name)
-        self._widen(Path(self.folder.name, "config.json"))
+        folder = self._save_config()
         devices = [torch.cuda.current_device()] if self.cuda else []
         states = (random.getstate(), np.random.get_state())
         try:
             with torch.random.fork_rng(devices):  # vLLM seeds all generators: put them back
-                self.llm = vllm.LLM(self.folder.name, **self._options(world))
+                self.llm = vllm.LLM(str(folder), **self._options(world))
         except Exception as error:
             raise RolloutError(
                 f"vLLM does not start: {error} (its settings are called --rollout.memory, .kv_gb, "
@@ -460,18 +462,28 @@ class VLLMEngine:
     def _options(self, world: int) -> dict:
         """What vllm.LLM is started with."""
         c = self.config
-        options = dict(dtype=self.dtype, load_format="dummy", generation_config="vllm")
-        # Each rank has its own engine (or tp of them one).
-        backend = "external_launcher" if world > 1 else "uni"
-        options |= dict(distributed_executor_backend=backend, tensor_parallel_size=c.tp)
-        options |= dict(max_model_len=self.max_len, max_num_seqs=c.max_seqs)
-        options |= dict(gpu_memory_utilization=c.memory, enforce_eager=c.eager or not self.cuda)
-        options |= dict(enable_prefix_caching=True, enable_prompt_embeds=True)
-        options |= dict(disable_log_stats=False)  # they count the prefilled tokens
-        # On a CPU no chunks: there vLLM 0.32 fails at a chunk of a seeded request.
-        options |= dict(enable_sleep_mode=self.cuda, enable_chunked_prefill=self.cuda)
-        tokens = c.prefill_tokens if self.cuda else max(c.prefill_tokens, self.max_len)
-        options |= dict(max_num_batched_tokens=tokens, block_size=None if self.cuda else 32)
+        options = {
+            "dtype": self.dtype,
+            "load_format": "dummy",  # weights come by sync()
+            "generation_config": "vllm",
+            # Each rank has its own engine (or tp of them one).
+            "distributed_executor_backend": "external_launcher" if world > 1 else "uni",
+            "tensor_parallel_size": c.tp,
+            "max_model_len": self.max_len,
+            "max_num_seqs": c.max_seqs,
+            "gpu_memory_utilization": c.memory,
+            "enable_prefix_caching": True,
+            "enable_prompt_embeds": True,
+            "disable_log_stats": False,  # they count the prefilled tokens
+            "async_scheduling": False,  # as on CPUs, where all of this is tested
+            "enable_sleep_mode": self.cuda,
+            "enable_chunked_prefill": self.cuda,
+        }
+        if self.cuda:
+            options |= {"enforce_eager": c.eager, "max_num_batched_tokens": c.prefill_tokens}
+        else:  # no chunks: vLLM 0.32 fails there at a chunk of a seeded request
+            options |= {"enforce_eager": True, "block_size": 32}
+            options["max_num_batched_tokens"] = max(c.prefill_tokens, self.max_len)
         if c.kv_gb or not self.cuda:
             options["kv_cache_memory_bytes"] = int((c.kv_gb or 1.0) * 2**30)
         return options
@@ -481,16 +493,33 @@ class VLLMEngine:
         t = self.temperature
         return logits if logits is None or t == 1 else logits.float() / t
 
-    def _widen(self, path: Path) -> None:
-        """Make room in the decoder's config.json for positions up to max_len (vLLM makes its table
-        as long as the checkpoint says) and for deepstack."""
-        config = json.loads(path.read_text())
+    def _save_config(self) -> Path:
+        """A folder with config and tokenizer of the decoder, no weights, in vLLM's cache, named by
+        what is in it: so vLLM finds what it has compiled, at the next start and on other ranks.
+        The config has room for positions up to max_len (vLLM makes its table as long as the
+        checkpoint says) and for deepstack."""
+        from vllm import envs
+
+        root = Path(envs.VLLM_CACHE_ROOT, "policies")
+        root.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(dir=root))
+        self.policy.save_config(new)
+        config = json.loads((new / "config.json").read_text())
         config["max_position_embeddings"] = max(self.max_len, config["max_position_embeddings"])
         if self.policy.levels:
             register_deepstack(self.config.eager or not self.cuda)
             # vLLM's name for inputs that are wider than the decoder.
             config |= {"architectures": [DEEPSTACK], "projection_size": self.policy.media_width}
-        path.write_text(json.dumps(config))
+        (new / "config.json").write_text(json.dumps(config))
+        digest = hashlib.sha256()
+        for file in sorted(new.iterdir()):
+            digest.update(file.name.encode() + file.read_bytes())
+        folder = root / digest.hexdigest()[:16]
+        try:
+            os.rename(new, folder)
+        except OSError:  # it is there, from an earlier start or another rank
+            shutil.rmtree(new)
+        return folder
 
     def _find(self, kind: str) -> list:
         """The modules of this class in vLLM's model."""
@@ -510,7 +539,6 @@ class VLLMEngine:
         gc.unfreeze()  # vLLM froze everything there was when it started
         self.llm = None
         self.blocked = "it was closed: call restart()"
-        self.folder.cleanup()
         atexit.unregister(self.close)
         gc.collect()
 
@@ -535,7 +563,8 @@ class VLLMEngine:
         # embedding is not made anew by reload_weights (0.32): it would be that of old weights.
         for head in self._find("ParallelLMHead"):
             head.quant_method.process_weights_after_loading(head)
-        self.llm.reset_prefix_cache()  # K/V of the old weights
+        if not self.llm.reset_prefix_cache():  # K/V of the old weights
+            raise RolloutError("vLLM kept the K/V of old weights: requests are still running")
         self.blocked = ""
 
     def sleep(self) -> None:

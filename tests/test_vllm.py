@@ -193,7 +193,7 @@ def test_what_was_made_of_old_weights_is_dropped(stand, monkeypatch, forgetful):
     """Cached K/V, the packed copy of a tied LM head; and without doing so log-probs differ."""
     stand.out()
     if forgetful:
-        monkeypatch.setattr(stand.engine.llm, "reset_prefix_cache", lambda: None)
+        monkeypatch.setattr(stand.engine.llm, "reset_prefix_cache", lambda: True)
     change(stand.model, 1.2, "k_proj")  # embeddings stay: the cache's keys are the same
     change(stand.model, 1.2, "v_proj")
     stand.engine.sync(stand.model)
