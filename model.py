@@ -37,7 +37,7 @@ import json
 import math
 import re
 import sys
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -540,6 +540,16 @@ class MultiModal(nn.Module):
         for p in self.parameters():
             if p.requires_grad:  # made in the precision of the layer, and moved by small steps
                 p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
+
+    @contextmanager
+    def without_adapters(self):
+        """Within this block the decoder computes as if it had no adapters."""
+        adapted = [layer for layer in self.llm.modules() if hasattr(layer, "base_layer")]
+        for layer in adapted:
+            layer.enable_adapters(False)
+        yield
+        for layer in adapted:
+            layer.enable_adapters(True)
 
     @torch.no_grad()
     def merge_adapters(self) -> None:

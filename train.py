@@ -216,7 +216,8 @@ def make_passes(a: Actors, groups: list[Group], meter: Meter, on_policy: bool) -
         if not on_policy:  # in the first update the old policy is the policy itself
             one.fixed["old_logp"] = one.log_probs(a.model, temperature)[0]
         if a.config.kl_coef:
-            one.fixed["ref_logp"] = one.log_probs(a.reference, temperature)[0]
+            with a.referring() as reference:
+                one.fixed["ref_logp"] = one.log_probs(reference, temperature)[0]
         passes.append(one)
     return passes
 
