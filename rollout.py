@@ -119,6 +119,21 @@ def response(policy, ids: Tensor, logps: Tensor, finished: bool) -> Response:
     return Response(ids, logps, policy.tokenizer.decode(ids[:-1] if ended else ids), finished)
 
 
+def in_parts(sizes: list[int], limit: int, count: int | None = None) -> list[slice]:
+    """Slices of consecutive items, at most `count` in each. Together they take at most `limit`, each
+    as much as the largest of them (padding); or it is one that takes more.
+
+    >>> in_parts([3, 3, 1, 9, 2], 6)
+    [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None), slice(4, 5, None)]
+    """
+    cuts = [0]
+    for i in range(1, len(sizes)):
+        together = i + 1 - cuts[-1]  # with item i
+        if max(sizes[cuts[-1] : i + 1]) * together > limit or together > (count or together):
+            cuts.append(i)
+    return [slice(a, b) for a, b in itertools.pairwise([*cuts, len(sizes)]) if a < b]
+
+
 def sample(engine, prompts, seeds, n: int, sampling: Sampling, mesh: Mesh) -> list[list[Response]]:
     """n answers to each prompt of this rank's sequence, in order. All S ranks of a sequence call
     this with the same prompts and seeds, and get the same answers: rank r samples for prompts r,
@@ -142,12 +157,14 @@ class TorchEngine:
 
     tp = 1  # ranks that share an engine
 
-    def __init__(self, policy, batch_prompts: int = 64, dtype=None):
-        """dtype: sample from a copy of the decoder in this precision, made before the policy's
-        parameters are sharded. None: from the policy's own weights."""
+    def __init__(self, policy, batch_prompts: int = 64, dtype=None, batch_tokens: int = 2**17):
+        """At most batch_prompts prompts at a time, and batch_tokens tokens of them, padding too
+        (their K/V: 57 KB each in a 7B). dtype: sample from a copy of the decoder in this precision,
+        made before the policy's parameters are sharded. None: from the policy's own weights."""
         self.policy = policy if dtype is None else with_own_decoder(policy, dtype)
         self.copied = dtype is not None
         self.batch_prompts = batch_prompts
+        self.batch_tokens = batch_tokens
         self.prefilled = 0  # prompt tokens computed so far
 
     @torch.no_grad()
@@ -175,8 +192,8 @@ class TorchEngine:
         self.policy.eval()
         try:
             out = []
-            for i in range(0, len(prompts), self.batch_prompts):
-                part = slice(i, i + self.batch_prompts)
+            lengths = [len(prompt.ids) for prompt in prompts]
+            for part in in_parts(lengths, self.batch_tokens, self.batch_prompts):
                 out += self._generate(prompts[part], n, sampling, seeds[part])
             return out
         finally:
@@ -616,7 +633,8 @@ class VLLMEngine:
         before = self._prefilled()
         found = []
         try:
-            for part in self._parts(prompts):
+            bytes_of = [0 if p.media is None else len(p.ids) * p.media[0].nbytes for p in prompts]
+            for part in in_parts(bytes_of, AT_ONCE):
                 requests = [self._request(prompt) for prompt in prompts[part]]
                 found += self.llm.generate(requests, params[part], use_tqdm=False)
                 # One more step, with nothing to do: only then does vLLM drop the embeddings of the
@@ -651,19 +669,6 @@ class VLLMEngine:
             own["extra_args"] = {"positions": prompt.positions.cpu()}  # for use_positions()
             found.append(SamplingParams(**shared, **own))
         return found
-
-    @staticmethod
-    def _parts(prompts) -> list[slice]:
-        """Slices of prompts whose embeddings together take at most AT_ONCE bytes, or of one."""
-        width = [0 if p.media is None else len(p.ids) * p.media[0].nbytes for p in prompts]
-        cuts = [0]
-        held = 0
-        for i, size in enumerate(width):
-            if held + size > AT_ONCE and i > cuts[-1]:
-                cuts.append(i)
-                held = 0
-            held += size
-        return [slice(a, b) for a, b in itertools.pairwise([*cuts, len(prompts)])]
 
     def _request(self, p) -> dict:
         """A prompt as vLLM takes it."""
