@@ -120,8 +120,8 @@ def response(policy, ids: Tensor, logps: Tensor, finished: bool) -> Response:
 
 
 def in_parts(sizes: list[int], limit: int, count: int | None = None) -> list[slice]:
-    """Slices of consecutive items, at most `count` in each. Together they take at most `limit`, each
-    as much as the largest of them (padding); or it is one that takes more.
+    """Slices of consecutive items, at most `count` in each. A slice takes at most `limit`, where
+    each item takes as much as the largest of them (padding); or it is one item that takes more.
 
     >>> in_parts([3, 3, 1, 9, 2], 6)
     [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None), slice(4, 5, None)]
