@@ -134,16 +134,14 @@ def choose_method(method: str, sp: int, heads: int, kv_heads: int) -> tuple[int,
     if sp == 1:
         return 1, "auto", "no sequence parallelism: one rank a sequence"
     ulysses = 1 if method in ("gather", "ring") else most
-    outer = sp // ulysses
-    why = f"{sp} ranks a sequence = ulysses {ulysses} x {outer} "
+    why = f"{sp} ranks a sequence = ulysses {ulysses} x {sp // ulysses} "
     why += f"({heads} query and {kv_heads} K/V heads: at most {most} ranks can split them)"
-    if outer == 1:
-        return ulysses, "auto", why
-    if method == "auto":
-        gathered = f"; K/V are gathered, above {RING_BYTES >> 30} GiB a layer passed in a ring"
-        return ulysses, "auto", why + gathered
-    travel = method.rpartition("+")[2]
-    return ulysses, travel, f"{why}; K/V travel by {travel}, as asked"
+    travel = "auto" if ulysses == sp else method.rpartition("+")[2]
+    if travel != "auto":
+        why += f"; K/V travel by {travel}, as asked"
+    elif ulysses < sp:
+        why += f"; K/V are gathered, above {RING_BYTES >> 30} GiB a layer passed in a ring"
+    return ulysses, travel, why
 
 
 def make_mesh(sp: int = 1, method: str = "auto", heads: int = 1, kv_heads: int = 1) -> Mesh:
@@ -835,12 +833,12 @@ def encoder_share(frames: int, group=None, together: int = 1) -> tuple[slice, in
     """
     n = 1 if group is None else dist.get_world_size(group)
     rank = 0 if group is None else dist.get_rank(group)
-    units = math.ceil(frames / together)
-    most = math.ceil(units / n)
-    first, last = min(rank * most, units), min((rank + 1) * most, units)
-    start = min(first, units - 1)
-    stop = min(max(last, start + 1) * together, frames)
-    return slice(start * together, stop), last - first, most
+    units = range(math.ceil(frames / together))
+    most = math.ceil(len(units) / n)
+    kept = units[rank * most : (rank + 1) * most]
+    own = kept or units[-1:]
+    share = slice(own.start * together, min(own.stop * together, frames))
+    return share, len(kept), most
 
 
 @contextmanager
@@ -1022,21 +1020,15 @@ def all_sum(values: Tensor) -> Tensor:
     return values
 
 
-def all_max(value: int) -> int:
-    """Largest value over all ranks."""
-    largest = torch.tensor(value)
-    if not alone():
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return int(largest)
-
-
 def even(parts: list, filler, sharded: bool) -> list:
     """The forward passes of this rank, as many as on any other: with sharded parameters each pass
     gathers them from all ranks, so a rank with fewer parts gets `filler` appended. Every rank calls
     this; communication: one all-reduce of a length. Not sharded: parts as they are."""
-    if not sharded:
+    if not sharded or alone():
         return parts
-    return parts + [filler] * (all_max(len(parts)) - len(parts))
+    most = torch.tensor(len(parts))
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return parts + [filler] * (int(most) - len(parts))
 
 
 def gather_dealt(mine: list, count: int, group, same: int = 1) -> list:

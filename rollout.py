@@ -4,8 +4,9 @@ Two engines behind one interface, in lock-step with the trainer: they get the sa
 embeddings that were computed once, and their log-probs are compared with the trainer's every step.
 
     generate(prompts, n, sampling, seeds) -> B lists of n Response
-    sync(policy)      take over new weights; what was cached with the old ones is dropped
-    sleep(), wake()   give back and take memory, so that engine and trainer share a GPU
+    sync(policy)   take over new weights; what was cached with the old ones is dropped
+    sleep()        give memory back, so that engine and trainer share a GPU; the next call wakes it
+    close()        the end
 
 sample() deals prompts to the engines of the ranks that train a sequence together. VLLMEngine, for
 GPUs (and CPUs), has vLLM run the decoder. TorchEngine is plain PyTorch and small enough to copy.
@@ -140,7 +141,6 @@ def sample(engine, prompts, seeds, n: int, sampling: Sampling, mesh: Mesh) -> li
     r + S, ... (with tensor parallelism the engine.tp ranks of an engine are dealt the same ones),
     then they exchange what they have. engine.prefilled counts what this rank's engine computed."""
     mine = slice(mesh.sp_rank // engine.tp, None, mesh.sp // engine.tp)
-    engine.wake()
     own = engine.generate(prompts[mine], n, sampling, seeds[mine])
     answers = gather_dealt(own, len(prompts), mesh.sp_group, engine.tp)
     engine.sleep()
@@ -181,7 +181,7 @@ class TorchEngine:
     def sleep(self, *_) -> None:
         """Nothing: no memory is held between calls, and nothing else limits a prompt."""
 
-    wake = close = check_fits = sleep
+    close = check_fits = sleep
 
     @torch.inference_mode()
     def generate(self, prompts, n: int, sampling: Sampling, seeds=None) -> list[list[Response]]:
@@ -423,9 +423,9 @@ class VLLMEngine:
 
         prefill P tokens once --> K/V blocks <-- r_1 .. r_G                     (prefix caching)
         policy --gathered tensor by tensor--> reload_weights                    nothing on disk
-        start -> sync -> generate ... -> sleep -> (training) -> sync -> wake -> generate ...
+        start -> sync -> generate ... -> sleep -> (training) -> sync -> generate ...
 
-    All ranks start, sync, sleep and wake together; torch.distributed, if used, is there before.
+    All ranks start, sync and sleep together; torch.distributed, if used, is there before.
     The policy has save_config, mrope and levels (of deepstack) too."""
 
     def __init__(self, policy, config: RolloutConfig = RolloutConfig(), dtype=torch.float32):
@@ -449,7 +449,8 @@ class VLLMEngine:
                 "log-probs would be those of other weights; take --rollout torch"
             )
         self.max_len = self.config.max_len or self.policy.llm.config.max_position_embeddings
-        self.sleeping = []  # parts of the memory that are given back
+        self.asleep = []  # parts of the memory that are given back
+        self.fresh = False  # does it hold the weights of a policy?
         folder = self._save_config()
         devices = [torch.cuda.current_device()] if self.cuda else []
         states = (random.getstate(), np.random.get_state())
@@ -473,7 +474,6 @@ class VLLMEngine:
         self.temperature = 1.0
         (logits,) = self._find("LogitsProcessor")
         logits.register_forward_hook(lambda module, args, out: self._cooled(out))
-        self.blocked = "it has no weights yet: call sync(policy)"  # why it cannot sample, or empty
         atexit.register(self.close)
 
     def _options(self, world: int) -> dict:
@@ -549,13 +549,12 @@ class VLLMEngine:
         the trainer's too: those stay, and a new engine takes them over."""
         if self.llm is None:
             return
-        self.wake()  # what is asleep cannot be freed
+        self._wake("weights", "kv_cache")  # what is asleep cannot be freed
         core = self.llm.llm_engine.engine_core.engine_core
         core.model_executor.shutdown()
         core.scheduler.shutdown()
         gc.unfreeze()  # vLLM froze everything there was when it started
         self.llm = None
-        self.blocked = "it was closed: call restart()"
         atexit.unregister(self.close)
         gc.collect()
 
@@ -569,11 +568,10 @@ class VLLMEngine:
     def sync(self, policy) -> None:
         """All ranks together: sharded parameters are gathered one by one, and each goes into the
         engine before the next is asked for."""
-        if self.llm is None:
-            raise RolloutError(f"the engine cannot take weights: {self.blocked}")
+        self._check_open()
         self.policy = policy
-        self.blocked = "it took over weights in part: call sync(policy) again"
-        self.wake(["weights"])  # the K/V cache stays asleep until wake()
+        self.fresh = False  # until all of them are there
+        self._wake("weights")  # the K/V cache only for sampling
         weights = {"weights_iterator": policy.decoder_weights()}
         self.llm.collective_rpc("reload_weights", kwargs=weights)
         # On CPUs vLLM multiplies with a packed copy of each weight. That of an LM head tied to the
@@ -582,26 +580,26 @@ class VLLMEngine:
             head.quant_method.process_weights_after_loading(head)
         if not self.llm.reset_prefix_cache():  # K/V of the old weights
             raise RolloutError("vLLM kept the K/V of old weights: requests are still running")
-        self.blocked = ""
+        self.fresh = True
 
     def sleep(self) -> None:
         """On a GPU: give back the K/V cache, and drop (level 2) or move to the host (level 1) the
         weights. vLLM has no such thing on a CPU: there everything stays."""
-        if "weights" in self.sleeping or self.llm is None:
+        if not self.cuda or "weights" in self.asleep or self.llm is None:
             return
-        self.wake()  # after a sync() the K/V cache may still be asleep
-        self.sleeping = ["weights", "kv_cache"]
-        if self.cuda:
-            self.llm.sleep(self.config.sleep_level)
-            if self.config.sleep_level == 2:
-                self.blocked = "its weights were dropped by sleep(): call sync(policy)"
+        self._wake("kv_cache")  # after a sync() it may still be asleep
+        self.llm.sleep(self.config.sleep_level)
+        self.asleep = ["weights", "kv_cache"]
+        self.fresh = self.fresh and self.config.sleep_level == 1
 
-    def wake(self, parts=("weights", "kv_cache")) -> None:
-        for part in parts:
-            if part in self.sleeping:
-                if self.cuda:
-                    self.llm.wake_up([part])
-                self.sleeping.remove(part)
+    def _wake(self, *parts: str) -> None:
+        for part in [part for part in parts if part in self.asleep]:
+            self.llm.wake_up([part])
+            self.asleep.remove(part)
+
+    def _check_open(self) -> None:
+        if self.llm is None:
+            raise RolloutError("the engine was closed, or has failed: call restart(), then sync()")
 
     def check_fits(self, prompt, sampling: Sampling, name: str = "") -> None:
         """RolloutError for a prompt that is too long."""
@@ -623,9 +621,10 @@ class VLLMEngine:
         seeds = check_request(self.policy, prompts, n, sampling, seeds)
         if not prompts:
             return []
-        why = self.blocked or ("it sleeps: call wake()" if self.sleeping else "")
-        if why:
-            raise RolloutError(f"the engine cannot sample: {why}")
+        self._check_open()
+        if not self.fresh:
+            raise RolloutError("the engine has no weights, or only a part: call sync(policy)")
+        self._wake("weights", "kv_cache")
         for i, prompt in enumerate(prompts):
             self.check_fits(prompt, sampling, f"prompt {i}: ")
         params = self._params(prompts, n, sampling, seeds)
@@ -642,7 +641,6 @@ class VLLMEngine:
                 self.llm.llm_engine.step()
         except Exception as error:
             self.close()  # after an exception inside a step the next call would wait for ever
-            self.blocked = "it failed before: call restart() and sync(policy)"
             raise RolloutError(f"vLLM failed: {type(error).__name__}: {error}") from error
         self.prefilled += self._prefilled() - before
         return [[self._response(output) for output in request.outputs] for request in found]

@@ -268,7 +268,6 @@ def pipeline(run: Run, method: Method, kind: str) -> dict:
         """Greedy answers to rows, graded; as eval.py does it. file: of the run, for the answers."""
         with run.stage("eval"):
             a.engine.sync(a.model)
-            a.engine.wake()
             how |= {"ranks": run.ranks, "bar": f"eval {name}"}
             result = evaluate(a.model, a.engine, rows, method, **how)
             a.engine.sleep()

@@ -250,7 +250,7 @@ class Trainer:
         mesh = self.model.mesh = self.meshes[sharded]
         mine = list(range(len(videos)))[mesh.dp_rank :: mesh.dp]
         peak = PeakMemory()
-        mrsp.all_max(0)  # the ranks start together
+        mrsp.all_sum(torch.zeros(1))  # the ranks start together
         laps = Laps()
 
         # 1. Stage 1: prompts are embedded once, by all ranks, or again wherever they are used.

@@ -169,7 +169,6 @@ def stand(made):
     if isinstance(made.engine, VLLMEngine) and made.engine.llm is None:
         made.engine.restart()
     made.engine.sync(made.model)
-    made.engine.wake()
     return made
 
 
@@ -387,13 +386,13 @@ def _sample_rank(rank, folder):
     for tp, dealt in ((1, lengths[rank::2]), (2, lengths)):
         engine = TorchEngine(model)
         engine.tp = tp
-        engine.wake, engine.sleep = (partial(calls.append, name) for name in ("wake", "sleep"))
+        engine.sleep = partial(calls.append, "sleep")
         found = rollout.sample(engine, prompts, [7, 8, 9], 2, sampling, mesh)
         for a, b in zip(flat(found), flat(expected), strict=True):
             assert a.ids.equal(b.ids) and torch.allclose(a.logps, b.logps, atol=1e-5)
             assert (a.text, a.finished) == (b.text, b.finished)
         assert engine.prefilled == sum(dealt) and len(found) == 3
-    assert calls == ["wake", "sleep"] * 2
+    assert calls == ["sleep"] * 2
 
 
 def test_the_ranks_of_a_sequence_share_the_sampling_and_get_all_answers_in_order(toy):

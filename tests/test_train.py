@@ -63,7 +63,8 @@ class FixedEngine:
         if isinstance(self.policy, TorchEngine):
             self.policy.sync(model)
 
-    wake = sleep = lambda self: None
+    def sleep(self):
+        pass
 
 
 def step_of(model, reference, engine, optimizer, batch, step, config, **more):
