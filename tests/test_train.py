@@ -294,13 +294,11 @@ def test_a_reward_that_differs_from_prompt_to_prompt_rises(toy, model):
     model.recipe = replace(model.recipe, max_tokens=4)
 
     def reward(text, example, config):
-        words = text.split() or ["x" * (rows.index(example) + 1)]
-        right = [len(word) % 2 == rows.index(example) % 2 for word in words]
-        return {"reward": sum(right) / len(right), "accuracy": 0.0, "format": 0.0}
+        right = [len(word) % 2 == rows.index(example) % 2 for word in text.split()]
+        return {"reward": sum(right) / max(len(right), 1), "accuracy": 0.0, "format": 0.0}
 
-    method, count = Method(), len(rows)
+    method, config = Method(), all_at_once(len(rows))
     method.names["reward"] = reward
-    config = all_at_once(count)
     optimizer, engine = torch.optim.AdamW(model.llm.parameters(), lr=3e-3), TorchEngine(model)
     history = []
     while len(history) < 40 and (not history or history[-1] < 0.95):
@@ -314,7 +312,8 @@ def test_overfitting_24_fixed_prompts_drives_the_reward_to_one(toy, model):
     """From a model that knows the format and guesses: the right letter with 40 %, each other one
     with 20 %."""
     rows = data.load_rows(str(toy / "rl.jsonl"))[:24]
-    guesses = [replace(r, response=says(x)) for r in rows for x in "ABCD" + r.answer]
+    guess = "<think> guess {0} </think> <answer> {0} </answer>"
+    guesses = [replace(r, response=guess.format(x)) for r in rows for x in "ABCD" + r.answer]
     config = sft.SFTConfig(
         steps=120, groups=4, texts=10, train="llm", optimizer="muon", lr=2e-3, muon_lr=0.01
     )
