@@ -128,18 +128,22 @@ def one_rank(toy):
 
 
 SLOW = pytest.mark.slow
+MORE_RANKS = [
+    (2, 1, False, torch.float64, 1e-9, "token"),
+    (2, 1, False, torch.float32, 1e-5, "token"),
+    (2, 2, False, torch.float64, 1e-9, "sequence"),
+    (2, 1, True, torch.float64, 1e-9, "token"),
+    (4, 2, True, torch.float64, 1e-9, "token"),
+    (2, 2, True, torch.float32, 1e-5, "token"),
+]
 
 
 @pytest.mark.parametrize(
     "world, sp, fsdp, dtype, tolerance, average",
     [
-        (2, 2, False, torch.float64, 1e-9, "sequence"),
-        (2, 1, True, torch.float64, 1e-9, "token"),
-        pytest.param(2, 1, False, torch.float64, 1e-9, "token", marks=SLOW),
-        pytest.param(2, 1, False, torch.float64, 1e-9, "sequence", marks=SLOW),
-        pytest.param(2, 1, False, torch.float32, 1e-5, "token", marks=SLOW),
-        pytest.param(4, 2, True, torch.float64, 1e-9, "token", marks=SLOW),
-        pytest.param(2, 2, True, torch.float32, 1e-5, "token", marks=SLOW),
+        (2, 1, False, torch.float64, 1e-9, "sequence"),
+        (2, 2, True, torch.float64, 1e-9, "token"),
+        *[pytest.param(*how, marks=SLOW) for how in MORE_RANKS],
     ],
 )
 def test_many_ranks_train_like_one(
