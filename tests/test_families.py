@@ -313,41 +313,40 @@ def test_the_sound_of_a_video_is_kept_apart_from_its_frames(ask, media):
     assert torch.equal(both.features, seen.features) and torch.equal(both.track, heard.features)
 
 
-def _ranks_agree(rank, root, letters):
+def _ranks_agree(rank, root, example):
     """Features and packed log-probs of two ranks are one's, and gradients, of towers too."""
-    for family, example in letters.items():
-        expected = None
-        for method in (None, "gather", "ulysses"):
-            m = load(f"{root}/{family}").train()
-            m.loader = Loader()
-            if method:
-                m.mesh = mrsp.make_mesh(2, method, 4, 2)
-                kept = m.features(example, 5, dist.group.WORLD)
-                for a, b in zip(kept, m.features(example, 5, dist.group.WORLD)):
-                    assert torch.equal(a.features, b.features)
-            (media,) = m.features_trainable([example], 5)
-            for a, b in zip(kept if method else media, media):
-                assert torch.allclose(a.features, b.features, atol=1e-5), family
-                assert a.track is b.track is None or torch.allclose(a.track, b.track, atol=1e-5)
-            text = m.build_prompt(replace(example, media=()), [])
-            prompts = [m.build_prompt(example, media), text]
-            out, _ = m(mrsp.pack(prompts, answers(m, [[7, 2, 5], [4]])))
-            (out * torch.linspace(-1, 1, len(out))).sum().backward()
-            if method:
-                mrsp.all_reduce_gradients(m.parameters())
-            grads = {n: p.grad for n, p in m.named_parameters() if p.grad is not None}
-            expected = expected or (out, grads)
-            assert torch.allclose(out, expected[0], atol=1e-5, rtol=1e-6), (family, method)
-            for n, g in expected[1].items():
-                gap = (grads[n] - g).abs().max() / (g.abs().max() + 1e-3)
-                assert gap < 1e-3, (family, method, n, gap)
+    expected = None
+    for method in (None, "gather", "ulysses"):
+        m = load(root).train()
+        m.loader = Loader()
+        if method:
+            m.mesh = mrsp.make_mesh(2, method, 4, 2)
+            kept = m.features(example, 5, dist.group.WORLD)
+            for a, b in zip(kept, m.features(example, 5, dist.group.WORLD)):
+                assert torch.equal(a.features, b.features)
+        (media,) = m.features_trainable([example], 5)
+        for a, b in zip(kept if method else media, media):
+            assert torch.allclose(a.features, b.features, atol=1e-5), method
+            assert a.track is b.track is None or torch.allclose(a.track, b.track, atol=1e-5)
+        text = m.build_prompt(replace(example, media=()), [])
+        prompts = [m.build_prompt(example, media), text]
+        out, _ = m(mrsp.pack(prompts, answers(m, [[7, 2, 5], [4]])))
+        (out * torch.linspace(-1, 1, len(out))).sum().backward()
+        if method:
+            mrsp.all_reduce_gradients(m.parameters())
+        grads = {n: p.grad for n, p in m.named_parameters() if p.grad is not None}
+        expected = expected or (out, grads)
+        assert torch.allclose(out, expected[0], atol=1e-5, rtol=1e-6), method
+        for n, g in expected[1].items():
+            gap = (grads[n] - g).abs().max() / (g.abs().max() + 1e-3)
+            assert gap < 1e-3, (method, n, gap)
 
 
 @SLOW
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_ranks_see_hear_and_train_like_one(ask, tmp_path, family):
-    zoo.build(family).save_pretrained(tmp_path / family)
-    run_ranks(_ranks_agree, 2, str(tmp_path), {family: ask(mixed(family))})
+    zoo.build(family).save_pretrained(tmp_path)
+    run_ranks(_ranks_agree, 2, tmp_path, ask(mixed(family)))
 
 
 # ----------------------------------------------------------------------------------- checkpoints
@@ -602,30 +601,29 @@ def test_a_tokenizer_of_another_checkpoint_is_refused(tmp_path):
 
 def _ranks_shard(rank, root):
     """FSDP2 on two ranks: log-probs, gradients and what is saved are those of one process."""
-    for source in sorted((root / "a").iterdir()):
-        model, alone = load(source), load(source)
-        model.shard_parameters(torch.float32)
-        model.enable_gradient_checkpointing()
-        features = torch.linspace(-1, 1, 24 * 128).view(3, 2, 4, 128)
-        features = features.repeat(1, 1, 1, 1 + model.levels)
-        features = features.flatten(1, 2) if isinstance(model, VILA) else features
-        media = [Media("video", features, np.arange(5))] if model.takes else []
-        question = Example("v", "Which came first?", (), "A", "temporal", (), "video", "")
-        pack = mrsp.pack([model.build_prompt(question, media)], answers(alone, [[5, 3]]))
-        for m in (model, alone):
-            (m(pack)[0].sum() / (2 if m is model else 1)).backward()
-        assert torch.allclose(model(pack)[0], alone(pack)[0], atol=1e-5), source
-        for (name, p), q in zip(model.llm.named_parameters(), alone.llm.parameters()):
-            gap = (mrsp.whole(p.grad) - q.grad).abs().max()
-            assert gap < 1e-5 * float(q.grad.abs().max()), (source, name)
-        model.save_pretrained(root / "b" / source.name, write=rank == 0)
+    model, alone = load(root / "a"), load(root / "a")
+    model.shard_parameters(torch.float32)
+    model.enable_gradient_checkpointing()
+    features = torch.linspace(-1, 1, 24 * 128).view(3, 2, 4, 128)
+    features = features.repeat(1, 1, 1, 1 + model.levels)
+    features = features.flatten(1, 2) if isinstance(model, VILA) else features
+    media = [Media("video", features, np.arange(5))] if model.takes else []
+    question = Example("v", "Which came first?", (), "A", "temporal", (), "video", "")
+    pack = mrsp.pack([model.build_prompt(question, media)], answers(alone, [[5, 3]]))
+    for m in (model, alone):
+        (m(pack)[0].sum() / (2 if m is model else 1)).backward()
+    assert torch.allclose(model(pack)[0], alone(pack)[0], atol=1e-5)
+    for (name, p), q in zip(model.llm.named_parameters(), alone.llm.parameters()):
+        gap = (mrsp.whole(p.grad) - q.grad).abs().max()
+        assert gap < 1e-5 * float(q.grad.abs().max()), name
+    model.save_pretrained(root / "b", write=rank == 0)
 
 
 @SLOW
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_sharded_decoder_trains_and_saves_like_a_whole_one(tmp_path, family, tie):
-    zoo.build(family, tie).save_pretrained(tmp_path / "a" / family)
+    zoo.build(family, tie).save_pretrained(tmp_path / "a")
     run_ranks(_ranks_shard, 2, tmp_path)
     for path in (tmp_path / "a").rglob("*.safetensors"):
         written = tmp_path / "b" / path.relative_to(tmp_path / "a")
