@@ -42,20 +42,22 @@ def cases(family: str) -> dict:
 
 
 def mixed(family: str) -> str:
+    """The media of the last case, which has most of them."""
     return [*cases(family).values()][-1]
 
 
-def same_weights(a, b) -> bool:
-    a, b = a.state_dict(), b.state_dict()
+def same(a: dict, b: dict) -> bool:
+    """The same names and tensors."""
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-# Some families and cases run always, the others with -m slow.
+# Some families, and the last case of each, run always, the others with -m slow.
 SLOW = pytest.mark.slow
 QUICK = ("vila", "qwen2.5-vl", "qwen2")
 SOME = [pytest.param(f, marks=[] if f in QUICK else SLOW) for f in FAMILIES]
+LAST = [(f, [*cases(f)][-1]) for f in FAMILIES]
 EACH = [(f, case) for f in FAMILIES for case in cases(f)]
-EACH = [pytest.param(*x, marks=[] if x[1] in ("text", "several", "all") else SLOW) for x in EACH]
+EACH = [pytest.param(*x, marks=[] if x in LAST else SLOW) for x in EACH]
 TIE = pytest.mark.parametrize("tie", [True, pytest.param(False, marks=SLOW)])
 
 
@@ -138,10 +140,9 @@ def seen_apart(model, root, example, num_frames=5) -> tuple[str, dict]:
             given[name] = torch.tensor(values)
     if mels:
         padded = torch.nn.utils.rnn.pad_sequence(mels, batch_first=True)  # (n, longest, 16)
-        lengths = torch.tensor([len(mel) for mel in mels])
+        lengths = torch.tensor([[len(mel)] for mel in mels])
         given["input_features"] = padded.transpose(1, 2)
-        given["feature_attention_mask"] = torch.arange(padded.shape[1]) < lengths[:, None]
-        given["feature_attention_mask"] = given["feature_attention_mask"].long()
+        given["feature_attention_mask"] = (torch.arange(padded.shape[1]) < lengths).long()
     return words, given
 
 
@@ -312,62 +313,60 @@ def test_the_sound_of_a_video_is_kept_apart_from_its_frames(ask, media):
     assert torch.equal(both.features, seen.features) and torch.equal(both.track, heard.features)
 
 
-def _ranks_agree(rank, root, letters):
+def _ranks_agree(rank, root, example):
     """Features and packed log-probs of two ranks are one's, and gradients, of towers too."""
-    for family, example in letters.items():
-        expected = None
-        for method in (None, "gather", "ulysses"):
-            m = load(f"{root}/{family}").train()
-            m.loader = Loader()
-            if method:
-                m.mesh = mrsp.make_mesh(2, method, 4, 2)
-                kept = m.features(example, 5, dist.group.WORLD)
-                for a, b in zip(kept, m.features(example, 5, dist.group.WORLD)):
-                    assert torch.equal(a.features, b.features)
-            (media,) = m.features_trainable([example], 5)
-            for a, b in zip(kept if method else media, media):
-                assert torch.allclose(a.features, b.features, atol=1e-5), family
-                assert a.track is b.track is None or torch.allclose(a.track, b.track, atol=1e-5)
-            text = m.build_prompt(replace(example, media=()), [])
-            prompts = [m.build_prompt(example, media), text]
-            out, _ = m(mrsp.pack(prompts, answers(m, [[7, 2, 5], [4]])))
-            (out * torch.linspace(-1, 1, len(out))).sum().backward()
-            if method:
-                mrsp.all_reduce_gradients(m.parameters())
-            grads = {n: p.grad for n, p in m.named_parameters() if p.grad is not None}
-            expected = expected or (out, grads)
-            assert torch.allclose(out, expected[0], atol=1e-5, rtol=1e-6), (family, method)
-            for n, g in expected[1].items():
-                gap = (grads[n] - g).abs().max() / (g.abs().max() + 1e-3)
-                assert gap < 1e-3, (family, method, n, gap)
+    expected = None
+    for method in (None, "gather", "ulysses"):
+        m = load(root).train()
+        m.loader = Loader()
+        if method:
+            m.mesh = mrsp.make_mesh(2, method, 4, 2)
+            kept = m.features(example, 5, dist.group.WORLD)
+            for a, b in zip(kept, m.features(example, 5, dist.group.WORLD)):
+                assert torch.equal(a.features, b.features)
+        (media,) = m.features_trainable([example], 5)
+        for a, b in zip(kept if method else media, media):
+            assert torch.allclose(a.features, b.features, atol=1e-5), method
+            assert a.track is b.track is None or torch.allclose(a.track, b.track, atol=1e-5)
+        text = m.build_prompt(replace(example, media=()), [])
+        prompts = [m.build_prompt(example, media), text]
+        out, _ = m(mrsp.pack(prompts, answers(m, [[7, 2, 5], [4]])))
+        (out * torch.linspace(-1, 1, len(out))).sum().backward()
+        if method:
+            mrsp.all_reduce_gradients(m.parameters())
+        grads = {n: p.grad for n, p in m.named_parameters() if p.grad is not None}
+        expected = expected or (out, grads)
+        assert torch.allclose(out, expected[0], atol=1e-5, rtol=1e-6), method
+        for n, g in expected[1].items():
+            gap = (grads[n] - g).abs().max() / (g.abs().max() + 1e-3)
+            assert gap < 1e-3, (method, n, gap)
 
 
 @SLOW
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_ranks_see_hear_and_train_like_one(ask, tmp_path, family):
-    zoo.build(family).save_pretrained(tmp_path / family)
-    run_ranks(_ranks_agree, 2, str(tmp_path), {family: ask(mixed(family))})
+    zoo.build(family).save_pretrained(tmp_path)
+    run_ranks(_ranks_agree, 2, tmp_path, ask(mixed(family)))
 
 
 # ----------------------------------------------------------------------------------- checkpoints
 
 # The published names: a tensor of each part, in which file.
-PUBLISHED = dict.fromkeys(
-    ("vila", "vila 3x3 tsp"),
-    "llm:model.layers.0.mlp.up_proj.weight mm_projector:layers.2.weight "
-    "vision_tower:vision_model.encoder.layers.0.mlp.fc1.weight",
+UP = "layers.0.mlp.up_proj.weight"
+VILA_PARTS = (
+    f"llm:model.{UP} mm_projector:layers.2.weight "
+    "vision_tower:vision_model.encoder.layers.0.mlp.fc1.weight"
 )
-PUBLISHED["qwen2.5-vl"] = "model.layers.0.mlp.up_proj.weight visual.merger.mlp.0.weight"
-PUBLISHED["qwen3-vl"] = (
-    "model.language_model.layers.0.mlp.up_proj.weight model.visual.patch_embed.proj.weight "
-    "model.visual.deepstack_merger_list.0.linear_fc1.weight"
-)
-PUBLISHED["omni"] = (
-    "thinker.model.layers.0.mlp.up_proj.weight thinker.visual.merger.mlp.0.weight "
-    "thinker.audio_tower.conv1.weight thinker.lm_head.weight"
-)
-for text in ("qwen2", "qwen3", "llama"):
-    PUBLISHED[text] = "model.layers.0.mlp.up_proj.weight lm_head.weight"
+PUBLISHED = dict.fromkeys(("qwen2", "qwen3", "llama"), f"model.{UP} lm_head.weight")
+PUBLISHED |= {
+    "vila": VILA_PARTS,
+    "vila 3x3 tsp": VILA_PARTS,
+    "qwen2.5-vl": f"model.{UP} visual.merger.mlp.0.weight",
+    "qwen3-vl": f"model.language_model.{UP} model.visual.patch_embed.proj.weight "
+    "model.visual.deepstack_merger_list.0.linear_fc1.weight",
+    "omni": f"thinker.model.{UP} thinker.visual.merger.mlp.0.weight "
+    "thinker.audio_tower.conv1.weight thinker.lm_head.weight",
+}
 
 
 def located(root, name):
@@ -392,7 +391,7 @@ def test_a_checkpoint_is_as_published_and_loads_again(ask, tmp_path, family, tie
     again, shapes = load(tmp_path), load(tmp_path, weights=False)
     again.loader = shapes.loader = model.loader
     assert type(again) is type(shapes) is type(model) and again.recipe == model.recipe
-    assert same_weights(model, again)
+    assert same(model.state_dict(), again.state_dict())
     assert (again.llm.lm_head.weight is again.llm.get_input_embeddings().weight) == tie
     assert again.encoder_hash() == model.encoder_hash()
     packs = [mrsp.pack([m.prompt(example)], answers(m, [[5, 3]])) for m in (model, again)]
@@ -585,7 +584,7 @@ def test_a_flat_config_as_first_published_loads(ask, tmp_path):
     flat = text | config | {"rope_theta": rope["rope_theta"]}
     (tmp_path / "config.json").write_text(json.dumps(flat))
     again = load(tmp_path)
-    assert same_weights(model, again)
+    assert same(model.state_dict(), again.state_dict())
     assert "lm_head.weight" not in dict(again.decoder_weights())
     pack = mrsp.pack([model.prompt(ask("v"))], answers(model, [[5]]))
     with torch.no_grad():
@@ -602,34 +601,33 @@ def test_a_tokenizer_of_another_checkpoint_is_refused(tmp_path):
 
 def _ranks_shard(rank, root):
     """FSDP2 on two ranks: log-probs, gradients and what is saved are those of one process."""
-    for source in sorted((root / "a").iterdir()):
-        model, alone = load(source), load(source)
-        model.shard_parameters(torch.float32)
-        model.enable_gradient_checkpointing()
-        features = torch.linspace(-1, 1, 24 * 128).view(3, 2, 4, 128)
-        features = features.repeat(1, 1, 1, 1 + model.levels)
-        features = features.flatten(1, 2) if isinstance(model, VILA) else features
-        media = [Media("video", features, np.arange(5))] if model.takes else []
-        question = Example("v", "Which came first?", (), "A", "temporal", (), "video", "")
-        pack = mrsp.pack([model.build_prompt(question, media)], answers(alone, [[5, 3]]))
-        for m in (model, alone):
-            (m(pack)[0].sum() / (2 if m is model else 1)).backward()
-        assert torch.allclose(model(pack)[0], alone(pack)[0], atol=1e-5), source
-        for (name, p), q in zip(model.llm.named_parameters(), alone.llm.parameters()):
-            gap = (mrsp.whole(p.grad) - q.grad).abs().max()
-            assert gap < 1e-5 * float(q.grad.abs().max()), (source, name)
-        model.save_pretrained(root / "b" / source.name, write=rank == 0)
+    model, alone = load(root / "a"), load(root / "a")
+    model.shard_parameters(torch.float32)
+    model.enable_gradient_checkpointing()
+    features = torch.linspace(-1, 1, 24 * 128).view(3, 2, 4, 128)
+    features = features.repeat(1, 1, 1, 1 + model.levels)
+    features = features.flatten(1, 2) if isinstance(model, VILA) else features
+    media = [Media("video", features, np.arange(5))] if model.takes else []
+    question = Example("v", "Which came first?", (), "A", "temporal", (), "video", "")
+    pack = mrsp.pack([model.build_prompt(question, media)], answers(alone, [[5, 3]]))
+    for m in (model, alone):
+        (m(pack)[0].sum() / (2 if m is model else 1)).backward()
+    assert torch.allclose(model(pack)[0], alone(pack)[0], atol=1e-5)
+    for (name, p), q in zip(model.llm.named_parameters(), alone.llm.parameters()):
+        gap = (mrsp.whole(p.grad) - q.grad).abs().max()
+        assert gap < 1e-5 * float(q.grad.abs().max()), name
+    model.save_pretrained(root / "b", write=rank == 0)
 
 
 @SLOW
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_sharded_decoder_trains_and_saves_like_a_whole_one(tmp_path, family, tie):
-    zoo.build(family, tie).save_pretrained(tmp_path / "a" / family)
+    zoo.build(family, tie).save_pretrained(tmp_path / "a")
     run_ranks(_ranks_shard, 2, tmp_path)
     for path in (tmp_path / "a").rglob("*.safetensors"):
-        a, b = load_file(path), load_file(tmp_path / "b" / path.relative_to(tmp_path / "a"))
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), path
+        written = tmp_path / "b" / path.relative_to(tmp_path / "a")
+        assert same(load_file(path), load_file(written)), path
 
 
 # --------------------------------------------------------------------------------------- prompts

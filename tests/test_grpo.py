@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import says
 
 from eval import lenient_accuracy
 from grpo import (
@@ -92,11 +93,7 @@ def loss_and_gradient(logp, old, ref, mask, advantage, config, **totals):
     return value.detach(), torch.autograd.grad(value, logp)[0], sums
 
 
-CONFIGS = [
-    Config(kl_coef=kl_coef, average=average)
-    for kl_coef in (0.0, 0.05)
-    for average in ("token", "sequence")
-]
+CONFIGS = [Config(kl_coef=kl, average=a) for kl in (0.0, 0.05) for a in ("token", "sequence")]
 each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.average}-{c.kl_coef}")
 each_policy = pytest.mark.parametrize("on_policy", (False, True), ids=("off", "on"))
 
@@ -234,6 +231,8 @@ def test_averages_weigh_a_long_answer_differently():
 def test_wrong_use_is_an_error():
     logp, old, ref, mask, advantage = batch()
     config = Config()
+    with pytest.raises(ValueError, match="tis_cap is not zero: give sampler_logp"):
+        loss_and_sums(logp, advantage, mask, Config(tis_cap=2.0), old, ref)
     with pytest.raises(ValueError, match="kl_coef"):
         loss_and_sums(logp, advantage, mask, config)
     with pytest.raises(ValueError, match="average"):
@@ -273,18 +272,14 @@ def test_importance_weights_equal_a_scalar_loop(config, on_policy, cap):
     tokens, terms = [], []
     for b, g, t in torch.cartesian_prod(*map(torch.arange, logp.shape)).tolist():
         if mask[b, g, t]:
-            one = (x[b, g, t].item() for x in (logp, pi_old, sampled, ref))
-            now, start, said, fixed = one
-            weight, a, rho = (
-                min(math.exp(start - said), cap),
-                ADVANTAGES[b][g],
-                math.exp(now - start),
-            )
-            policy = -min(rho * a, min(max(rho, 0.8), 1.3) * a) if a > 0 else (
-                -min(max(rho, 0.8), 3.0) * a
-            )  # fmt: skip
+            now, start, said, fixed = (x[b, g, t].item() for x in (logp, pi_old, sampled, ref))
+            weight = min(math.exp(start - said), cap)
+            a, rho = ADVANTAGES[b][g], math.exp(now - start)
+            if a > 0:
+                policy, inside = -min(rho, 1.3) * a, rho < 1.3
+            else:
+                policy, inside = -min(max(rho, 0.8), 3.0) * a, 0.8 < rho < 3.0
             kl = math.exp(fixed - now) - (fixed - now) - 1 if config.kl_coef else 0.0
-            inside = 0.8 < rho < 3.0 if a < 0 else rho < 1.3
             slope = -a * rho * inside * weight + config.kl_coef * (1 - math.exp(fixed - now))
             tokens.append((b, g, t, weight))
             terms.append((policy * weight + config.kl_coef * kl, slope))
@@ -332,12 +327,6 @@ def test_without_a_cap_the_sampler_s_log_probs_change_nothing(config, on_policy)
     assert one == two and sums["tis"] == sums["tokens"]
 
 
-def test_a_cap_needs_the_sampler_s_log_probs():
-    logp, old, ref, mask, advantage = batch()
-    with pytest.raises(ValueError, match="tis_cap is not zero: give sampler_logp"):
-        loss_and_sums(logp, advantage, mask, Config(tis_cap=2.0), old, ref)
-
-
 def test_a_weight_stays_finite_however_far_the_sampler_is():
     logp = torch.tensor([[[-1.0, -200.0]]], requires_grad=True)
     said, a, mask = torch.tensor([[[-200.0, -1.0]]]), torch.tensor([[1.0]]), torch.ones(1, 1, 2)
@@ -352,12 +341,6 @@ REWARDS = torch.tensor([[1.1, 0.1, 1.0, 0.0, 1.1], [0.1, 0.1, 0.1, 0.1, 1.1]], d
 
 
 @pytest.mark.parametrize("scale_std", (True, False))
-def test_advantages_of_a_group_sum_to_zero(scale_std):
-    total = advantages(REWARDS, Config(scale_std=scale_std)).sum(dim=1)
-    torch.testing.assert_close(total, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("scale_std", (True, False))
 def test_advantages_are_centred_and_divided_by_the_unbiased_std(scale_std):
     result = advantages(REWARDS, Config(scale_std=scale_std)).tolist()
     for group, values in zip(REWARDS.tolist(), result, strict=True):
@@ -369,9 +352,8 @@ def test_advantages_are_centred_and_divided_by_the_unbiased_std(scale_std):
 
 @pytest.mark.parametrize("scale_std", (True, False))
 def test_equal_rewards_have_advantage_zero(scale_std):
-    assert torch.equal(
-        advantages(torch.full((2, 8), 1.1), Config(scale_std=scale_std)), torch.zeros(2, 8)
-    )
+    found = advantages(torch.full((2, 8), 1.1), Config(scale_std=scale_std))
+    assert torch.equal(found, torch.zeros(2, 8))
 
 
 @pytest.mark.parametrize("group, reward", ((8, 0.1), (8, 0.7), (12, 1.1)))
@@ -412,134 +394,89 @@ def test_kl_estimate_is_unbiased():
 # -------------------------------------------------------------------------------------- rewards
 
 
-@pytest.mark.parametrize(
-    "completion, expected",
-    [
-        ("<think> a </think> <answer> B </answer>", 1),
-        ("<think>a</think><answer>B</answer>", 1),
-        ("\n<think>\nmany\nlines\n</think>\n\n<answer>\nB\n</answer>\n", 1),
-        ("Sure! <think> a </think> <answer> B </answer>", 0),
-        ("<think> a </think> <answer> B </answer> Done.", 0),
-        ("<think> a </think> so <answer> B </answer>", 0),
-        ("<answer> B </answer> <think> a </think>", 0),
-        ("<answer> B </answer>", 0),
-        ("<think> a </think>", 0),
-        ("<think> a <answer> B </answer>", 0),
-        ("<think> a </think> <answer> B", 0),
-        ("<THINK> a </THINK> <ANSWER> B </ANSWER>", 0),
-        ("B", 0),
-        ("", 0),
-    ],
-)
+def each(table: dict) -> list[tuple]:
+    """{what is known: texts, parted by |} as (text, *what is known)."""
+    return [(text, *known) for known, texts in table.items() for text in texts.split("|")]
+
+
+FORMATS = {  # reward: completions, parted by |
+    (1,): (
+        "<think> a </think> <answer> B </answer>|<think>a</think><answer>B</answer>|"
+        "\n<think>\nmany\nlines\n</think>\n\n<answer>\nB\n</answer>\n"
+    ),
+    (0,): (
+        "Sure! <think> a </think> <answer> B </answer>|"
+        "<think> a </think> <answer> B </answer> Done.|"
+        "<think> a </think> so <answer> B </answer>|<answer> B </answer> <think> a </think>|"
+        "<answer> B </answer>|<think> a </think>|<think> a <answer> B </answer>|"
+        "<think> a </think> <answer> B|<THINK> a </THINK> <ANSWER> B </ANSWER>|B||"
+        "<think> a </think> <answer> A </answer> junk <answer> B </answer>|"
+        "<think> a </think> <answer> A </answer> junk </answer>|"
+        "<think> a </think> so <think> b </think> <answer> A </answer>|"
+        "<think> <answer> A </answer> </think> <answer> B </answer>"
+    ),
+}
+
+
+@pytest.mark.parametrize("completion, expected", each(FORMATS))
 def test_format_is_one_think_then_one_answer_and_nothing_else(completion, expected):
     assert format_reward(completion) == expected
 
 
-@pytest.mark.parametrize(
-    "completion",
-    (
-        "<think> a </think> <answer> A </answer> junk <answer> B </answer>",
-        "<think> a </think> <answer> A </answer> junk </answer>",
-        "<think> a </think> so <think> b </think> <answer> A </answer>",
-        "<think> <answer> A </answer> </think> <answer> B </answer>",
-    ),
-)
-def test_format_allows_each_tag_only_once(completion):
-    assert format_reward(completion) == 0
-
-
-COLORS = ("blue", "red", "dark green")  # A, B, C; gold is B
+COLORS = ("blue", "red", "dark green")  # A, B, C
 NUMBERS = ("2", "1,000", "4.5")
 
 
-@pytest.mark.parametrize(
-    "answer, options, gold, expected",
-    [
-        ("B", COLORS, "B", 1),
-        (" \n B \n ", COLORS, "B", 1),
-        ("B.", COLORS, "B", 1),
-        ("B)", COLORS, "B", 1),
-        ("(B)", COLORS, "B", 1),
-        ("B. red", COLORS, "B", 1),
-        ("B) red", COLORS, "B", 1),
-        ("(B) red", COLORS, "B", 1),
-        ("red", COLORS, "B", 1),
-        ("C. dark  green", COLORS, "C", 1),
-        ("A", COLORS, "B", 0),
-        ("blue", COLORS, "B", 0),
-        ("b", COLORS, "B", 0),
-        ("(b)", COLORS, "B", 0),
-        ("b. red", COLORS, "B", 0),
-        ("B or C", COLORS, "B", 0),
-        ("A B C", COLORS, "B", 0),
-        ("B, C", COLORS, "B", 0),
-        ("BC", COLORS, "B", 0),
-        ("B. blue", COLORS, "B", 0),
-        ("A. red", COLORS, "B", 0),  # neither letter nor text wins
-        ("A. red", COLORS, "A", 0),
-        ("B. red or blue", COLORS, "B", 0),
-        ("B..", COLORS, "B", 0),
-        ("not red", COLORS, "B", 0),
-        ("re", COLORS, "B", 0),
-        ("green", COLORS, "C", 0),
-        ("E", COLORS, "B", 0),
-        ("E", COLORS, "E", 0),  # out of range is wrong, whatever gold says
-        ("E. red", COLORS, "B", 0),
-        ("", COLORS, "B", 0),
-        ("  ", COLORS, "B", 0),
-        (".", COLORS, "B", 0),
-        ("red", ("red", "red", "blue"), "A", 0),  # two options' text
-        ("B", ("red", "red", "blue"), "B", 1),
-        # the text of an option that is a number
-        ("2.0", NUMBERS, "A", 1),
-        ("1000", NUMBERS, "B", 1),
-        ("1,000", NUMBERS, "B", 1),
-        ("B. 1000", NUMBERS, "B", 1),
-        ("4.50", NUMBERS, "C", 1),
-        ("1,00", NUMBERS, "B", 0),
-        ("20", NUMBERS, "A", 0),
-        ("2", ("3", "2"), "B", 1),
-        # open-ended
-        ("3", (), "3.0", 1),
-        ("1,000", (), "1000", 1),
-        ("1000.0", (), "1,000", 1),
-        ("-3", (), "-3.00", 1),
-        ("3.0", (), " 3.", 1),
-        (".5", (), "0.5", 1),
-        ("-3", (), "3", 0),
-        ("31", (), "3", 0),
-        ("3 4", (), "3", 0),
-        ("three", (), "3", 0),
-        ("1,2,3", (), "123", 0),
-        ("A red   Car", (), "a red car", 1),
-        ("a red car", (), "a car", 0),
-        ("", (), "3", 0),
-        ("", (), "", 0),
-    ],
-)
+GRADED = {  # options, gold, accuracy: answers
+    (COLORS, "B", 1): "B| \n B \n |B.|B)|(B)|B. red|B) red|(B) red|red",
+    (COLORS, "C", 1): "C. dark  green",
+    (COLORS, "B", 0): (
+        "A|blue|b|(b)|b. red|B or C|A B C|B, C|BC|B. blue|A. red|B. red or blue|B..|not red|re|"
+        "E|E. red||  |."
+    ),
+    (COLORS, "A", 0): "A. red",
+    (COLORS, "C", 0): "green",
+    (COLORS, "E", 0): "E",
+    (("red", "red", "blue"), "A", 0): "red",
+    (("red", "red", "blue"), "B", 1): "B",
+    (NUMBERS, "A", 1): "2.0",
+    (NUMBERS, "B", 1): "1000|1,000|B. 1000",
+    (NUMBERS, "C", 1): "4.50",
+    (NUMBERS, "B", 0): "1,00",
+    (NUMBERS, "A", 0): "20",
+    (("3", "2"), "B", 1): "2",
+    ((), "3.0", 1): "3",
+    ((), "1000", 1): "1,000",
+    ((), "1,000", 1): "1000.0",
+    ((), "-3.00", 1): "-3",
+    ((), " 3.", 1): "3.0",
+    ((), "0.5", 1): ".5",
+    ((), "3", 0): "-3|31|3 4|three|",
+    ((), "123", 0): "1,2,3",
+    ((), "a red car", 1): "A red   Car",
+    ((), "a car", 0): "a red car",
+    ((), "", 0): "",
+}
+
+
+@pytest.mark.parametrize("answer, options, gold, expected", each(GRADED))
 def test_grading_rules(answer, options, gold, expected):
-    completion = f"<think> . </think> <answer>{answer}</answer>"
-    assert accuracy_reward(completion, gold, options) == expected
+    assert accuracy_reward(says(answer), gold, options) == expected
 
 
-@pytest.mark.parametrize(
-    "completion, expected",
-    [
-        ("<answer> B </answer>", 1),  # the format is another reward
-        ("B <think> A </think> <answer> B </answer> C", 1),
-        ("B", 0),
-        ("", 0),
-        ("<answer> B", 0),
-        ("B </answer>", 0),
-        ("<Answer> B </Answer>", 0),
-        ("<answer> A </answer> <answer> B </answer>", 0),
-        ("<answer> B </answer> <answer> A </answer>", 0),
-        ("<answer> B </answer> <answer> B </answer>", 0),
-        ("<think> <answer> B </answer> </think> <answer> A </answer>", 0),
-        ("<answer> <answer> B </answer> </answer>", 0),
-        ("<answer> A <answer> B </answer>", 0),
-    ],
-)
+ONE_SPAN = {  # accuracy: completions about COLORS
+    (1,): "<answer> B </answer>|B <think> A </think> <answer> B </answer> C",
+    (0,): (
+        "B||<answer> B|B </answer>|<Answer> B </Answer>|"
+        "<answer> A </answer> <answer> B </answer>|<answer> B </answer> <answer> A </answer>|"
+        "<answer> B </answer> <answer> B </answer>|"
+        "<think> <answer> B </answer> </think> <answer> A </answer>|"
+        "<answer> <answer> B </answer> </answer>|<answer> A <answer> B </answer>"
+    ),
+}
+
+
+@pytest.mark.parametrize("completion, expected", each(ONE_SPAN))
 def test_only_one_answer_span_counts(completion, expected):
     assert accuracy_reward(completion, "B", COLORS) == expected
 
@@ -549,99 +486,71 @@ def test_an_option_whose_text_begins_like_a_letter_can_be_named():
     assert chosen_letter("X", ("Y", "X")) == "B"
 
 
+# What is asked for, and what is near it. options, gold, accuracy, lenient accuracy: texts
+ANSWERS = {
+    (COLORS, "B", 1, 1): "B|B. red|Red.",
+    (COLORS, "B", 0, 1): "b|(b) Red|**B**|“B”|B...|B, because A glows red",
+    (COLORS, "B", 0, 0): "B. blue|A. red|B or C|B, C|B\nA|BC",
+    (COLORS, "A", 0, 0): "A. red",
+    (COLORS, "D", 0, 0): "D",
+    (COLORS, "C", 0, 0): "dark",
+    ((), "1000", 1, 1): "1,000.0",
+    ((), "3", 0, 0): "3 dogs|three",
+    ((), "5 KM/H", 1, 1): "5 km/h.",
+}
+COMPLETIONS = {
+    (COLORS, "B", 0, 0): (
+        "<think> red </think> <answer> </answer> B|"
+        "<think> </think> <answer> B </answer> No: <answer> A </answer>|"
+        "<think> <answer> A </answer> <answer> B </answer> </think>||"
+        "<think> So it is B. </think>|<think> So it is B.|<think> So it is\nB|"
+        "B, but A is as good|b, c|Bob, because he waves|The answer is B, and not C.|"
+        "The answer is not B.|It is not option B.|B-side"
+    ),
+    (COLORS, "B", 0, 1): (
+        "<think> </think> <answer> A </answer> No: <answer> B </answer>|"
+        "<think> red </think> <answer> B|<think> red </think> B </answer>|"
+        "<think> red </think> <answer> <answer> B </answer> </answer>|"
+        "<think> <answer> A </answer> </think> <answer> B </answer>|B|(b)|A glows. </think> B|"
+        "B\n\nThe second flash is red.|The second flash is red.\n\nB. red|"
+        "The second flash is red.\n  b|The answer is B.|The answer is A. No, the answer is B.|"
+        "Answer: B. I hope that this answer helps.|**Answer:** the correct option is (B) red|"
+        "Option A is wrong, so I take option B.|So it is $\\boxed{\\text{B}}$|"
+        "\\boxed{A}, no, \\boxed{B}|B - red"
+    ),
+    (COLORS, "B", 1, 1): "<think> <answer> B </answer> </think> A",
+    (COLORS, "C", 0, 1): (
+        "dark  GREEN|The answer is the dark green.|C is correct.|"
+        "Option B is right, but the answer: C"
+    ),
+    (COLORS, "A", 0, 0): "A man walks.|The answer is A man who walks.",
+    (COLORS, "A", 0, 1): "A, blue|a",
+    (COLORS, "D", 0, 0): "D, because it glows",
+    (COLORS, "C", 0, 0): "C is wrong.",
+    (NUMBERS, "B", 0, 1): "The answer is 1000.",
+    (("a dog", "A man"), "B", 0, 1): "A man",
+    (("no", "'yes'"), "A", 0, 0): "'no' is what she says",
+    (("no", "'yes'"), "B", 0, 1): "The answer is 'yes'",
+    ((), "3", 0, 1): (
+        "<think> </think> <answer> 4 </answer> <answer> 3 </answer>|3|"
+        "There are 4 dogs.\nNo: the answer is **3**.|The answer is 3. I counted the dogs.|"
+        "I counted the dogs.\n3.0|The answer is 4. No: the answer is 3."
+    ),
+    ((), "3", 0, 0): (
+        "<think> </think> <answer> 3 </answer> <answer> </answer>|3\nI counted the dogs.|"
+        "The answer is 3.5|The answer is 3. No: the answer is 4.|<think> 3 </think>"
+    ),
+    ((), "It's red", 0, 1): "It’s red",
+    ((), "Mr. Smith", 0, 1): "The answer is “Mr. Smith”",
+    ((), "B", 0, 0): "The answer is A.",
+    ((), "", 0, 0): "",
+    ((), ".", 0, 1): ".",
+}
+
+
 @pytest.mark.parametrize(
     "completion, options, gold, strict, lenient",
-    [  # COLORS: A blue, B red, C dark green. What is asked for, and what is near it:
-        ("<think> red </think> <answer> B </answer>", COLORS, "B", 1, 1),
-        ("<think> red </think> <answer> B. red </answer>", COLORS, "B", 1, 1),
-        ("<think> red </think> <answer> Red. </answer>", COLORS, "B", 1, 1),
-        ("<think> red </think> <answer> b </answer>", COLORS, "B", 0, 1),
-        ("<think> red </think> <answer> (b) Red </answer>", COLORS, "B", 0, 1),
-        ("<think> red </think> <answer> **B** </answer>", COLORS, "B", 0, 1),
-        ("<think> red </think> <answer> “B” </answer>", COLORS, "B", 0, 1),
-        ("<think> red </think> <answer> B... </answer>", COLORS, "B", 0, 1),
-        ("<think> red </think> <answer> B, because A glows red </answer>", COLORS, "B", 0, 1),
-        ("<think> red </think> <answer> B. blue </answer>", COLORS, "B", 0, 0),
-        ("<think> red </think> <answer> A. red </answer>", COLORS, "B", 0, 0),
-        ("<think> red </think> <answer> A. red </answer>", COLORS, "A", 0, 0),
-        ("<think> red </think> <answer> B or C </answer>", COLORS, "B", 0, 0),
-        ("<think> red </think> <answer> B, C </answer>", COLORS, "B", 0, 0),
-        ("<think> red </think> <answer> B\nA </answer>", COLORS, "B", 0, 0),
-        ("<think> red </think> <answer> BC </answer>", COLORS, "B", 0, 0),
-        ("<think> red </think> <answer> D </answer>", COLORS, "D", 0, 0),
-        ("<think> red </think> <answer> dark </answer>", COLORS, "C", 0, 0),
-        ("<think> red </think> <answer> </answer> B", COLORS, "B", 0, 0),
-        # spans: two, unfinished, nested, in the thoughts
-        ("<think> </think> <answer> A </answer> No: <answer> B </answer>", COLORS, "B", 0, 1),
-        ("<think> </think> <answer> B </answer> No: <answer> A </answer>", COLORS, "B", 0, 0),
-        ("<think> red </think> <answer> B", COLORS, "B", 0, 1),
-        ("<think> red </think> B </answer>", COLORS, "B", 0, 1),
-        ("<think> red </think> <answer> <answer> B </answer> </answer>", COLORS, "B", 0, 1),
-        ("<think> <answer> A </answer> </think> <answer> B </answer>", COLORS, "B", 0, 1),
-        ("<think> <answer> A </answer> <answer> B </answer> </think>", COLORS, "B", 0, 0),
-        ("<think> <answer> B </answer> </think> A", COLORS, "B", 1, 1),  # strict: the one span
-        # no span
-        ("", COLORS, "B", 0, 0),
-        ("B", COLORS, "B", 0, 1),
-        ("(b)", COLORS, "B", 0, 1),
-        ("dark  GREEN", COLORS, "C", 0, 1),
-        ("<think> So it is B. </think>", COLORS, "B", 0, 0),
-        ("<think> So it is B.", COLORS, "B", 0, 0),
-        ("<think> So it is\nB", COLORS, "B", 0, 0),
-        ("A glows. </think> B", COLORS, "B", 0, 1),
-        ("B\n\nThe second flash is red.", COLORS, "B", 0, 1),
-        ("The second flash is red.\n\nB. red", COLORS, "B", 0, 1),
-        ("The second flash is red.\n  b", COLORS, "B", 0, 1),
-        ("A man walks.", COLORS, "A", 0, 0),
-        ("A, blue", COLORS, "A", 0, 1),
-        ("B, but A is as good", COLORS, "B", 0, 0),
-        ("b, c", COLORS, "B", 0, 0),
-        ("The answer is the dark green.", COLORS, "C", 0, 1),
-        ("D, because it glows", COLORS, "D", 0, 0),
-        ("a", COLORS, "A", 0, 1),
-        ("Bob, because he waves", COLORS, "B", 0, 0),
-        ("C is correct.", COLORS, "C", 0, 1),
-        ("C is wrong.", COLORS, "C", 0, 0),
-        ("The answer is B.", COLORS, "B", 0, 1),
-        ("The answer is A. No, the answer is B.", COLORS, "B", 0, 1),
-        ("The answer is A man who walks.", COLORS, "A", 0, 0),
-        ("The answer is B, and not C.", COLORS, "B", 0, 0),
-        ("The answer is not B.", COLORS, "B", 0, 0),
-        ("Answer: B. I hope that this answer helps.", COLORS, "B", 0, 1),
-        ("**Answer:** the correct option is (B) red", COLORS, "B", 0, 1),
-        ("Option A is wrong, so I take option B.", COLORS, "B", 0, 1),
-        ("Option B is right, but the answer: C", COLORS, "C", 0, 1),
-        ("It is not option B.", COLORS, "B", 0, 0),
-        ("So it is $\\boxed{\\text{B}}$", COLORS, "B", 0, 1),
-        ("\\boxed{A}, no, \\boxed{B}", COLORS, "B", 0, 1),
-        ("B - red", COLORS, "B", 0, 1),
-        ("B-side", COLORS, "B", 0, 0),
-        ("The answer is 1000.", NUMBERS, "B", 0, 1),
-        ("A man", ("a dog", "A man"), "B", 0, 1),
-        ("'no' is what she says", ("no", "'yes'"), "A", 0, 0),
-        ("The answer is 'yes'", ("no", "'yes'"), "B", 0, 1),
-        # open-ended
-        ("<think> </think> <answer> 1,000.0 </answer>", (), "1000", 1, 1),
-        ("<think> </think> <answer> 3 dogs </answer>", (), "3", 0, 0),
-        ("<think> </think> <answer> three </answer>", (), "3", 0, 0),
-        ("<think> </think> <answer> 5 km/h. </answer>", (), "5 KM/H", 1, 1),
-        ("<think> </think> <answer> 4 </answer> <answer> 3 </answer>", (), "3", 0, 1),
-        ("<think> </think> <answer> 3 </answer> <answer> </answer>", (), "3", 0, 0),
-        ("3", (), "3", 0, 1),
-        ("There are 4 dogs.\nNo: the answer is **3**.", (), "3", 0, 1),
-        ("The answer is 3. I counted the dogs.", (), "3", 0, 1),
-        ("I counted the dogs.\n3.0", (), "3", 0, 1),
-        ("3\nI counted the dogs.", (), "3", 0, 0),
-        ("The answer is 3.5", (), "3", 0, 0),
-        ("The answer is 4. No: the answer is 3.", (), "3", 0, 1),
-        ("The answer is 3. No: the answer is 4.", (), "3", 0, 0),
-        ("It’s red", (), "It's red", 0, 1),
-        ("The answer is “Mr. Smith”", (), "Mr. Smith", 0, 1),
-        ("The answer is A.", (), "B", 0, 0),
-        ("<think> 3 </think>", (), "3", 0, 0),
-        ("", (), "", 0, 0),
-        (".", (), ".", 0, 1),
-    ],
+    each(COMPLETIONS) + [(says(answer), *known) for answer, *known in each(ANSWERS)],
 )
 def test_strict_and_lenient_grading(completion, options, gold, strict, lenient):
     assert accuracy_reward(completion, gold, options) == strict

@@ -225,5 +225,4 @@ def test_the_published_table_is_that_of_these_tests(request):
     found = request.config.stash.get(CELLS, {})
     if "vllm" not in ENGINES or len(found) < len(zoo.FAMILIES) * len(MODALITIES) * len(COLUMNS):
         pytest.skip("needs vllm and all cells")
-    models, readme = (request.config.rootpath / name for name in ("docs/models.md", "README.md"))
-    assert table(found) in (models if models.exists() else readme).read_text()
+    assert table(found) in (request.config.rootpath / "docs/models.md").read_text()

@@ -24,6 +24,11 @@ from model import Media, ModelError, Piece
 QWENS = ("qwen2.5-vl", "qwen3-vl", "omni")
 
 
+def more(*values) -> list:
+    """Values of a parameter that run with -m slow."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 # ----------------------------------------------------------------------------------- VILA: pixels
 
 
@@ -93,7 +98,7 @@ def test_vila_has_the_published_projectors_tokens_a_frame_and_a_newline_behind(
     assert pieces[2].ids == model.tokenize("\n")
 
 
-@pytest.mark.parametrize("pools", [[2, 2, 1], [1, 1, 2], [4, 2, 2], [8, 1, 1]])
+@pytest.mark.parametrize("pools", [[1, 1, 2], [4, 2, 2], *more([2, 2, 1], [8, 1, 1])])
 @pytest.mark.parametrize("letters", ["vi", "w"])
 def test_vila_pools_frames_rows_and_columns_of_a_video_alone(ask, tmp_path, pools, letters):
     model = zoo.build("vila 3x3 tsp", image_size=192)  # 4 x 4 tokens
@@ -200,7 +205,7 @@ def test_omni_s_videos_have_the_limits_of_its_processor():
 # ------------------------------------------------------------------------------------------- sound
 
 
-@pytest.mark.parametrize("seconds", [0.02, 1, 1.99, 3.37, 131.3, 299.9])
+@pytest.mark.parametrize("seconds", [0.02, 1, 1.99, 3.37, 131.3, *more(299.9)])
 def test_mel_and_tokens_of_a_sound_equal_whisper_s_and_the_tower_s(seconds):
     model = zoo.build("omni")
     sound = zoo.frames(1, 1, int(seconds * 16000))[0, 0, :, 0] / 256 - 0.5

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import run_ranks
+from conftest import read_jsonl, run_ranks, says
 
 import data
 import grpo
@@ -46,15 +46,12 @@ class FixedEngine:
                 length = int(torch.randint(1, 9, (1,), generator=g))
                 ids = torch.randint(8, 40, (length,), generator=g)
                 right = self.gold[key] if i % 3 == key % 2 else "Z"
-                text = f"<think> x </think> <answer> {right} </answer>"
-                group.append(Response(ids, torch.zeros(length), text, True))
+                group.append(Response(ids, torch.zeros(length), says(right), True))
             packed = mrsp.pack([prompt], [[r.ids for r in group]])
-            own = getattr(self.policy, "policy", self.policy)
-            own = own if isinstance(own, VILA) else self.policy
+            own = self.policy.policy if isinstance(self.policy, TorchEngine) else self.policy
             with torch.no_grad():  # by this rank alone: the others sample for other prompts
-                logps = own.policy(mrsp.shard(packed, mrsp.Mesh()), sampling.temperature)[0].split(
-                    [len(r.ids) for r in group]
-                )
+                logps, _ = own.policy(mrsp.shard(packed, mrsp.Mesh()), sampling.temperature)
+            logps = logps.split([len(r.ids) for r in group])
             wrong = 0.01 * (key % 3)  # a mismatch that differs from prompt to prompt
             out.append([replace(r, logps=x + wrong) for r, x in zip(group, logps, strict=True)])
         return out
@@ -67,6 +64,12 @@ class FixedEngine:
         pass
 
 
+def gold_of(model, rows, wrong=0) -> dict:
+    """What FixedEngine takes for right, by prompt; nothing for the first `wrong` rows."""
+    letters = ["Z"] * wrong + [row.answer for row in rows[wrong:]]
+    return {int(model.prompt(row).ids.sum()): x for row, x in zip(rows, letters)}
+
+
 def step_of(model, reference, engine, optimizer, batch, step, config, **more):
     """One GRPO step -> its metrics; more: of Actors."""
     method = more.pop("method", None) or Method()
@@ -75,9 +78,8 @@ def step_of(model, reference, engine, optimizer, batch, step, config, **more):
 
 
 CONFIG = Config(
-    prompts=5, update_prompts=3, micro_prompts=2, group=4, temperature=0.8, lr=1e-4,
-    kl_coef=0.1,
-)  # fmt: skip
+    prompts=5, update_prompts=3, micro_prompts=2, group=4, temperature=0.8, lr=1e-4, kl_coef=0.1
+)
 
 
 def three_steps(folder, dtype, average, sp=1, fsdp=False):
@@ -97,7 +99,7 @@ def three_steps(folder, dtype, average, sp=1, fsdp=False):
         model.enable_gradient_checkpointing()
         model.shard_parameters(dtype)
         reference.shard_parameters(dtype)
-    gold = {int(model.prompt(row).ids.sum()): row.answer for row in rows}
+    gold = gold_of(model, rows)
     engine = FixedEngine(sampler, gold)
     optimizer = torch.optim.AdamW(model.llm.parameters(), lr=CONFIG.lr)
     seen = []
@@ -126,6 +128,7 @@ def one_rank(toy):
     return get
 
 
+SLOW = pytest.mark.slow
 MORE_RANKS = [
     (2, 1, False, torch.float64, 1e-9, "token"),
     (2, 1, False, torch.float32, 1e-5, "token"),
@@ -141,7 +144,7 @@ MORE_RANKS = [
     [
         (2, 1, False, torch.float64, 1e-9, "sequence"),
         (2, 2, True, torch.float64, 1e-9, "token"),
-        *[pytest.param(*how, marks=pytest.mark.slow) for how in MORE_RANKS],
+        *[pytest.param(*how, marks=SLOW) for how in MORE_RANKS],
     ],
 )
 def test_many_ranks_train_like_one(
@@ -165,11 +168,7 @@ def test_many_ranks_train_like_one(
 
 def test_groups_of_equal_reward_are_skipped_and_counted_and_change_nothing(toy, model):
     rows = data.load_rows(str(toy / "rl.jsonl"))[:3]
-    gold = {}
-    for i, row in enumerate(rows):
-        gold[int(model.prompt(row).ids.sum())] = (
-            row.answer if i else "Z"
-        )  # the first group: all wrong
+    gold = gold_of(model, rows, wrong=1)
     model.tower.requires_grad_(False)
     packed = []
     model.policy.register_forward_pre_hook(lambda m, args: packed.append(len(args[0].ids)))
@@ -201,12 +200,10 @@ def test_leaving_out_groups_of_equal_reward_changes_nothing(toy):
     rows, after = data.load_rows(str(toy / "rl.jsonl"))[:4], []
     for kl_coef in (0.0, 1e-15):
         model = VILA.from_pretrained(toy / "init").double()
-        gold = {
-            int(model.prompt(r).ids.sum()): r.answer if i > 1 else "Z" for i, r in enumerate(rows)
-        }
+        engine = FixedEngine(model, gold_of(model, rows, wrong=2))
         config = replace(CONFIG, prompts=4, update_prompts=4, kl_coef=kl_coef)
         optimizer = torch.optim.SGD(model.llm.parameters(), lr=1.0)
-        metrics = step_of(model, model, FixedEngine(model, gold), optimizer, rows, 0, config)
+        metrics = step_of(model, model, engine, optimizer, rows, 0, config)
         assert metrics["skipped_groups"] == 2 and metrics["grad_norm"] > 1e-3
         after.append({k: v.detach().clone() for k, v in model.llm.state_dict().items()})
     for name, value in after[0].items():
@@ -220,8 +217,7 @@ def test_two_updates_with_kl_equal_the_loss_written_out(toy):
     config = replace(CONFIG, prompts=4, update_prompts=2, kl_coef=0.5, grad_clip=1e9)
     ours, ref, hand = (VILA.from_pretrained(toy / "init").double() for _ in range(3))
     ref.llm.model.norm.weight.data.mul_(0.7)
-    gold = {int(ours.prompt(r).ids.sum()): r.answer for r in rows}
-    engine = FixedEngine(VILA.from_pretrained(toy / "init").double(), gold)
+    engine = FixedEngine(VILA.from_pretrained(toy / "init").double(), gold_of(ours, rows))
     prompts = [hand.prompt(r) for r in rows]
     answers = engine.generate(prompts, 4, Sampling(config.temperature), None)
     optimizer = torch.optim.SGD(ours.llm.parameters(), lr=0.5)
@@ -230,7 +226,10 @@ def test_two_updates_with_kl_equal_the_loss_written_out(toy):
     scores = [[grpo.reward(a.text, r, config)["reward"] for a in g] for g, r in zip(answers, rows)]
     adv = grpo.advantages(torch.tensor(scores), config)
     groups = [[a.ids for a in g] for g in answers]
-    logp = lambda m, i: m(mrsp.pack(*mrsp.copies([prompts[i]], [groups[i]])[:2]), 0.8)[0]  # noqa: E731
+
+    def logp(policy, i):
+        return policy(mrsp.pack(*mrsp.copies([prompts[i]], [groups[i]])[:2]), 0.8)[0]
+
     with torch.no_grad():
         old, fixed = [logp(hand, i) for i in range(4)], [logp(ref, i) for i in range(4)]
     optimizer = torch.optim.SGD(hand.llm.parameters(), lr=0.5)
@@ -289,23 +288,42 @@ def test_a_sampler_that_sees_other_weights_stops_training(toy, model):
         step_of(model, model, engine, optimizer, rows, 0, config)
 
 
-@pytest.mark.slow
+def all_at_once(n: int) -> Config:
+    return Config(prompts=n, update_prompts=n, micro_prompts=n, group=8, top_p=1.0, kl_coef=0.0)
+
+
+def test_a_reward_that_differs_from_prompt_to_prompt_rises(toy, model):
+    """From random weights: every other prompt is rewarded for words of even length, the rest for
+    words of odd length; at first about half of the words are."""
+    rows = data.load_rows(str(toy / "rl.jsonl"))[::6]
+    model.recipe = replace(model.recipe, max_tokens=4)
+
+    def reward(text, example, config):
+        right = [len(word) % 2 == rows.index(example) % 2 for word in text.split()]
+        return {"reward": sum(right) / max(len(right), 1), "accuracy": 0.0, "format": 0.0}
+
+    method, config = Method(), all_at_once(len(rows))
+    method.names["reward"] = reward
+    optimizer, engine = torch.optim.AdamW(model.llm.parameters(), lr=3e-3), TorchEngine(model)
+    history = []
+    while len(history) < 40 and (not history or history[-1] < 0.95):
+        found = step_of(model, None, engine, optimizer, rows, len(history), config, method=method)
+        history.append(found["reward"])
+    assert history[0] < 0.65 and history[-1] >= 0.95, history
+
+
+@SLOW
 def test_overfitting_24_fixed_prompts_drives_the_reward_to_one(toy, model):
     """From a model that knows the format and guesses: the right letter with 40 %, each other one
     with 20 %."""
     rows = data.load_rows(str(toy / "rl.jsonl"))[:24]
-    guesses = [
-        replace(r, response=f"<think> guess {x} </think> <answer> {x} </answer>")
-        for r in rows for x in "ABCD" + r.answer
-    ]  # fmt: skip
+    guess = "<think> guess {0} </think> <answer> {0} </answer>"
+    guesses = [replace(r, response=guess.format(x)) for r in rows for x in "ABCD" + r.answer]
     config = sft.SFTConfig(
         steps=120, groups=4, texts=10, train="llm", optimizer="muon", lr=2e-3, muon_lr=0.01
     )
     sft.train(model, guesses, config)
-    config = Config(
-        prompts=24, update_prompts=24, micro_prompts=24, group=8, top_p=1.0, lr=3e-4,
-        weight_decay=0.0, kl_coef=0.0, scale_std=False,
-    )  # fmt: skip
+    config = replace(all_at_once(24), scale_std=False)
     optimizer, engine = torch.optim.AdamW(model.llm.parameters(), lr=3e-4), TorchEngine(model)
     history = []
     for step in range(100):
@@ -329,61 +347,63 @@ SMALLEST = (
     "--sft.steps 4 --sft.groups 4 --grpo.steps 2 --grpo.prompts 4 --grpo.update_prompts 2 "
     "--eval.frames 4 8 --recipe.num_frames 8 --recipe.max_tokens 6"
 ).split()
+# Muon computes in bfloat16, which is slow on most CPUs.
+SMALLER = (
+    "--toy.base 2 --toy.sft 2 --toy.rl 4 --toy.test 2 --toy.other 2 --toy.images_stage.groups 2 "
+    "--toy.base_stage.groups 2 --toy.images_stage.optimizer adamw --sft.optimizer adamw "
+    "--toy.base_stage.optimizer adamw"
+).split()
 
 
-@pytest.mark.slow
-def test_the_whole_pipeline_runs_on_two_ranks_and_its_model_scores_the_same_again(tmp_path):
+def check_files(out, questions: int) -> dict:
+    """What a run of SMALLEST leaves in its folder, in numbers and in pictures -> its summary."""
+    summary = json.loads((out / "summary.json").read_text())
+    names = "seed chance sft control grpo questions trained_on lost seconds settings"
+    assert set(summary) == set(names.split()) and summary["questions"] == questions
+    assert summary["settings"]["grpo"]["prompts"] == 4 and "recipe" in summary["settings"]
+    scores = {"accuracy", "by_category", "by_frames", "other_environment", "wrong_video"}
+    assert set(summary["grpo"]) >= scores and set(summary["grpo"]["by_frames"]) == {"4", "8"}
+    assert summary["chance"] == 0.25 and "total" in summary["seconds"]
+    stages = [line["stage"] for line in read_jsonl(out / "metrics.jsonl")]
+    assert stages == ["images"] * 2 + ["base"] * 2 + ["sft"] * 4 + ["grpo"] * 2
+    sample = read_jsonl(out / "samples.jsonl")[0]
+    assert sample["num_frames"] == 8 and len(sample["responses"]) == 8
+    assert {"text", "reward", "accuracy", "format"} <= set(sample["responses"][0])
+    for name in ("curves.png", "frames.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    page = (out / "report.html").read_text(encoding="utf-8")
+    for name, stage in (("before", "sft"), ("after", "grpo")):
+        answers = read_jsonl(out / f"answers_{name}.jsonl")
+        assert len({a["problem_id"] for a in answers}) == len(answers) == questions
+        assert sum(a["accuracy"] for a in answers) / questions == summary[stage]["accuracy"]
+        assert all(f'"{a["problem_id"]}"' in page for a in answers)
+    return summary
+
+
+def test_a_run_of_the_toy_leaves_its_numbers_pictures_and_answers(tmp_path, capsys):
     out = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
-    command += ["train.py", "--output_dir", str(out), "--cache_dir", str(tmp_path / "c"), *SMALLEST]
+    where = ["--output_dir", str(out), "--cache_dir", str(tmp_path / "c")]
+    train.main([*where, *SMALLEST, *SMALLER])
+    check_files(out, 10)
+    assert "after GRPO" in capsys.readouterr().out
+
+
+@SLOW
+def test_the_whole_pipeline_runs_on_two_ranks_and_its_model_scores_the_same_again(tmp_path):
+    out, cache = tmp_path / "run", tmp_path / "c"
+    launch = "-m torch.distributed.run --standalone --nproc_per_node 2 train.py"
+    command = [sys.executable, *launch.split(), "--output_dir", str(out)]
+    command += ["--cache_dir", str(cache), *SMALLEST]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stderr[-3000:]
-    summary = json.loads((out / "summary.json").read_text())
-    assert set(summary) == set(
-        "seed chance sft control grpo questions trained_on lost seconds settings".split()
-    )
-    assert summary["settings"]["grpo"]["prompts"] == 4 and "recipe" in summary["settings"]
-    assert set(summary["grpo"]) >= {
-        "accuracy",
-        "by_category",
-        "by_frames",
-        "other_environment",
-        "wrong_video",
-    }
-    assert set(summary["grpo"]["by_frames"]) == {"4", "8"} and summary["questions"] == 30
-    assert summary["chance"] == 0.25 and "total" in summary["seconds"]
-    stages = [json.loads(line)["stage"] for line in (out / "metrics.jsonl").open()]
-    assert stages == ["images"] * 2 + ["base"] * 2 + ["sft"] * 4 + ["grpo"] * 2
-    sample = json.loads((out / "samples.jsonl").open().readline())
-    assert (
-        sample["num_frames"] == 8
-        and len(sample["responses"]) == 8
-        and {"text", "reward", "accuracy", "format"} <= set(sample["responses"][0])
-    )
-    for name in ("curves.png", "frames.png"):
-        assert (out / name).read_bytes().startswith(b"\x89PNG")
-    for name, stage in (("before", "sft"), ("after", "grpo")):
-        answers = [json.loads(line) for line in (out / f"answers_{name}.jsonl").open()]
-        assert len({a["problem_id"] for a in answers}) == len(answers) == 30
-        assert sum(a["accuracy"] for a in answers) / 30 == summary[stage]["accuracy"]
-    page = (out / "report.html").read_text(encoding="utf-8")
-    assert page.count("url(data:image/jpeg") == 6 and all(
-        f'"{a["problem_id"]}"' in page for a in answers
-    )
-    kept = {file.name: file.stat().st_ino for file in (tmp_path / "c").iterdir()}
-    command = [sys.executable, "eval.py", "--model", str(out / "model")]
-    command += ["--cache_dir", str(tmp_path / "c")]
+    summary = check_files(out, 30)
+    assert (out / "report.html").read_text(encoding="utf-8").count("url(data:image/jpeg") == 6
+    kept = {file.name: file.stat().st_ino for file in cache.iterdir()}
+    command = [sys.executable, "eval.py", "--model", str(out / "model"), "--cache_dir", str(cache)]
     again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
     assert f"accuracy {summary['grpo']['accuracy']:.4f}" in again.stdout, again.stderr[-2000:]
     # evaluation found every embedding that training had computed
-    assert kept == {file.name: file.stat().st_ino for file in (tmp_path / "c").iterdir()}
+    assert kept == {file.name: file.stat().st_ino for file in cache.iterdir()}
     assert len(kept) > 20 and all(name.endswith(".safetensors") for name in kept)
-    assert "after GRPO" in done.stdout and "GRPO" in done.stdout and str(out) in done.stdout
+    assert "after GRPO" in done.stdout and str(out) in done.stdout
