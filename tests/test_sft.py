@@ -59,15 +59,9 @@ def test_only_what_is_named_is_trained(toy, model, part):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     key = model.encoder_hash()
     run(model, rows_of(toy), SFTConfig(steps=2, groups=2, train=part, lr=1e-2, warmup=0.0))
-    moved = {
-        k.split(".")[0] for k, v in model.state_dict().items() if not torch.equal(v, before[k])
-    }
-    assert (
-        moved
-        == {"all": {"policy", "tower", "projector"}, "llm": {"policy"}, "projector": {"projector"}}[
-            part
-        ]
-    )
+    after = model.state_dict()
+    moved = {name.split(".")[0] for name in before if not after[name].equal(before[name])}
+    assert moved == {"all": {"policy", "tower", "projector"}, "llm": {"policy"}}.get(part, {part})
     assert (model.encoder_hash() == key) == (part == "llm")  # old embeddings are not reused
 
 
@@ -92,10 +86,11 @@ def _train(rank, world, folder, out, part="all", sp=1, fsdp=False):
     torch.save(losses, f"{out}/{world}_{rank}.pt")
 
 
-@pytest.mark.parametrize("part, sp, fsdp", [
-    ("all", 1, False), ("all", 2, False), ("all", 2, True), ("llm", 1, True), ("llm", 2, False),
-    ("projector", 1, True),
-])  # fmt: skip
+HOW = [("all", 1, False), ("all", 2, False), ("all", 2, True), ("llm", 1, True)]
+HOW += [("llm", 2, False), ("projector", 1, True)]
+
+
+@pytest.mark.parametrize("part, sp, fsdp", HOW)
 def test_two_ranks_train_like_one(toy, tmp_path, part, sp, fsdp):
     """Three groups a step, in two micro-batches: one rank has two of them, the other one; or both
     share all three, also the frames to encode, whose gradient goes back to the rank that encoded
@@ -123,8 +118,8 @@ def test_text_rows_are_skipped_where_only_the_projector_is_trained(toy, model):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_loss_falls(toy, model, optimizer):
-    config = SFTConfig(steps=25, groups=3, train="llm", optimizer=optimizer, lr=2e-3)
-    losses = [m["loss"] for m in run(model, rows_of(toy), config)]
+    config = SFTConfig(steps=12, groups=1, train="llm", optimizer=optimizer, lr=3e-3)
+    losses = [m["loss"] for m in run(model, rows_of(toy)[:2], config)]
     assert losses[-1] < 0.3 * losses[0]
 
 
