@@ -222,14 +222,12 @@ class Loader(Opener):
             raise
 
     def _drop(self, future: Future) -> None:
-        """Free the worker of what nobody wants, once it has one."""
-
-        def free(opened: Future) -> None:
-            if not opened.cancelled() and opened.exception() is None:  # else none is held
-                self._free(opened.result().worker)
-
-        future.add_done_callback(free)
+        future.add_done_callback(self._free_opened)
         future.cancel()
+
+    def _free_opened(self, future: Future) -> None:
+        if not future.cancelled() and future.exception() is None:  # else none is held
+            self._free(future.result().worker)
 
     def _worker(self) -> Worker:
         try:

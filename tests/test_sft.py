@@ -86,8 +86,9 @@ def _train(rank, world, folder, out, part="all", sp=1, fsdp=False):
     torch.save(losses, f"{out}/{world}_{rank}.pt")
 
 
-HOW = [("all", 1, False), ("all", 2, False), ("all", 2, True), ("llm", 1, True)]
-HOW += [("llm", 2, False), ("projector", 1, True)]
+HOW = [("all", 2, True), ("llm", 1, True), ("llm", 2, False)]
+SLOW = [("all", 1, False), ("all", 2, False), ("projector", 1, True)]
+HOW += [pytest.param(*how, marks=pytest.mark.slow) for how in SLOW]
 
 
 @pytest.mark.parametrize("part, sp, fsdp", HOW)
