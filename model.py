@@ -128,8 +128,8 @@ def read_recipe(root: Path) -> Recipe | None:
 
 class Media(NamedTuple):
     """What a tower made of one medium: features (T, h, w, W) of a video or image (VILA:
-    (F, K, W)), (A, W) of audio; times (F,) in seconds of the frames, where the family uses
-    them; track (A, W), the features of a video's sound."""
+    (F, K, W)), (A, W) of audio; times (F,) of the frames, in seconds; track (A, W), the features of
+    a video's sound."""
 
     kind: str
     features: Tensor
@@ -164,17 +164,6 @@ class Prompt:
 # ------------------------------------------------------------------------- what families share
 
 
-@contextmanager
-def agreed(group=None):
-    """A block that all ranks of the group enter: a DataError of one of them is raised on all."""
-    error = None
-    try:
-        yield
-    except DataError as failed:
-        error = failed
-    mrsp.agree(error, group)
-
-
 class MultiModal(nn.Module):
     """The policy. forward() gives log-probs of a Pack's targets, features() those of an example's
     media. A family sets these attributes, and defines the methods that families/ lists."""
@@ -182,7 +171,6 @@ class MultiModal(nn.Module):
     takes: tuple[str, ...] = ()  # kinds of media: video, image, audio
     mrope = False  # positions have three rows: time, height, width
     together = 1  # frames of a video that become one group of features
-    timed = False  # place() uses the times of the frames
     levels = 0  # of deepstack: features of lower tower layers, added after the first decoder layers
     decoder_kind: tuple[str, str] | None = None  # class and model_type for samplers, if not its own
 
@@ -207,7 +195,6 @@ class MultiModal(nn.Module):
         self.controls = {*self.ids, *tokenizer.all_special_tokens, "<|im_start|>", "<|im_end|>"}
         self.media_tokens = tuple(self.ids[token] for token in media)  # never to be sampled
         self.eos = tokenizer.eos_token_id
-        self.times = {}  # of frames; a video whose features are cached is opened once a run
         self._tower_hash = None
 
     @property
@@ -375,53 +362,43 @@ class MultiModal(nn.Module):
         on all ranks of the group, if one of them cannot decode its share."""
         self.check_taken(medium, name)
 
-        def found(kind: str, compute) -> Tensor:
+        def entry(kind: str, compute) -> dict:
+            """features, and of frames their times; computed, or found."""
             make = functools.partial(compute, medium, num_frames, name, group)
             if not cached:
                 return make()
-            with agreed(group), named_errors(medium, medium.kind, name):
+            with mrsp.agreed(group), named_errors(medium, medium.kind, name):
                 key = self.key(medium, num_frames, kind)
             return self.cache.get(key, make, group)
 
         if medium.kind == "audio":
-            return Media("audio", found("audio", self.listen))
-        features = found(medium.kind, self.look)
-        times = ()
-        if self.timed:  # known, if the file was opened just now
-            with agreed(group), named_errors(medium, medium.kind, name):
-                times = self.frame_times(medium, num_frames, name)
-        track = found("audio", self.listen) if medium.track else None
-        return Media(medium.kind, features, times, track)
+            return Media("audio", entry("audio", self.listen)["features"])
+        seen = entry(medium.kind, self.look)
+        track = entry("audio", self.listen)["features"] if medium.track else None
+        return Media(medium.kind, seen["features"], seen["times"].numpy(), track)
 
-    def look(self, medium: Medium, num_frames: int | Rate, name: str, group=None) -> Tensor:
-        """Features of a video or image: each rank of the group decodes and encodes its share."""
+    def look(self, medium: Medium, num_frames: int | Rate, name: str, group=None) -> dict:
+        """Features and times of a video or image: each rank of the group decodes and encodes its
+        share of the frames."""
         with ExitStack() as stack:
-            with agreed(group), named_errors(medium, medium.kind, name):
+            with mrsp.agreed(group), named_errors(medium, medium.kind, name):
                 frames = stack.enter_context(self.loader.open(medium, num_frames, name))
                 size = self.fit(medium.kind, *frames.shape[:3])
-            if self.timed:
-                self.times[medium, num_frames] = frames.times
 
             def encode(at: range) -> Tensor:
-                with agreed(group):  # every rank encodes some frames, once
+                with mrsp.agreed(group):  # every rank encodes some frames, once
                     return self.encode(frames, size, at, kind=medium.kind)
 
-            return mrsp.encode_parallel(encode, range(len(frames)), group, self.together)
+            every = range(len(frames))
+            features = mrsp.encode_parallel(encode, every, group, self.together)
+            return {"features": features, "times": torch.as_tensor(frames.times)}
 
-    def listen(self, medium: Medium, num_frames, name: str, group=None) -> Tensor:
+    def listen(self, medium: Medium, num_frames, name: str, group=None) -> dict:
         """Features of a sound, or of a video's audio track."""
-        with agreed(group), named_errors(medium, medium.kind, name):
+        with mrsp.agreed(group), named_errors(medium, medium.kind, name):
             sound = self.loader.sound(medium, name=name)
             self.heard(len(sound))  # an error if it is too short
-        return self.hear(sound, group)
-
-    def frame_times(self, medium: Medium, num_frames: int | Rate, name="") -> np.ndarray:
-        """When the frames that the model sees of a medium are shown: (F,) seconds."""
-        known = medium, num_frames
-        if known not in self.times:
-            with self.loader.open(medium, num_frames, name) as frames:
-                self.times[known] = frames.times
-        return self.times[known]
+        return {"features": self.hear(sound, group)}
 
     def ahead(self, examples: list, num_frames=None, group=None) -> None:
         """features() of these examples will be wanted, in this order: videos that are not in the
@@ -564,6 +541,16 @@ class MultiModal(nn.Module):
             if p.requires_grad:  # made in the precision of the layer, and moved by small steps
                 p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
 
+    @contextmanager
+    def without_adapters(self):
+        """Within this block the decoder computes as if it had no adapters."""
+        adapted = [layer for layer in self.llm.modules() if hasattr(layer, "base_layer")]
+        for layer in adapted:
+            layer.enable_adapters(False)
+        yield
+        for layer in adapted:
+            layer.enable_adapters(True)
+
     @torch.no_grad()
     def merge_adapters(self) -> None:
         """Add what the adapters learned to the weights and remove them: the decoder is plain again,
@@ -633,7 +620,7 @@ class Policy(nn.Module):
         x = x if x.requires_grad or not torch.is_grad_enabled() else x.requires_grad_()
         return {"inputs_embeds": x, **extra}
 
-    def forward(self, share: mrsp.Pack, temperature: float = 1.0, chunk: int | None = None):
+    def forward(self, share: mrsp.Share, temperature: float = 1.0, chunk: int | None = None):
         """Log-probs (M,) float32 (or wider) of the targets at a sampling temperature, and the
         entropy (M,) of each predicted distribution (no gradient). share: this rank's part of a
         Pack (mrsp.shard); the result is that of the whole Pack, on every rank. chunk: targets
@@ -643,11 +630,11 @@ class Policy(nn.Module):
             **inputs, position_ids=share.positions, use_cache=False, mrsp=share.layout
         ).last_hidden_state  # (B, Ls, D)
         # DEVIATION 1: only the hidden states that predict a target reach the LM head.
-        hidden = mrsp.spread(hidden.reshape(-1, hidden.shape[-1]), share)  # (width, D)
+        hidden = hidden.reshape(-1, hidden.shape[-1])[share.hidden_at]  # (m, D)
         chunk = chunk or max(1, min(8192, 2**28 // self.llm.lm_head.weight.shape[0]))
         parts = []
         for h, t in zip(hidden.split(chunk), share.targets.split(chunk)):
-            # Checkpointed: backward computes a chunk's logits again instead of keeping (width, V).
+            # Checkpointed: backward computes a chunk's logits again instead of keeping (m, V).
             parts.append(checkpoint(self._log_probs, h, t, temperature, use_reentrant=False))
         logps, entropies = zip(*parts)
         return mrsp.collect(torch.cat(logps), share), mrsp.collect(torch.cat(entropies), share)

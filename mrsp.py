@@ -46,16 +46,16 @@ Check this file alone:  pytest tests/test_mrsp.py tests/test_sp.py tests/test_ca
 
 import functools
 import hashlib
-import importlib
 import math
 import os
 import time
 import uuid
 import zlib
 from collections import OrderedDict
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -67,6 +67,8 @@ from torch.distributed.tensor import DTensor
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
+PATIENCE = timedelta(days=1)  # that a rank waits for others: a long video takes more than the usual
+#   10 or 30 minutes to decode, a large checkpoint to save
 DENSE_LIMIT = 2048  # longest packed sequence for which the (L, L) mask is built
 SUFFIX = ".mrsp.safetensors"  # of the cache's files
 RING_BYTES = 2 << 30  # "auto": K/V of a prompt and layer above this travel in a ring, not at once
@@ -106,6 +108,10 @@ class Mesh:
     @property
     def outer_rank(self) -> int:
         return self.sp_rank // self.ulysses
+
+    @property
+    def inner_rank(self) -> int:
+        return self.sp_rank % self.ulysses
 
 
 def choose_method(method: str, sp: int, heads: int, kv_heads: int) -> tuple[int, str, str]:
@@ -152,7 +158,9 @@ def make_mesh(sp: int = 1, method: str = "auto", heads: int = 1, kv_heads: int =
 
     def mine(groups):  # (n, ranks of each): every rank makes all n process groups, and gets its own
         each = groups.tolist()
-        return dist.new_subgroups_by_enumeration(each)[0] if len(each[0]) > 1 else None
+        if len(each[0]) == 1:
+            return None
+        return dist.new_subgroups_by_enumeration(each, PATIENCE)[0]
 
     grid = torch.arange(world).view(-1, sp // u, u)  # (dp, O, U)
     groups = mine(grid.flatten(1)), mine(grid.mT.flatten(0, 1)), mine(grid.flatten(0, 1))
@@ -162,7 +170,33 @@ def make_mesh(sp: int = 1, method: str = "auto", heads: int = 1, kv_heads: int =
 # -------------------------------------------------------------------------------------- layout
 
 Span = tuple[int, int, int]  # (segment, first order, end): consecutive tokens of one segment
-Block = tuple[int, int, int, int, bool]  # queries [q0, q1) see keys [k0, k1); causal, or all
+
+
+class Block(NamedTuple):
+    """Queries [q0, q1) see keys [k0, k1): all of them, or if causal those up to themselves."""
+
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    causal: bool
+
+
+def find_spans(segment: Tensor, order: Tensor) -> list[Span]:
+    """Segment and order (L,) of tokens -> their spans, back to back in memory; padding is last.
+
+    >>> find_spans(torch.tensor([0, 0, 0, 2, 2, -1]), torch.tensor([0, 1, 7, 8, 9, 0]))
+    [(0, 0, 2), (0, 7, 8), (2, 8, 10)]
+    """
+    order = order[segment >= 0].tolist()
+    segment = segment[segment >= 0].tolist()
+    spans = []
+    for s, t in zip(segment, order):
+        if spans and spans[-1][0] == s and spans[-1][2] == t:
+            spans[-1] = (s, spans[-1][1], t + 1)
+        else:
+            spans.append((s, t, t + 1))
+    return spans
 
 
 def plan_blocks(queries: list[Span], keys: list[Span]) -> list[Block]:
@@ -171,7 +205,7 @@ def plan_blocks(queries: list[Span], keys: list[Span]) -> list[Block]:
     are left out: the kernels crash on them.
 
     >>> row = [(0, 0, 2), (1, 2, 3), (2, 2, 4)]  # prompt of 2, answers of 1 and 2
-    >>> plan_blocks(row, row)
+    >>> [tuple(block) for block in plan_blocks(row, row)]
     [(0, 2, 0, 2, True), (2, 5, 0, 2, False), (2, 3, 2, 3, True), (3, 5, 3, 5, True)]
     """
     plan = []
@@ -179,7 +213,10 @@ def plan_blocks(queries: list[Span], keys: list[Span]) -> list[Block]:
     for k_seg, k0, k1 in keys:
         q_at = 0
         for q_seg, q0, q1 in queries:
-            low, high = max(q0, k0), min(q1, k1)  # the orders that both spans have
+            to_q = q_at - q0  # from a token's order to its place in memory
+            to_k = k_at - k0
+            low = max(q0, k0)  # [low, high): the orders that both spans have
+            high = min(q1, k1)
             found = [
                 (q0, q1, k0, min(k1, q0), False),  # keys before all of the queries
                 (low, high, low, high, True),  # the diagonal
@@ -187,85 +224,97 @@ def plan_blocks(queries: list[Span], keys: list[Span]) -> list[Block]:
             ]
             for a, b, c, d, causal in found:
                 if k_seg in (0, q_seg) and a < b and c < d:
-                    columns = (c - k0 + k_at, d - k0 + k_at)
-                    add_block(plan, (a - q0 + q_at, b - q0 + q_at, *columns, causal))
+                    block = Block(a + to_q, b + to_q, c + to_k, d + to_k, causal)
+                    # A full block that continues the last one below joins it: one for all answers.
+                    if plan and not causal and plan[-1] == (plan[-1].q0, block.q0, *block[2:]):
+                        block = block._replace(q0=plan.pop().q0)
+                    plan.append(block)
             q_at += q1 - q0
         k_at += k1 - k0
     return plan
 
 
-def add_block(plan: list[Block], block: Block) -> None:
-    """Append it; a full one that continues the last one below joins it: one for all answers."""
-    q0, q1, k0, k1, causal = block
-    if plan and not causal and plan[-1][1:] == (q0, k0, k1, False):
-        block = (plan.pop()[0], q1, k0, k1, False)
-    plan.append(block)
-
-
 @dataclass
 class Layout:
     """Who sees whom, for the attention function. Queries (B, Lq) and keys (B, Lk) carry segment and
-    order: what the dense form needs. While training they are the same tokens, while sampling the
-    keys are the whole cache. parts: for each of the O outer ranks, for each row, the spans that it
-    holds, back to back; needed by the block form. None while sampling."""
+    order, which is what the dense form needs: while training both are the tokens of this outer
+    rank, while sampling the keys are the whole cache.
+
+    plan: what the block form needs (None while sampling). For each outer rank `source`, the blocks
+    of this rank's queries and the keys that come from there: its prompt tokens (they precede its
+    answers), and if that is this rank, all it has. (queries, keys, causal), with the first two as
+    indices into (B, H, L, D) or (B, H, L).
+    travels: the most prompt tokens that an outer rank has in a row; K/V are sent padded to this."""
 
     q_segment: Tensor
     q_order: Tensor
     k_segment: Tensor
     k_order: Tensor
-    parts: list[list[list[Span]]] | None = None
     mesh: Mesh = field(default_factory=Mesh)
-    _mask: Tensor | None = field(default=None, repr=False)
+    plan: list[list[tuple]] | None = None
+    travels: int = 0
 
+    @functools.cached_property
     def mask(self) -> Tensor:
         """Rule (*) as a boolean (B, 1, Lq, Lk); built once, used by every layer."""
-        if self._mask is None:
-            q_segment, k_segment = self.q_segment[:, :, None], self.k_segment[:, None]
-            # (B, Lq, Lk). Padding (-1) sees padding: a row of the softmax must not be empty.
-            seen = (k_segment == 0) | (k_segment == q_segment)
-            self._mask = (seen & (self.k_order[:, None] <= self.q_order[:, :, None]))[:, None]
-        return self._mask
+        q_segment = self.q_segment[:, :, None]
+        k_segment = self.k_segment[:, None]
+        # (B, Lq, Lk). Padding (-1) sees padding: a row of the softmax must not be empty.
+        seen = (k_segment == 0) | (k_segment == q_segment)
+        return (seen & (self.k_order[:, None] <= self.q_order[:, :, None]))[:, None]
 
-    def blocks(self, source: int) -> list[tuple]:
-        """The plan for this rank's queries and the keys that come from an outer rank: its prompt
-        tokens (they precede its answers), and if that is this rank, all it has. As index tuples
-        into (B, H, L, D) or (B, H, L): [(queries, keys, causal)]."""
-        me = self.mesh.outer_rank
-        plan = []
-        for b, (queries, held) in enumerate(zip(self.parts[me], self.parts[source])):
-            keys = held if source == me else [span for span in held if span[0] == 0]
-            for q0, q1, k0, k1, causal in plan_blocks(queries, keys):
+
+def make_layout(segment: Tensor, order: Tensor, mesh: Mesh | None = None) -> Layout:
+    """The Layout of this rank; segment, order (O, B, Lo): of the tokens of all outer ranks."""
+    mesh = mesh or Mesh()
+    me = mesh.outer_rank
+    parts = []  # of each outer rank, of each row: its spans
+    for part in zip(segment.cpu(), order.cpu()):
+        parts.append([find_spans(*row) for row in zip(*part)])
+    prompts = [[[span for span in row if span[0] == 0] for row in part] for part in parts]
+    plan = []
+    for source in range(mesh.outer):
+        found = []
+        sent = parts[me] if source == me else prompts[source]
+        for b, (queries, keys) in enumerate(zip(parts[me], sent)):
+            for block in plan_blocks(queries, keys):
                 row = (slice(b, b + 1), slice(None))  # this row, all heads
-                plan.append(((*row, slice(q0, q1)), (*row, slice(k0, k1)), causal))
-        return plan
+                q_index = (*row, slice(block.q0, block.q1))
+                k_index = (*row, slice(block.k0, block.k1))
+                found.append((q_index, k_index, block.causal))
+        plan.append(found)
+    travels = max(sum(end - first for _, first, end in row) for part in prompts for row in part)
+    own = segment[me], order[me]
+    return Layout(*own, *own, mesh, plan, travels)
 
-    def prompt_tokens(self) -> int:
-        """The most prompt tokens that a part has: what travels, padded to this."""
-        return max(count_tokens(s for s in row if s[0] == 0) for part in self.parts for row in part)
+
+# ---------------------------------------------------------------------------------------- packs
 
 
 @dataclass
 class Pack:
-    """B groups, one a row, right-padded to the same L.
-    ids (B, L) token ids; positions (B, L), or (3, B, L) for M-RoPE; media (N, D) features that
-    replace the token embeddings at media_at (N,), an index into the B * L flattened tokens.
-    hidden_at (M,): index into B * L of the hidden state that predicts targets (M,);
-    row, branch (M,): which prompt and which of its answers a target belongs to; step (M,): where
-    in the answer it stands.
-    received, gathered_at: of a share alone, see lm_head_share."""
+    """B groups, one a row, right-padded to the same L; of each group the prompt, then its answers.
+    ids, segment, order (B, L); positions (B, L), or (3, B, L) for M-RoPE; media (N, D): features
+    that replace the token embeddings at media_at (N,), an index into the B * L flattened tokens.
+    hidden_at (M,): index into B * L of the hidden state that predicts targets (M,).
+    row, branch, step (M,): a target is token `step` of answer `branch` to prompt `row`."""
 
     ids: Tensor
+    segment: Tensor
+    order: Tensor
     positions: Tensor
     media: Tensor | None
     media_at: Tensor
-    layout: Layout
     hidden_at: Tensor
     targets: Tensor
     row: Tensor
     branch: Tensor
     step: Tensor
-    received: Tensor | None = None
-    gathered_at: Tensor | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """Of the whole Pack on one rank."""
+        return make_layout(self.segment[None], self.order[None])
 
     def pad(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """(M,) values of the targets -> (B, G, R) with zeros where nothing is, and the mask.
@@ -285,65 +334,55 @@ def pack(prompts, branches, context=None) -> Pack:
     question, in SFT). Default 0: every token of a branch is a target."""
     if len(prompts) != len(branches) or not prompts:
         raise ValueError(f"{len(prompts)} prompts but {len(branches)} groups of answers")
-    context = context or [[0] * len(group) for group in branches]
-    device = prompts[0].ids.device
-    lengths = [(len(p.ids), [len(r) for r in group]) for p, group in zip(prompts, branches)]
-    if any(p == 0 or not group or min(group) == 0 for p, group in lengths):
-        raise ValueError(f"empty prompt, group or answer in {lengths}")
-    total = max(p + sum(group) for p, group in lengths)  # L
-
-    ids, segment, order, positions, media, media_at = pad_prompts(prompts, total)
-    spans = [[(0, 0, p), *((g + 1, p, p + r) for g, r in enumerate(rs))] for p, rs in lengths]
-    hidden_at, targets, owner = [], [], []
+    lengths = [[len(p.ids), *(len(r) for r in group)] for p, group in zip(prompts, branches)]
+    if min(min(row) for row in lengths) == 0:
+        raise ValueError(f"empty prompt or answer: lengths are {lengths}")
+    length = max(sum(row) for row in lengths)  # L
+    ids, segments, orders, positions, given, media, media_at = [], [], [], [], [], [], []
     for b, (prompt, group) in enumerate(zip(prompts, branches)):
-        start = p = len(prompt.ids)
-        after = int(prompt.positions.max()) + 1
-        for g, answer in enumerate(group):
-            r = len(answer)
-            here = slice(start, start + r)
-            ids[b, here] = answer.cpu()
-            segment[b, here] = g + 1
-            order[b, here] = torch.arange(p, p + r)
-            positions[..., b, here] = torch.arange(after, after + r)
-            # Token t of the answer is predicted by token t - 1; token 0 by the prompt's last.
-            before = torch.arange(start - 1, start + r - 1)
-            before[0] = p - 1
-            given = context[b][g]
-            hidden_at.append(before[given:] + b * total)
-            targets.append(answer[given:].cpu())
-            owner += [(b, g, t) for t in range(r - given)]
-            start += r
-    row, branch, step = torch.tensor(owner).T
-    tensors = dict(ids=ids, positions=positions, media_at=media_at)
-    tensors |= dict(hidden_at=torch.cat(hidden_at), targets=torch.cat(targets))
-    tensors |= dict(row=row, branch=branch, step=step)
-    moved = {name: x.to(device) for name, x in tensors.items()}
-    seen = segment.to(device), order.to(device)
-    return Pack(**moved, media=media, layout=Layout(*seen, *seen, [spans]))
-
-
-def pad_prompts(prompts, total: int, device="cpu") -> list:
-    """B prompts, right-padded to L = total -> [ids, segment, order (B, L), positions (B, L) or
-    (3, B, L), media (N, D) or None, media_at (N,) into B * L]; all but media on the device."""
-    shape = (len(prompts), total)
-    ids = torch.zeros(shape, dtype=torch.long)
-    segment = torch.full(shape, -1)  # padding, which no token sees
-    order = torch.arange(total).repeat(len(prompts), 1)
-    positions = torch.zeros(*prompts[0].positions.shape[:-1], *shape, dtype=torch.long)
-    media, media_at = [], [torch.zeros(0, dtype=torch.long)]
-    for b, prompt in enumerate(prompts):
-        p = len(prompt.ids)
-        ids[b, :p] = prompt.ids.cpu()
-        segment[b, :p] = 0
-        positions[..., b, :p] = prompt.positions.cpu()
+        p = lengths[b][0]
+        segment = torch.arange(1 + len(group)).repeat_interleave(torch.tensor(lengths[b]))
+        order = torch.cat([torch.arange(p), *(torch.arange(p, p + len(r)) for r in group)])
+        own = prompt.positions.cpu()
+        resumed = order[p:] - p + int(own.max()) + 1  # every answer goes on where the prompt ended
+        ids.append(torch.cat([prompt.ids.cpu(), *(r.cpu() for r in group)]))
+        segments.append(segment)
+        orders.append(order)
+        positions.append(torch.cat([own, resumed.expand(*own.shape[:-1], -1)], -1))
+        given.append(torch.tensor([0, *(context[b] if context else [0] * len(group))])[segment])
         if prompt.media is not None and len(prompt.media):
             media.append(prompt.media)
-            media_at.append(prompt.media_at.cpu() + b * total)
+            media_at.append(prompt.media_at.cpu() + b * length)
+    ids = stack(ids, length, 0)
+    segment = stack(segments, length, -1)  # padding, which no token sees
+    order = stack(orders, length, 0)
+    # Token t of an answer is predicted by the token before; token 0 by the prompt's last.
+    p = torch.tensor([row[0] for row in lengths])[:, None]  # (B, 1)
+    step = order - p - stack(given, length, 0)  # (B, L), where it is a target
+    row, column = ((segment > 0) & (step >= 0)).nonzero().T
+    before = torch.where(order == p, p, torch.arange(length)) - 1  # (B, L)
+    tensors = {
+        "ids": ids,
+        "segment": segment,
+        "order": order,
+        "positions": stack(positions, length, 0),
+        "media_at": torch.cat([torch.arange(0), *media_at]),
+        "hidden_at": row * length + before[row, column],
+        "targets": ids[row, column],
+        "row": row,
+        "branch": segment[row, column] - 1,
+        "step": step[row, column],
+    }
     features = None
     if media:
-        features = media[0] if len(media) == 1 else torch.cat(media)
-    texts = [x.to(device) for x in (ids, segment, order, positions)]
-    return [*texts, features, torch.cat(media_at).to(device)]
+        features = media[0] if len(media) == 1 else torch.cat(media)  # one is not copied
+    device = prompts[0].ids.device
+    return Pack(media=features, **{name: x.to(device) for name, x in tensors.items()})
+
+
+def stack(rows: list[Tensor], length: int, fill: int) -> Tensor:
+    """B tensors (..., L_b) -> (..., B, length), filled up on the right."""
+    return torch.stack([F.pad(x, (0, length - x.shape[-1]), value=fill) for x in rows], -2)
 
 
 def copies(prompts, branches, context=None) -> tuple[list, list, list | None]:
@@ -357,126 +396,102 @@ def copies(prompts, branches, context=None) -> tuple[list, list, list | None]:
 # ------------------------------------------------------------------- stage 2: deal, shard, collect
 
 
-def count_tokens(spans: list[Span]) -> int:
-    return sum(end - first for _, first, end in spans)
+def deal(segment: Tensor, outer: int) -> list[Tensor]:
+    """Deal the tokens of a packed row, segment (L,), to the outer ranks: rank r gets chunks r and
+    2 * outer - 1 - r of the prompt, and whole answers, the longest first to the rank with the
+    fewest tokens. Returns the columns that each has, in order, without padding. A prompt of 8,
+    answers of 2 and 3:
 
-
-def deal(row: list[Span], outer: int) -> list[list[Span]]:
-    """Deal a packed row to the outer ranks: rank r gets chunks r and 2 * outer - 1 - r of the
-    prompt, and whole answers, the longest first to the rank with the fewest tokens. Nothing is
-    dropped or padded; pieces of a short prompt may be empty.
-
-    >>> deal([(0, 0, 8), (1, 8, 10), (2, 8, 13)], 2)
-    [[(0, 0, 2), (0, 6, 8), (2, 8, 13)], [(0, 2, 4), (0, 4, 6), (1, 8, 10)]]
+    >>> deal(torch.tensor([0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 2, 2, -1]), 2)
+    [tensor([ 0,  1,  6,  7, 10, 11, 12]), tensor([2, 3, 4, 5, 8, 9])]
     """
-    if outer == 1:
-        return [row]
-    cuts = [row[0][2] * j // (2 * outer) for j in range(2 * outer + 1)]
-    chunks = [(0, a, b) for a, b in zip(cuts, cuts[1:])]
-    parts = [[chunks[r], chunks[-1 - r]] for r in range(outer)]
-    for span in sorted(row[1:], key=lambda s: s[1] - s[2]):
-        min(parts, key=count_tokens).append(span)
-    return [[s for s in part if s[1] < s[2]] for part in parts]
+    prompt, *answers = [(segment == g).nonzero()[:, 0] for g in range(int(segment.max()) + 1)]
+    chunks = prompt.tensor_split(2 * outer)  # of a short prompt some are empty
+    parts = [torch.cat([chunks[r], chunks[-1 - r]]) for r in range(outer)]
+    for answer in sorted(answers, key=len, reverse=True):
+        sizes = [len(part) for part in parts]
+        fewest = sizes.index(min(sizes))
+        parts[fewest] = torch.cat([parts[fewest], answer])
+    return [part.sort().values for part in parts]
 
 
-def deal_targets(owner: Tensor, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Deal targets evenly to ranks, whatever rank owner (M,) has the hidden state. Returns, of each
-    target: the rank it goes to, its slot in the owner's message there, and its place among all
-    that go there. Rank 1 has four of five states, and each predicts two or three:
+@dataclass
+class Share:
+    """What a rank has of a Pack: Ls of the L columns of each row, and all that belongs to them, by
+    the names of Pack. media_at and hidden_at are indices into its own B * Ls tokens; of the Pack's
+    M targets it predicts those at target_at (m,): targets (m,)."""
 
-    >>> deal_targets(torch.tensor([1, 1, 1, 1, 0]), 2)
-    (tensor([0, 1, 0, 1, 0]), tensor([0, 0, 1, 1, 0]), tensor([0, 0, 1, 1, 2]))
+    ids: Tensor
+    positions: Tensor
+    media: Tensor | None
+    media_at: Tensor
+    hidden_at: Tensor
+    targets: Tensor
+    target_at: Tensor
+    layout: Layout
+    pack: Pack
+
+
+def shard(pack: Pack, mesh: Mesh) -> Share:
+    """This rank's share of a Pack. No communication: every rank has the whole Pack. The rows are
+    dealt to the O outer ranks; each part is padded to a multiple of U, and its rank u takes every
+    U-th column of it, so that each has its share of every answer, and of the LM head's work:
+
+        part of an outer rank, U = 2    prompt: a b c d e   answer: f g h   padding: _
+                                  u=0           a   c   e             g   _
+                                  u=1             b   d           f     h
     """
+    rows, length = pack.ids.shape
+    u = mesh.ulysses
+    # Who holds what: part[o, b] are the columns of row b that outer rank o has; L is padding.
+    dealt = [deal(segment, mesh.outer) for segment in pack.segment.cpu()]
+    longest = max(len(columns) for row in dealt for columns in row)
+    part = torch.full((mesh.outer, rows, u * math.ceil(longest / u)), length)  # (O, B, Lo)
+    for b, row in enumerate(dealt):
+        for o, columns in enumerate(row):
+            part[o, b, : len(columns)] = columns
+    part = part.to(pack.ids.device)
+    mine = part[mesh.outer_rank, :, mesh.inner_rank :: u]  # (B, Ls)
 
-    def occurrence(rank):  # how many entries before this one are equal to it
-        return F.one_hot(rank, ranks).cumsum(0).gather(1, rank[:, None])[:, 0] - 1
+    # Where is what: place[i] is the index into this share's B * Ls of token i of the pack's B * L;
+    # -1: another rank has it. Padding writes to a last column, which is cut off.
+    place = mine.new_full((rows, length + 1), -1)
+    place.scatter_(1, mine, torch.arange(mine.numel(), device=mine.device).view_as(mine))
+    place = place[:, :length].flatten()
 
-    turn = occurrence(owner)
-    to = turn % ranks
-    return to, turn // ranks, occurrence(to)
+    def take(x, columns, fill):  # (..., B, L) at (..., B, n) -> (..., B, n)
+        padded = F.pad(x, (0, 1), value=fill)
+        shape = torch.broadcast_shapes(padded.shape[:-1], columns.shape[:-1])
+        return padded.expand(*shape, -1).gather(-1, columns.expand(*shape, -1))
 
-
-def shard(pack: Pack, mesh: Mesh) -> Pack:
-    """This rank's share of a Pack, (B, L) -> (B, Ls): the same tensors for a part of the tokens.
-    The outer deal comes first; each part is padded to a multiple of U, and cut in U even slices.
-    Text and media may fall anywhere. The LM head's work is dealt by itself, see lm_head_share and
-    spread. No communication: every rank has the whole Pack."""
-    rows = pack.layout.parts[0]
-    b_rows, total = pack.ids.shape
-    me = mesh.sp_rank
-    parts = [list(part) for part in zip(*(deal(row, mesh.outer) for row in rows))]
-    at = packed_places(rows, parts, total, mesh.ulysses).to(pack.ids.device)  # (O, B, Lo)
-    # (O, B, U * Ls) -> (O, B, U, Ls) -> (O, U, B, Ls) -> (S, B, Ls): rank = o * U + u
-    every = at.unflatten(2, (mesh.ulysses, -1)).transpose(1, 2).flatten(0, 1)
-    local = every[0].numel()  # B * Ls
-    # went (B * L,): rank * B * Ls + place there, of each packed token. Padding goes to column L.
-    slots = torch.arange(every.numel(), device=at.device).view_as(every)
-    table = slots.new_zeros(b_rows, total + 1)
-    table[torch.arange(b_rows, device=at.device)[:, None], every] = slots
-    went = table[:, :total].flatten()
-
-    def take(x, index, fill):  # (..., B, L) at (B, n) -> (..., B, n)
-        return F.pad(x, (0, 1), value=fill).gather(-1, index.expand(*x.shape[:-1], -1))
-
-    segment = take(pack.layout.q_segment, at[mesh.outer_rank], -1)
-    order = take(pack.layout.q_order, at[mesh.outer_rank], 0)
-    media_went = went[pack.media_at]
-    here = media_went // local == me
-    return replace(
-        pack,
-        ids=take(pack.ids, every[me], 0),
-        positions=take(pack.positions, every[me], 0),
-        media=None if pack.media is None else pack.media[here.to(pack.media.device)],
-        media_at=media_went[here] % local,
-        layout=Layout(segment, order, segment, order, parts, mesh),
-        **lm_head_share(pack, went[pack.hidden_at], local, mesh),
+    media_at = place[pack.media_at]
+    is_mine = media_at >= 0
+    hidden_at = place[pack.hidden_at]
+    target_at = (hidden_at >= 0).nonzero()[:, 0]
+    return Share(
+        ids=take(pack.ids, mine, 0),
+        positions=take(pack.positions, mine, 0),
+        media=None if pack.media is None else pack.media[is_mine.to(pack.media.device)],
+        media_at=media_at[is_mine],
+        hidden_at=hidden_at[target_at],
+        targets=pack.targets[target_at],
+        target_at=target_at,
+        layout=make_layout(take(pack.segment, part, -1), take(pack.order, part, 0), mesh),
+        pack=pack,
     )
 
 
-def packed_places(rows: list, parts: list, total: int, ulysses: int) -> Tensor:
-    """(O, B, Lo): where in packed row b token i of part o stands; `total` is padding. Lo: tokens of
-    the largest part, as a multiple of U, at least one for each rank."""
-    size = max(count_tokens(spans) for part in parts for spans in part)
-    size = max(size + -size % ulysses, ulysses)
-    at = torch.full((len(parts), len(rows), size), total)
-    for b, row in enumerate(rows):
-        ends = accumulate(z - a for _, a, z in row)
-        ahead = {s: end - z for (s, _, z), end in zip(row, ends)}  # place less order, of a segment
-        for o, part in enumerate(parts):
-            places = [torch.arange(a + ahead[s], z + ahead[s]) for s, a, z in part[b]]
-            at[o, b, : count_tokens(part[b])] = torch.cat([torch.arange(0), *places])
-    return at
-
-
-def lm_head_share(pack: Pack, went: Tensor, local: int, mesh: Mesh) -> dict:
-    """went (M,): rank * local + place there, of the hidden state of each target. Of this rank's
-    share: hidden_at (S * slots,) are the states that it sends, received (width,) those that it
-    takes from what comes, targets (width,) what they predict (as many on each rank: FSDP needs them
-    all to run the LM head); gathered_at (M,): where collect() finds each target's value."""
-    owner, state = went // local, went % local
-    to, slot, place = deal_targets(owner, mesh.sp)
-    slots = int(slot.max()) + 1
-    width = int(place.max()) + 1
-    send = went.new_zeros(mesh.sp * slots)
-    sent = owner == mesh.sp_rank
-    send[(to * slots + slot)[sent]] = state[sent]
-    targets, received = send.new_zeros(width), send.new_zeros(width)
-    mine = to == mesh.sp_rank
-    targets[place[mine]] = pack.targets[mine]
-    received[place[mine]] = (owner * slots + slot)[mine]
-    at = to * width + place
-    return dict(hidden_at=send, targets=targets, received=received, gathered_at=at)
-
-
-def spread(hidden: Tensor, share: Pack) -> Tensor:
-    """Hidden states (B * Ls, D) of this rank -> those of the targets that it predicts, (width, D):
-    targets are dealt evenly over the ranks, or the ranks at the end of the sequence, where the
-    answers are, would run the LM head alone. One all-to-all of (S, slots, D); backward the same."""
-    mesh = share.layout.mesh
-    states = hidden[share.hidden_at]
-    if mesh.sp_group is not None:
-        states = AllToAll.apply(states.unflatten(0, (mesh.sp, -1)), mesh.sp_group).flatten(0, 1)
-    return states[share.received]
+def collect(values: Tensor, share: Share) -> Tensor:
+    """(m,) of each rank's targets -> (M,) of all targets, in the order of the Pack; one all-reduce
+    of zeros with this rank's values in their places. Every rank computes the SAME loss from them,
+    so in backward each keeps the gradient of its own targets (a sum would count it S times; no
+    communication): the parameter gradients of the S ranks then ADD UP to the whole, as they do over
+    data parallel ranks."""
+    every = values.new_zeros(len(share.pack.targets))
+    every[share.target_at] = values.detach()
+    if share.layout.mesh.sp_group is not None:
+        dist.all_reduce(every, group=share.layout.mesh.sp_group)
+    return every.index_put((share.target_at,), values)
 
 
 class AllGather(torch.autograd.Function):
@@ -495,19 +510,6 @@ class AllGather(torch.autograd.Function):
         out = grad.new_empty(grad.shape[0] // dist.get_world_size(ctx.group), *grad.shape[1:])
         reduce_scatter(out, grad.contiguous(), group=ctx.group)
         return out, None
-
-
-def collect(values: Tensor, share: Pack) -> Tensor:
-    """(width,) of each rank's targets -> (M,) of all targets, in the order of the unsharded Pack;
-    one all-gather. Every rank computes the SAME loss from them, so in backward each keeps the
-    gradient of its own targets (a sum would count it S times; no communication): the parameter
-    gradients of the S ranks then ADD UP to the whole, as they do over data parallel ranks."""
-    mesh = share.layout.mesh
-    if mesh.sp_group is not None:
-        every = AllGather.apply(values.detach(), mesh.sp_group)
-        start = mesh.sp_rank * len(values)
-        values = every.slice_scatter(values, 0, start, start + len(values))
-    return values[share.gathered_at]
 
 
 # ----------------------------------------------------------------------------------- attention
@@ -532,9 +534,9 @@ def mrsp_attention(
     mesh = mrsp.mesh
     if mesh.ulysses > 1:  # (B, H, Ls, D) -> (B, H / U, Lo, D): fewer heads, more tokens
         query, key, value = tokens_for_heads([query, key, value], mesh.inner_group)
-    if mrsp.parts is None or (mesh.outer == 1 and query.shape[2] <= DENSE_LIMIT):
-        mask = mrsp.mask()
-        out = F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
+    if mrsp.plan is None or (mesh.outer == 1 and query.shape[2] <= DENSE_LIMIT):
+        how = {"attn_mask": mrsp.mask, "scale": scale, "enable_gqa": True}
+        out = F.scaled_dot_product_attention(query, key, value, **how)
     else:
         out = BlockAttention.apply(query, key, value, mrsp, scale)
     if mesh.ulysses > 1:
@@ -554,11 +556,11 @@ def attention_naive(q, k, v, layout: Layout, scale: float) -> Tensor:
             return x
         return AllGather.apply(x.movedim(dim, 0), mesh.sp_group).movedim(0, dim)
 
-    inner = slice(mesh.sp_rank % mesh.ulysses * n, (mesh.sp_rank % mesh.ulysses + 1) * n)
+    inner = slice(mesh.inner_rank, None, mesh.ulysses)  # this rank's columns of its outer part
     segment = gathered(layout.q_segment[:, inner], 1)  # (B, S * Ls)
     order = gathered(layout.q_order[:, inner], 1)
     every = [gathered(x, 2) for x in (q, k, v)]  # (B, ., S * Ls, D)
-    mask = Layout(segment, order, segment, order).mask()
+    mask = Layout(segment, order, segment, order).mask
     out = F.scaled_dot_product_attention(*every, attn_mask=mask, scale=scale, enable_gqa=True)
     return out[:, :, mesh.sp_rank * n : (mesh.sp_rank + 1) * n]
 
@@ -584,40 +586,34 @@ class AllToAll(torch.autograd.Function):
 
 def tokens_for_heads(tensors: list[Tensor], group) -> list[Tensor]:
     """(B, H, Ls, D) of each -> (B, H / U, U * Ls, D): my heads of all tokens, by one exchange of
-    (U, B, sum of H / U, Ls, D). (Naive: all-gather all, keep my heads; U times the traffic.)"""
+    (U, B, sum of H / U, Ls, D). Token l of rank u stands at l * U + u: its part's order again.
+    (Naive: all-gather all, keep my heads; U times the traffic.)"""
     u = dist.get_world_size(group)
     split = [x.unflatten(1, (u, -1)).movedim(1, 0) for x in tensors]  # (U, B, H / U, Ls, D)
     got = AllToAll.apply(torch.cat(split, 2), group).split([x.shape[2] for x in split], 2)
-    return [x.movedim(0, 2).flatten(2, 3) for x in got]
+    return [x.movedim(0, 3).flatten(2, 3) for x in got]  # (B, H / U, Ls, U, D) on the way
 
 
 def heads_for_tokens(x: Tensor, group) -> Tensor:
     """Back: (B, H / U, U * Ls, D) -> (B, H, Ls, D)."""
-    split = x.unflatten(2, (dist.get_world_size(group), -1)).movedim(2, 0)  # (U, B, H / U, Ls, D)
+    u = dist.get_world_size(group)
+    split = x.unflatten(2, (-1, u)).movedim(3, 0)  # (B, H / U, Ls, U, D) -> (U, B, H / U, Ls, D)
     return AllToAll.apply(split, group).movedim(0, 1).flatten(1, 2)
 
 
 # -- one block
 
 
-@functools.cache
-def flash_attn():
-    """The package flash-attn, if it is installed; else None."""
-    try:
-        return importlib.import_module("flash_attn.flash_attn_interface")
-    except ImportError:
-        return None
-
-
 def kernel(q: Tensor) -> str:
-    """Which kernel computes a block: "cpu" and "cuda" are torch's own, "flash_attn" the package's,
-    "plain" a softmax that builds the block's scores (float32 on CUDA, other devices)."""
+    """Which kernel computes a block: "cpu" and "cuda" are torch's FlashAttention (on CUDA for half
+    precision; an installed FlashAttention 3 or 4 takes its place where torch is told so, by
+    torch.nn.attention.activate_flash_attention_impl), "plain" a softmax that builds the block's
+    scores (float32 on CUDA, other devices)."""
     if q.device.type == "cpu":
         return "cpu"
-    half = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0
-    if q.device.type != "cuda" or not half or q.shape[-1] > 256:
-        return "plain"
-    return "flash_attn" if flash_attn() else "cuda"
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return "cuda" if q.device.type == "cuda" and half and fits else "plain"
 
 
 def block_forward(q, k, v, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -633,12 +629,6 @@ def block_forward(q, k, v, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
             *turned, None, None, q.shape[2], k.shape[2], 0.0, causal, False, scale=scale
         )
         return out.transpose(1, 2), lse
-    if which == "flash_attn":  # (L, H, D), lse (H, L)
-        flat = [x[0].transpose(0, 1) for x in (q, k, v)]
-        out, lse, *_ = flash_attn()._flash_attn_varlen_forward(
-            *flat, **varlen(q, k), dropout_p=0.0, softmax_scale=scale, causal=causal
-        )
-        return out.transpose(0, 1)[None], lse[None]
     score = block_score(q, k, causal, scale)
     lse = score.logsumexp(-1)
     weight = (score - lse[..., None]).exp().to(v.dtype)
@@ -661,23 +651,17 @@ def block_backward(grad, q, out, lse, k, v, causal: bool, scale: float):
             *turned, lse.contiguous(), None, None, *lengths, 0.0, causal, none, none, scale=scale
         )
         return [x.transpose(1, 2) for x in grads]
-    if which == "flash_attn":
-        flat = [x[0].transpose(0, 1) for x in (grad, q, k, v, out)]
-        grads = [torch.empty_like(x) for x in flat[1:4]]
-        options = {"window_size_left": -1, "window_size_right": -1, "deterministic": False}
-        options |= {"dropout_p": 0.0, "softcap": 0.0, "alibi_slopes": None} | varlen(q, k)
-        flash_attn()._flash_attn_varlen_backward(
-            *flat, lse[0].contiguous(), *grads, softmax_scale=scale, causal=causal, **options
-        )
-        return [x.transpose(0, 1)[None] for x in grads]
     group = q.shape[1] // k.shape[1]
-    k_all, v_all = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    k_all = k.repeat_interleave(group, 1)
+    v_all = v.repeat_interleave(group, 1)
     wide = (block_score(q, k, causal, scale) - lse[..., None]).exp()  # (1, H, Lq, Lk)
     d_weight = (grad @ v_all.mT).to(wide.dtype)
     d_score = wide * (d_weight - (grad * out).sum(-1, keepdim=True).to(wide.dtype)) * scale
-    d_score, weight = d_score.to(q.dtype), wide.to(q.dtype)
+    d_score = d_score.to(q.dtype)
+    weight = wide.to(q.dtype)
     # A K/V head has the gradients of all query heads that use it: (1, H, Lk, D) -> (1, Hkv, Lk, D)
-    dk, dv = (x.unflatten(1, (-1, group)).sum(2) for x in (d_score.mT @ q, weight.mT @ grad))
+    dk = (d_score.mT @ q).unflatten(1, (-1, group)).sum(2)
+    dv = (weight.mT @ grad).unflatten(1, (-1, group)).sum(2)
     return d_score @ k_all, dk, dv
 
 
@@ -689,15 +673,6 @@ def block_score(q, k, causal: bool, scale: float) -> Tensor:
         keep = torch.ones(score.shape[-2:], dtype=torch.bool, device=q.device).tril()
         score = score.masked_fill(~keep, float("-inf"))
     return score
-
-
-def varlen(q: Tensor, k: Tensor) -> dict:
-    """For flash-attn: where the only sequence of a batch starts and ends, and the longest one."""
-    found = {}
-    for name, x in (("q", q), ("k", k)):
-        ends = torch.tensor([0, x.shape[2]], dtype=torch.int32, device=x.device)
-        found |= {f"cu_seqlens_{name}": ends, f"max_seqlen_{name}": x.shape[2]}
-    return found
 
 
 # -- all blocks: gather or ring
@@ -723,12 +698,13 @@ def ring_pass(x: Tensor, group):
 
 def travelling(k: Tensor, v: Tensor, layout: Layout):
     """Yields (source, K, V) for every outer rank, this one first; the others' prompt K/V arrive
-    while that is computed. k, v (B, Hkv, Lo, D); others' have Pp = layout.prompt_tokens().
+    while that is computed. k, v (B, Hkv, Lo, D); others' have Pp = layout.travels.
     gather: all-gather of (2, B, Hkv, Pp, D), O times that is held at once; no order to wait for.
     ring:   O - 1 times the same piece goes to the next rank; two pieces are held."""
     mesh = layout.mesh
-    most = layout.prompt_tokens()
-    me, n = mesh.outer_rank, mesh.outer
+    most = layout.travels
+    me = mesh.outer_rank
+    n = mesh.outer
     if n == 1:
         yield me, k, v
         return
@@ -753,7 +729,7 @@ def travelling(k: Tensor, v: Tensor, layout: Layout):
 def use_ring(layout: Layout, k: Tensor) -> bool:
     """Do K/V travel in a ring? `auto` gathers as long as all of it is small."""
     mesh = layout.mesh
-    gathered = 2 * mesh.outer * k[:, :, : layout.prompt_tokens()].nbytes
+    gathered = 2 * mesh.outer * k[:, :, : layout.travels].nbytes
     return mesh.method == "ring" or (mesh.method == "auto" and gathered > RING_BYTES)
 
 
@@ -774,7 +750,7 @@ class BlockAttention(torch.autograd.Function):
         out = torch.zeros(q.shape, dtype=wide, device=q.device)
         lse = torch.full(q.shape[:3], float("-inf"), dtype=wide, device=q.device)
         for source, keys, values in travelling(k, v, layout):
-            for at, cols, causal in layout.blocks(source):
+            for at, cols, causal in layout.plan[source]:
                 part, part_lse = block_forward(q[at], keys[cols], values[cols], causal, scale)
                 both = torch.logaddexp(lse[at], part_lse.to(wide))
                 keep, add = (lse[at] - both).exp(), (part_lse - both).exp()
@@ -792,7 +768,7 @@ class BlockAttention(torch.autograd.Function):
         layout = ctx.layout
         mesh = layout.mesh
         grad = grad.contiguous()
-        most = layout.prompt_tokens()
+        most = layout.travels
         ring = use_ring(layout, k)
         dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
         own = torch.zeros(2, *k.shape, dtype=lse.dtype, device=q.device)  # dk, dv of my tokens
@@ -805,7 +781,7 @@ class BlockAttention(torch.autograd.Function):
                 dkv = own
             else:
                 dkv = own.new_zeros(piece) if ring else every[source]
-            for at, cols, causal in layout.blocks(source):
+            for at, cols, causal in layout.plan[source]:
                 here = [x[at] for x in (grad, q, out, lse)]
                 parts = block_backward(*here, keys[cols], values[cols], causal, ctx.scale)
                 dq[at] += parts[0]
@@ -867,13 +843,20 @@ def encoder_share(frames: int, group=None, together: int = 1) -> tuple[slice, in
     return slice(start * together, stop), last - first, most
 
 
-def agree(error: Exception | None, group=None) -> None:
-    """Raise on all ranks of the group what one of them failed with (of several the first), so that
-    none waits for another one in vain. Communication: one all-reduce of a flag."""
-    failed = torch.tensor(error is not None, dtype=torch.uint8)
+@contextmanager
+def agreed(group=None):
+    """A block that all ranks of the group enter: what one of them fails with in it (of several the
+    first) is raised on all, so that none waits for another one in vain. Communication: one
+    all-reduce of a flag."""
+    error = None
+    try:
+        yield
+    except Exception as failed:
+        error = failed
     if group is not None:
-        dist.all_reduce(failed, dist.ReduceOp.MAX, group=group)
-        if failed:
+        flag = torch.tensor(error is not None, dtype=torch.uint8)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
+        if flag:
             found = [None] * dist.get_world_size(group)
             dist.all_gather_object(found, error, group=group)
             error = next(e for e in found if e is not None)
@@ -882,50 +865,53 @@ def agree(error: Exception | None, group=None) -> None:
 
 
 class EmbeddingCache:
-    """Embeddings by key, in memory and, with a folder, on disk (DEVIATION 2). Least recently used
-    entries go first when max_bytes (memory) or max_disk_bytes (folder) is exceeded. A key names
-    everything that the embedding depends on (see media_key). Disk entries are safetensors files
-    with a checksum, memory-mapped when read, written under another name and renamed: ranks and runs
-    may share a folder. A damaged one is reported and computed again."""
+    """Entries by key, in memory and, with a folder, on disk (DEVIATION 2). An entry is a dict of
+    tensors, such as {"features": (N, D), "times": (F,)}; its key names everything that it depends
+    on (media_key). Least recently used ones go first when max_bytes (memory) or max_disk_bytes
+    (folder) is exceeded. On disk they are safetensors files with a checksum, memory-mapped when
+    read, written under another name and renamed: ranks and runs may share a folder. A damaged one
+    is reported and computed again."""
 
     def __init__(self, folder=None, max_bytes: int = 4 << 30, max_disk_bytes: int = 100 << 30):
         self.folder = folder
-        self.max_bytes, self.max_disk_bytes = max_bytes, max_disk_bytes
-        self.memory: OrderedDict[str, Tensor] = OrderedDict()
-        self.bytes = self.hits = self.misses = 0
+        self.max_bytes = max_bytes
+        self.max_disk_bytes = max_disk_bytes
+        self.memory: OrderedDict[str, dict] = OrderedDict()  # the last one was used last
+        self.hits = 0
+        self.misses = 0
         if folder:
             os.makedirs(folder, exist_ok=True)
 
-    def get(self, key: str, compute, group=None) -> Tensor:
-        """The tensor under key; compute() makes it on a miss. Never give it back modified.
+    @property
+    def bytes(self) -> int:
+        """Held in memory now."""
+        return sum(x.nbytes for entry in self.memory.values() for x in entry.values())
+
+    def get(self, key: str, compute, group=None) -> dict[str, Tensor]:
+        """The entry under key; compute() makes it on a miss. Never give it back modified.
         group: ranks that ask for the same key together, whose compute() is a collective. A miss on
         one of them is a miss on all, or the others would wait for it for ever (one all-reduce of a
         flag); the first of them writes to disk."""
-        value = self.memory.get(key)
-        if value is None:
-            value = self._read(key)
-        hit = torch.tensor(value is not None, dtype=torch.uint8)
+        entry = self.memory.pop(key, None) or self._read(key)
+        hit = torch.tensor(entry is not None, dtype=torch.uint8)
         if group is not None:
             dist.all_reduce(hit, dist.ReduceOp.MIN, group=group)
         if hit:
             self.hits += 1
         else:
             self.misses += 1
-            value = compute().cpu()  # host memory: the model moves what it uses
+            # In host memory: the model moves what it uses.
+            entry = {name: x.cpu().contiguous() for name, x in compute().items()}
             if self.folder:
                 if group is None or dist.get_rank(group) == 0:
-                    self._write(key, value)
+                    self._write(key, entry)
                 if group is not None:
                     dist.barrier(group)
-                mapped = self._read(key)  # one copy for all ranks of a machine, not one each
-                value = value if mapped is None else mapped
-        if key in self.memory:
-            self.bytes -= self.memory.pop(key).nbytes
-        self.memory[key] = value
-        self.bytes += value.nbytes
+                entry = self._read(key) or entry  # one copy for all ranks of a machine
+        self.memory[key] = entry
         while self.bytes > self.max_bytes and len(self.memory) > 1:
-            self.bytes -= self.memory.popitem(last=False)[1].nbytes
-        return value
+            self.memory.popitem(last=False)
+        return entry
 
     def __contains__(self, key: str) -> bool:
         """Would get() find it?"""
@@ -934,40 +920,40 @@ class EmbeddingCache:
     def _path(self, key: str) -> str:
         return os.path.join(self.folder, key + SUFFIX)
 
-    def _read(self, key: str) -> Tensor | None:
+    def _read(self, key: str) -> dict | None:
         if not self.folder:
             return None
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(self._path(key), "pt") as file:  # memory-mapped
-                value = file.get_tensor("embeddings")
-                if checksum(value) != (file.metadata() or {}).get("crc32"):
+                entry = {name: file.get_tensor(name) for name in file.keys()}
+                if checksum(entry) != (file.metadata() or {}).get("crc32"):
                     raise OSError("the checksum differs")
             os.utime(self._path(key))  # used now: eviction goes by this time
-            return value
+            return entry
         except (SafetensorError, OSError, RuntimeError) as error:
             if os.path.exists(self._path(key)):  # else never written, or evicted meanwhile
                 print(f"embedding cache: {self._path(key)} is damaged, computed again: {error}")
             return None
 
-    def _write(self, key: str, value: Tensor) -> None:
+    def _write(self, key: str, entry: dict) -> None:
         from safetensors.torch import save_file
 
         part = f"{self._path(key)}.{uuid.uuid4().hex}.part"  # machines may share folder and pid
-        save_file({"embeddings": value.contiguous()}, part, {"crc32": checksum(value)})
+        save_file(entry, part, {"crc32": checksum(entry)})
         os.replace(part, self._path(key))
-        entries = []
-        for entry in os.scandir(self.folder):
+        found = []
+        for file in os.scandir(self.folder):
             with suppress(FileNotFoundError):  # evicted by another process
-                stat = entry.stat()
+                stat = file.stat()
                 # A young part is being written, an old one was left by a process that died. Files
                 # that are not ours are never touched.
-                dead = entry.name.endswith(".part") and time.time() - stat.st_mtime > 3600
-                if SUFFIX in entry.name and (dead or entry.name.endswith(SUFFIX)):
-                    entries.append((stat.st_mtime_ns, stat.st_size, entry.path))
-        total = sum(size for _, size, _ in entries)
-        for _, size, path in sorted(entries):
+                dead = file.name.endswith(".part") and time.time() - stat.st_mtime > 3600
+                if SUFFIX in file.name and (dead or file.name.endswith(SUFFIX)):
+                    found.append((stat.st_mtime_ns, stat.st_size, file.path))
+        total = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
             # Readers that have a file open keep it: an unlinked file lives until it is closed.
             if total > self.max_disk_bytes and path != self._path(key):
                 total -= size
@@ -975,9 +961,13 @@ class EmbeddingCache:
                     os.remove(path)
 
 
-def checksum(value: Tensor) -> str:
-    """CRC-32 of a CPU tensor's bytes."""
-    return f"{zlib.crc32(value.contiguous().flatten().view(torch.uint8).numpy()):08x}"
+def checksum(entry: dict[str, Tensor]) -> str:
+    """CRC-32 of the names and bytes of CPU tensors."""
+    crc = 0
+    for name, value in sorted(entry.items()):
+        crc = zlib.crc32(name.encode(), crc)
+        crc = zlib.crc32(value.contiguous().flatten().view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
 
 
 def media_key(content: str, encoder: str, *settings) -> str:

@@ -46,6 +46,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
 
-from mrsp import Layout, Mesh, gather_dealt, pad_prompts
+from mrsp import Layout, Mesh, gather_dealt, pack
 
 
 class RolloutError(RuntimeError):
@@ -118,6 +119,21 @@ def response(policy, ids: Tensor, logps: Tensor, finished: bool) -> Response:
     return Response(ids, logps, policy.tokenizer.decode(ids[:-1] if ended else ids), finished)
 
 
+def in_parts(sizes: list[int], limit: int, count: int | None = None) -> list[slice]:
+    """Slices of consecutive items, at most `count` in each. A slice takes at most `limit`, where
+    each item takes as much as the largest of them (padding); or it is one item that takes more.
+
+    >>> in_parts([3, 3, 1, 9, 2], 6)
+    [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None), slice(4, 5, None)]
+    """
+    cuts = [0]
+    for i in range(1, len(sizes)):
+        together = i + 1 - cuts[-1]  # with item i
+        if max(sizes[cuts[-1] : i + 1]) * together > limit or together > (count or together):
+            cuts.append(i)
+    return [slice(a, b) for a, b in itertools.pairwise([*cuts, len(sizes)]) if a < b]
+
+
 def sample(engine, prompts, seeds, n: int, sampling: Sampling, mesh: Mesh) -> list[list[Response]]:
     """n answers to each prompt of this rank's sequence, in order. All S ranks of a sequence call
     this with the same prompts and seeds, and get the same answers: rank r samples for prompts r,
@@ -141,12 +157,14 @@ class TorchEngine:
 
     tp = 1  # ranks that share an engine
 
-    def __init__(self, policy, batch_prompts: int = 64, dtype=None):
-        """dtype: sample from a copy of the decoder in this precision, made before the policy's
-        parameters are sharded. None: from the policy's own weights."""
+    def __init__(self, policy, batch_prompts: int = 64, dtype=None, batch_tokens: int = 2**17):
+        """At most batch_prompts prompts at a time, and batch_tokens tokens of them, padding too
+        (their K/V: 57 KB each in a 7B). dtype: sample from a copy of the decoder in this precision,
+        made before the policy's parameters are sharded. None: from the policy's own weights."""
         self.policy = policy if dtype is None else with_own_decoder(policy, dtype)
         self.copied = dtype is not None
         self.batch_prompts = batch_prompts
+        self.batch_tokens = batch_tokens
         self.prefilled = 0  # prompt tokens computed so far
 
     @torch.no_grad()
@@ -174,8 +192,8 @@ class TorchEngine:
         self.policy.eval()
         try:
             out = []
-            for i in range(0, len(prompts), self.batch_prompts):
-                part = slice(i, i + self.batch_prompts)
+            lengths = [len(prompt.ids) for prompt in prompts]
+            for part in in_parts(lengths, self.batch_tokens, self.batch_prompts):
                 out += self._generate(prompts[part], n, sampling, seeds[part])
             return out
         finally:
@@ -191,12 +209,12 @@ class TorchEngine:
         uniform = torch.stack(rows).to(device)  # (B, steps, G)
 
         # Prefill (B, P). All answers of a prompt start from the state of its last token.
-        lengths = [len(prompt.ids) for prompt in prompts]
-        ids, segment, order, positions, *media = pad_prompts(prompts, max(lengths), device)
-        layout = Layout(segment, order, segment, order, [[[(0, 0, p)] for p in lengths]])
+        alone = pack(prompts, [[] for _ in prompts])  # without answers
         cache = DynamicCache(config=self.policy.llm.config)
-        states = self._states(cache, layout, positions, ids, *media)  # (B, P, D)
-        length = torch.tensor(lengths, device=device)
+        inputs = (alone.ids, alone.media, alone.media_at)
+        states = self._states(cache, alone.layout, alone.positions, *inputs)  # (B, P, D)
+        segment, order = alone.segment, alone.order
+        length = torch.tensor([len(prompt.ids) for prompt in prompts], device=device)
         last = states[torch.arange(len(prompts), device=device), length - 1]  # (B, D)
         hidden = last[:, None].expand(-1, n, -1)  # (B, G, D)
 
@@ -220,7 +238,7 @@ class TorchEngine:
             segment = torch.cat([segment, columns], 1)
             order = torch.cat([order, now], 1)
             position = (after + t)[:, None].expand(-1, n)
-            if positions.ndim == 3:  # M-RoPE: text has three equal rows
+            if alone.positions.ndim == 3:  # M-RoPE: text has three equal rows
                 position = position.expand(3, -1, -1)
             layout = Layout(columns, now, segment, order)
             hidden = self._states(cache, layout, position, token)
@@ -314,6 +332,9 @@ def import_vllm():
     # Its second model runner keeps a copy of a prompt's embeddings on the GPU for each answer,
     # beside the memory that it was given; the first one has one buffer, and takes our positions.
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    # Or it compiles a sampler at its start, and dies on a node without nvcc. Requests with seeds of
+    # their own, as ours have, are never sampled by that one.
+    os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
@@ -429,14 +450,12 @@ class VLLMEngine:
             )
         self.max_len = self.config.max_len or self.policy.llm.config.max_position_embeddings
         self.sleeping = []  # parts of the memory that are given back
-        self.folder = tempfile.TemporaryDirectory()  # config and tokenizer, no weights
-        self.policy.save_config(self.folder.name)
-        self._widen(Path(self.folder.name, "config.json"))
+        folder = self._save_config()
         devices = [torch.cuda.current_device()] if self.cuda else []
         states = (random.getstate(), np.random.get_state())
         try:
             with torch.random.fork_rng(devices):  # vLLM seeds all generators: put them back
-                self.llm = vllm.LLM(self.folder.name, **self._options(world))
+                self.llm = vllm.LLM(str(folder), **self._options(world))
         except Exception as error:
             raise RolloutError(
                 f"vLLM does not start: {error} (its settings are called --rollout.memory, .kv_gb, "
@@ -460,18 +479,28 @@ class VLLMEngine:
     def _options(self, world: int) -> dict:
         """What vllm.LLM is started with."""
         c = self.config
-        options = dict(dtype=self.dtype, load_format="dummy", generation_config="vllm")
-        # Each rank has its own engine (or tp of them one).
-        backend = "external_launcher" if world > 1 else "uni"
-        options |= dict(distributed_executor_backend=backend, tensor_parallel_size=c.tp)
-        options |= dict(max_model_len=self.max_len, max_num_seqs=c.max_seqs)
-        options |= dict(gpu_memory_utilization=c.memory, enforce_eager=c.eager or not self.cuda)
-        options |= dict(enable_prefix_caching=True, enable_prompt_embeds=True)
-        options |= dict(disable_log_stats=False)  # they count the prefilled tokens
-        # On a CPU no chunks: there vLLM 0.32 fails at a chunk of a seeded request.
-        options |= dict(enable_sleep_mode=self.cuda, enable_chunked_prefill=self.cuda)
-        tokens = c.prefill_tokens if self.cuda else max(c.prefill_tokens, self.max_len)
-        options |= dict(max_num_batched_tokens=tokens, block_size=None if self.cuda else 32)
+        options = {
+            "dtype": self.dtype,
+            "load_format": "dummy",  # weights come by sync()
+            "generation_config": "vllm",
+            # Each rank has its own engine (or tp of them one).
+            "distributed_executor_backend": "external_launcher" if world > 1 else "uni",
+            "tensor_parallel_size": c.tp,
+            "max_model_len": self.max_len,
+            "max_num_seqs": c.max_seqs,
+            "gpu_memory_utilization": c.memory,
+            "enable_prefix_caching": True,
+            "enable_prompt_embeds": True,
+            "disable_log_stats": False,  # they count the prefilled tokens
+            "async_scheduling": False,  # as on CPUs, where all of this is tested
+            "enable_sleep_mode": self.cuda,
+            "enable_chunked_prefill": self.cuda,
+        }
+        if self.cuda:
+            options |= {"enforce_eager": c.eager, "max_num_batched_tokens": c.prefill_tokens}
+        else:  # no chunks: vLLM 0.32 fails there at a chunk of a seeded request
+            options |= {"enforce_eager": True, "block_size": 32}
+            options["max_num_batched_tokens"] = max(c.prefill_tokens, self.max_len)
         if c.kv_gb or not self.cuda:
             options["kv_cache_memory_bytes"] = int((c.kv_gb or 1.0) * 2**30)
         return options
@@ -481,16 +510,33 @@ class VLLMEngine:
         t = self.temperature
         return logits if logits is None or t == 1 else logits.float() / t
 
-    def _widen(self, path: Path) -> None:
-        """Make room in the decoder's config.json for positions up to max_len (vLLM makes its table
-        as long as the checkpoint says) and for deepstack."""
-        config = json.loads(path.read_text())
+    def _save_config(self) -> Path:
+        """A folder with config and tokenizer of the decoder, no weights, in vLLM's cache, named by
+        what is in it: so vLLM finds what it has compiled, at the next start and on other ranks.
+        The config has room for positions up to max_len (vLLM makes its table as long as the
+        checkpoint says) and for deepstack."""
+        from vllm import envs
+
+        root = Path(envs.VLLM_CACHE_ROOT, "policies")
+        root.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(dir=root))
+        self.policy.save_config(new)
+        config = json.loads((new / "config.json").read_text())
         config["max_position_embeddings"] = max(self.max_len, config["max_position_embeddings"])
         if self.policy.levels:
             register_deepstack(self.config.eager or not self.cuda)
             # vLLM's name for inputs that are wider than the decoder.
             config |= {"architectures": [DEEPSTACK], "projection_size": self.policy.media_width}
-        path.write_text(json.dumps(config))
+        (new / "config.json").write_text(json.dumps(config))
+        digest = hashlib.sha256()
+        for file in sorted(new.iterdir()):
+            digest.update(file.name.encode() + file.read_bytes())
+        folder = root / digest.hexdigest()[:16]
+        try:
+            os.rename(new, folder)
+        except OSError:  # it is there, from an earlier start or another rank
+            shutil.rmtree(new)
+        return folder
 
     def _find(self, kind: str) -> list:
         """The modules of this class in vLLM's model."""
@@ -510,7 +556,6 @@ class VLLMEngine:
         gc.unfreeze()  # vLLM froze everything there was when it started
         self.llm = None
         self.blocked = "it was closed: call restart()"
-        self.folder.cleanup()
         atexit.unregister(self.close)
         gc.collect()
 
@@ -535,7 +580,8 @@ class VLLMEngine:
         # embedding is not made anew by reload_weights (0.32): it would be that of old weights.
         for head in self._find("ParallelLMHead"):
             head.quant_method.process_weights_after_loading(head)
-        self.llm.reset_prefix_cache()  # K/V of the old weights
+        if not self.llm.reset_prefix_cache():  # K/V of the old weights
+            raise RolloutError("vLLM kept the K/V of old weights: requests are still running")
         self.blocked = ""
 
     def sleep(self) -> None:
@@ -587,7 +633,8 @@ class VLLMEngine:
         before = self._prefilled()
         found = []
         try:
-            for part in self._parts(prompts):
+            bytes_of = [0 if p.media is None else len(p.ids) * p.media[0].nbytes for p in prompts]
+            for part in in_parts(bytes_of, AT_ONCE):
                 requests = [self._request(prompt) for prompt in prompts[part]]
                 found += self.llm.generate(requests, params[part], use_tqdm=False)
                 # One more step, with nothing to do: only then does vLLM drop the embeddings of the
@@ -622,19 +669,6 @@ class VLLMEngine:
             own["extra_args"] = {"positions": prompt.positions.cpu()}  # for use_positions()
             found.append(SamplingParams(**shared, **own))
         return found
-
-    @staticmethod
-    def _parts(prompts) -> list[slice]:
-        """Slices of prompts whose embeddings together take at most AT_ONCE bytes, or of one."""
-        width = [0 if p.media is None else len(p.ids) * p.media[0].nbytes for p in prompts]
-        cuts = [0]
-        held = 0
-        for i, size in enumerate(width):
-            if held + size > AT_ONCE and i > cuts[-1]:
-                cuts.append(i)
-                held = 0
-            held += size
-        return [slice(a, b) for a, b in itertools.pairwise([*cuts, len(prompts)])]
 
     def _request(self, p) -> dict:
         """A prompt as vLLM takes it."""

@@ -70,7 +70,7 @@ class Pass:
     """One forward pass: some groups in one pack, of which this rank holds its share. A pass without
     groups is the smallest pack there is under a mask of zeros: it has a loss of 0."""
 
-    share: mrsp.Pack
+    share: mrsp.Share
     mask: Tensor  # (B, G, R): 1.0 at the tokens of answers
     advantage: Tensor  # (B, G)
     fixed: dict[str, Tensor]  # sampler_logp and, where needed, old_logp, ref_logp: (B, G, R) each
@@ -80,7 +80,7 @@ class Pass:
         ranks of a sequence have all of them, and the same loss, but each the gradient of its own
         tokens alone (mrsp.collect): summed over ranks, each token counts once."""
         logp, entropy = model.policy(self.share, temperature)  # (M,) each
-        return self.share.pad(logp)[0], self.share.pad(entropy)[0]
+        return self.share.pack.pad(logp)[0], self.share.pack.pad(entropy)[0]
 
 
 def grpo_step(a: Actors, batch: list, step: int, soon: list = ()) -> tuple[dict, list[Group]]:
@@ -209,14 +209,15 @@ def make_passes(a: Actors, groups: list[Group], meter: Meter, on_policy: bool) -
             advantage = torch.stack([group.advantage for group in chunk])
             sampled = torch.cat([answer.logps for group in chunk for answer in group.answers])
         share = mrsp.shard(pack, a.model.mesh)
-        sampled, mask = share.pad(sampled.to(pack.ids.device))  # (B, G, R) each
+        sampled, mask = pack.pad(sampled.to(pack.ids.device))  # (B, G, R) each
         mask = mask * bool(chunk)
         meter.total("tokens", mask.sum())
         one = Pass(share, mask, advantage.to(mask.device), {"sampler_logp": sampled})
         if not on_policy:  # in the first update the old policy is the policy itself
             one.fixed["old_logp"] = one.log_probs(a.model, temperature)[0]
         if a.config.kl_coef:
-            one.fixed["ref_logp"] = one.log_probs(a.reference, temperature)[0]
+            with a.referring() as reference:
+                one.fixed["ref_logp"] = one.log_probs(reference, temperature)[0]
         passes.append(one)
     return passes
 

@@ -3,7 +3,7 @@
 load() tells them apart by config.json and layout, never by name. A new family is a subclass of
 model.MultiModal, an entry of load(), and a tiny model in tests/zoo.py. It defines
 
-    takes mrope together timed levels decoder_kind     attributes, explained in MultiModal
+    takes mrope together levels decoder_kind     attributes, explained in MultiModal
     tower, projector                          modules, empty if there are none
     from_pretrained(folder, dtype, weights)   read the published layout, and recipe.json
     write(root, weights)                      write it: the decoder's tensors are given

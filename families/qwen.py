@@ -112,7 +112,6 @@ class QwenVL(MultiModal):
 
     takes = ("video", "image")
     mrope = True
-    timed = True
     together = 2
     kind = transformers.Qwen2_5_VLForConditionalGeneration
     decoder_kind = "Qwen2ForCausalLM", "qwen2"

@@ -31,7 +31,7 @@ from transformers import Qwen2ForCausalLM
 
 import mrsp
 from families.files import check_tensors, folder_of, load_part, load_tokenizer, read_json
-from model import Media, ModelError, MultiModal, Piece, Recipe, agreed, read_recipe
+from model import Media, ModelError, MultiModal, Piece, Recipe, read_recipe
 
 
 class BlockDownsample(nn.Module):
@@ -219,16 +219,18 @@ class VILA(MultiModal):
             return super().features_trainable(examples, num_frames)
         size = self.fit("video", 0, 0, 0)  # that of all frames and images
         pixels = []  # of each medium, (F, 3, S, S): whole, on every rank
+        times = []
         for e in examples:
             self.check_question(e)
-        with agreed(self.mesh.sp_group):
+        with mrsp.agreed(self.mesh.sp_group):
             for e in examples:
                 for m in e.media:
                     with self.loader.open(m, num_frames, e.id) as frames:
                         pixels.append(self.scaled(frames[: len(frames)], size))
+                        times.append(frames.times)
         joined = mrsp.encode_parallel(self.project, torch.cat(pixels), self.mesh.sp_group)
-        found = iter(joined.split([len(frames) for frames in pixels]))
-        return [[Media(m.kind, next(found)) for m in e.media] for e in examples]
+        found = iter(zip(joined.split([len(frames) for frames in pixels]), times))
+        return [[Media(m.kind, *next(found)) for m in e.media] for e in examples]
 
     def place(self, m: Media) -> list[Piece]:
         """Each frame's features with the tokens before and behind."""

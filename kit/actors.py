@@ -1,7 +1,8 @@
 """Actors: the models of a run, in the order in which they have to be made.
 
     load            the whole decoder, on every rank
-    copies          the PyTorch sampler and the reference, while it is whole
+    copies          the PyTorch sampler and the reference, while it is whole (LoRA needs no copy:
+                    the reference is the policy with its adapters switched off)
     shard           FSDP2: policy and reference
     vLLM            last: it takes of a GPU what sharding leaves
 
@@ -11,6 +12,7 @@
 Check this file alone:  pytest tests/test_train.py
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -27,13 +29,22 @@ class Actors:
     """Who takes part in GRPO, and by which settings."""
 
     model: MultiModal  # the policy, which is trained
-    reference: MultiModal | None  # what KL is taken to; None if kl_coef is 0
+    reference: MultiModal | None  # what KL is taken to; None: see referring(), or kl_coef is 0
     engine: object  # samples: rollout.TorchEngine or VLLMEngine
     optimizer: torch.optim.Optimizer | None  # from begin_grpo on
     method: Method
     config: grpo.Config
     seed: int = 0
     lost: dict | None = None  # takes {row: why it is left out}; None: a bad row ends the run
+
+    @contextmanager
+    def referring(self):
+        """The reference: a copy of the decoder, or the policy itself without its adapters."""
+        if self.config.lora_rank:
+            with self.model.without_adapters():
+                yield self.model
+        else:
+            yield self.reference
 
     @property
     def sampling(self) -> Sampling:
@@ -51,7 +62,7 @@ def make_actors(run: Run, method: Method, kind: str) -> Actors:
     engine, reference = None, None
     if kind == "torch":
         engine = make_engine(kind, model, dtype=dtype, copied=s.ranks.fsdp)
-    if s.grpo.kl_coef:
+    if s.grpo.kl_coef and not s.grpo.lora_rank:
         reference = TorchEngine(model, dtype=dtype).policy  # a copy of the decoder
     if s.ranks.fsdp:
         model.shard_parameters(dtype)
@@ -75,7 +86,7 @@ def begin_grpo(a: Actors) -> None:
         with torch.no_grad():
             for own, new in zip(a.reference.llm.parameters(), a.model.llm.parameters()):
                 own.copy_(new)  # sharded alike: each rank copies its own share
-    if a.config.lora_rank:  # the reference has none
+    if a.config.lora_rank:
         a.model.add_adapters(a.config.lora_rank, a.config.lora_alpha, a.seed)
     trained = [p for p in a.model.parameters() if p.requires_grad]
     betas, decay = (0.9, 0.999), a.config.weight_decay

@@ -249,7 +249,7 @@ class Job:
             return example
         if not benchmarks.srt_of(example, self.subtitles).is_file():
             return example
-        times = self.asked[0].frame_times(example.media[0], num_frames, example.id)
+        times = self.asked[0].features(example, num_frames)[0].times
         return benchmarks.with_subtitles(example, self.subtitles, times)
 
     def close(self) -> None:

@@ -1,11 +1,10 @@
-"""Benchmarks: what the design buys, measured; and what a run needs, predicted.
+"""Benchmarks: what the design buys, measured. (What a run needs: train.py --dry_run.)
 
     python -m kit.bench mrsp        the paper's efficiency figure in miniature, on two CPU cores
     python -m kit.bench rollout     both rollout engines: tokens a second, prefill, weight sync
     python -m kit.bench step        one GRPO step on text: seconds of each phase, as one JSON line
     python -m kit.bench decode      videos decoded ahead of the tower; memory over 2,000 of them
     python -m kit.bench attention   block attention against plain softmax and torch's own kernel
-    python -m kit.bench plan --model qwen2.5-vl-7b --frames 3600 --gpus 8 --gpu_memory 80
     python -m kit.bench gpu         a 7B decoder, prompts of 16k to 256k tokens, on a CUDA GPU
 
 A command's options are the fields of its class (--help lists them), its work is run().
@@ -61,7 +60,7 @@ from data import Example, Medium
 from families.vila import VILA
 from kit.decode import Loader
 from kit.options import OptionError, parse
-from kit.plan import PER_FRAME, SHAPES, memory, parameters, widths
+from kit.plan import QWEN_7B, parameters, widths
 from kit.run import Meter, find_ranks, reported
 from kit.toy import write_mp4
 from model import Media, Policy, Prompt
@@ -525,7 +524,7 @@ class Attention(Options):
 def pairs(layout) -> float:
     """Query-key pairs that the block attention computes; a square on the diagonal counts half."""
     total = 0.0
-    for queries, keys, causal in layout.blocks(0):  # slices of (B, H, L)
+    for queries, keys, causal in layout.plan[0]:  # slices of (B, H, L)
         area = (queries[2].stop - queries[2].start) * (keys[2].stop - keys[2].start)
         total += area / 2 if causal else area
     return total
@@ -561,7 +560,7 @@ def attention_row(length, group, heads, plain=False, repeats=3, **where) -> dict
         "torch": lambda: torch_kernel(q, k, v, is_causal=True, enable_gqa=True),
     }
     if plain:
-        ways["plain"] = lambda: plain_softmax(q, k, v, layout.mask())
+        ways["plain"] = lambda: plain_softmax(q, k, v, layout.mask)
     bars = {name: partial(timed, gradients, ways[name], (q, k, v), upstream) for name in ways}
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if "cuda" in device else nullcontext():
         found = measure(bars, repeats)
@@ -572,68 +571,6 @@ def attention_row(length, group, heads, plain=False, repeats=3, **where) -> dict
         # two products forward, five backward; 2 D FLOPs a pair and head in each
         row[f"{name}_gflops"] = 14 * count * h * d / found[name]["seconds"] / 1e9
     return row | {"rate_to_torch": row["block_gflops"] / row["torch_gflops"]}
-
-
-# --------------------------------------------------------------------------------------- plan
-
-
-@dataclass(frozen=True)
-class Plan(Options):
-    """memory of each GPU by part, predicted; whether it fits, and what to change"""
-
-    model: str = "qwen2.5-vl-7b"  # or longvila-7b
-    frames: int = 3600  # of a video
-    tokens_per_frame: int | None = None  # None: the model's
-    gpus: int = 8  # of all nodes
-    gpu_memory: int = 80  # GiB of each
-    sp: int | None = None  # ranks a sequence; None: all
-    group: int = 8  # answers to a prompt
-    response_tokens: int = 2048  # of each answer
-    chunk: int = 8192  # tokens in the LM head at once
-    prefill: int | None = None  # prompt tokens the sampler takes at once; None: all
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.model not in SHAPES:
-            raise ValueError(f"--model must be one of {', '.join(SHAPES)}, not {self.model!r}")
-        if self.gpus % (self.sp or self.gpus):
-            raise ValueError(f"--sp {self.sp} does not divide --gpus {self.gpus}")
-
-    @property
-    def each(self) -> int:
-        return self.tokens_per_frame or PER_FRAME[self.model]
-
-    def need(self) -> dict[str, float]:
-        """GiB by part."""
-        prompt = self.frames * self.each + 200  # the question
-        options = {"gpus": self.gpus, "sp": self.sp or self.gpus, "chunk": self.chunk}
-        answers = self.group * self.response_tokens
-        part = memory(SHAPES[self.model], prompt, answers, **options, prefill=self.prefill)
-        return {name: value / 2**30 for name, value in part.items()}
-
-    def fits(self) -> bool:
-        return self.need()["total"] <= 0.92 * self.gpu_memory
-
-    def verdict(self) -> str:
-        return f"{self.need()['total']:.2f} GiB, {'fits' if self.fits() else 'does NOT fit'}"
-
-    def run(self) -> None:
-        answers = self.group * self.response_tokens
-        tokens = f"{self.frames * self.each:,} tokens, + {answers:,}"
-        print(f"{self.frames} frames x {self.each} = {tokens}")
-        for name, value in self.need().items():
-            print(f"{name:12s} {value:8.2f} GiB a GPU")
-        limit = f"92 % of {self.gpu_memory} GiB (the rest: CUDA, fragmentation)"
-        print(f"{self.verdict()} into {limit}")
-        plan = replace(self, sp=self.sp or self.gpus)
-        for name, value in (("sp", self.gpus), ("prefill", 16384), ("chunk", 1024)):
-            changed = replace(plan, **{name: value})
-            if not plan.fits() and changed != plan:
-                plan = changed
-                print(f"with --{name} {value}: {plan.verdict()}")
-        while not plan.fits() and plan.frames > 1:
-            plan = replace(plan, frames=plan.frames * 19 // 20)
-        print(f"{plan.frames} frames: {plan.verdict()}")
 
 
 # ---------------------------------------------------------------------------------------- gpu
@@ -650,12 +587,11 @@ class Gpu(Options):
     def run(self) -> None:
         if not torch.cuda.is_available():
             raise OptionError("kit.bench gpu needs a CUDA GPU, and torch finds none")
-        shape = SHAPES["qwen2.5-vl-7b"]
-        heads = shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
+        heads = QWEN_7B["num_attention_heads"], QWEN_7B["num_key_value_heads"], QWEN_7B["head_dim"]
         where = {"device": "cuda", "dtype": torch.bfloat16}
         for length in self.prompts:
             print(json.dumps(attention_row(length, self.group, heads, **where)), flush=True)
-        for row in gpu_rows(shape, self.prompts, self.group, self.response_tokens, **where):
+        for row in gpu_rows(QWEN_7B, self.prompts, self.group, self.response_tokens, **where):
             print(json.dumps(row), flush=True)
 
 
@@ -721,7 +657,7 @@ def train_pass(policy, pack) -> None:
 
 # --------------------------------------------------------------------------------------- main
 
-COMMANDS = Mrsp | Rollout | Step | Decode | Attention | Plan | Gpu  # named after their classes
+COMMANDS = Mrsp | Rollout | Step | Decode | Attention | Gpu  # named after their classes
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,7 +1,6 @@
 """The plan of a run: what it will need, before it takes a GPU. Predicted from shapes; nothing runs.
 
-    python -m kit.bench plan --model qwen2.5-vl-7b --frames 3600 --gpus 8 --gpu_memory 80
-    python train.py ... --dry_run       the same for a run's own checkpoint, rows and ranks
+    python train.py --preset hour --dry_run     for a run's own checkpoint, rows and ranks
 
 A run of long videos rarely fails at its start: it fails at the first long video, in the backward
 pass, an hour later. A plan answers before: how long is the packed sequence, what does each part of
@@ -11,11 +10,12 @@ a step keep on a GPU, does it fit, and which setting would make it fit.
     F frames x K tokens a frame       +--> memory() --> {part: bytes of a GPU}, and their peak
     ranks, sp, chunk, prefill       --+
 
-    rollout     weights  optimizer  sampler   cache of keys and values, one layer of the prefill
-    backward    weights  optimizer  sampler   activations of all layers, logits or one layer again
-      its end   weights  optimizer  sampler   gradients of all weights, one layer again
-                |__ always there __________|  |__ come and go: the peak is the largest row, not
-                                                  the sum of all parts
+    rollout     weights  optimizer  reference   sampler, its keys and values, one layer's prefill
+    backward    weights  optimizer  reference   activations of all layers, logits or one layer again
+      its end   weights  optimizer  reference   gradients of all weights, one layer again
+                |____ always there __________|  |__ come and go: the peak is the largest row, not
+                                                    the sum of all parts
+                                                (a PyTorch sampler stays; vLLM's sleeps meanwhile)
 
 Large systems try and adapt: DeepSpeed has estimators for parameters and optimizer alone, vLLM
 profiles one forward pass at its start, trainers leave the batch size to the user. Counting is
@@ -51,22 +51,15 @@ from rollout import RolloutError, engine_kind
 
 # -------------------------------------------------------------------------- memory of a step
 
-SHAPES = {  # of published decoders, named as in their config.json
-    "qwen2.5-vl-7b": dict(
-        num_hidden_layers=28,
-        hidden_size=3584,
-        intermediate_size=18944,
-        vocab_size=152064,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        head_dim=128,
-        tie_word_embeddings=False,
-    ),
-}
-SHAPES["longvila-7b"] = SHAPES["qwen2.5-vl-7b"] | {"vocab_size": 151672}  # the same decoder
-PER_FRAME = {  # tokens
-    "qwen2.5-vl-7b": 71,  # the paper's 3,600 frames in ~256k tokens; depends on the resolution
-    "longvila-7b": 257,  # 448 px, 2x2 blocks, newline; 122 with 3x3 blocks; 196 at 384 px
+QWEN_7B = {  # the decoder of Qwen2.5-VL-7B, named as in its config.json
+    "num_hidden_layers": 28,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "vocab_size": 152064,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "tie_word_embeddings": False,
 }
 
 
@@ -80,7 +73,7 @@ def widths(shape: dict) -> tuple[int, ...]:
 def parameters(shape: dict) -> tuple[int, int]:
     """Parameters of one layer, and of embedding, final norm and LM head.
 
-    >>> layer, root = parameters(SHAPES["qwen2.5-vl-7b"])
+    >>> layer, root = parameters(QWEN_7B)
     >>> round((28 * layer + root) / 1e9, 2)  # as published
     7.62
     """
@@ -91,14 +84,25 @@ def parameters(shape: dict) -> tuple[int, int]:
 
 
 def memory(
-    shape: dict, prompt: int, answers: int, gpus=1, sp=1, c=2, chunk=8192, prefill=None, rl=True
+    shape: dict,
+    prompt: int,
+    answers: int,
+    gpus=1,
+    sp=1,
+    c=2,
+    chunk=8192,
+    sampler="torch",
+    prefill=None,
+    reserved=0.0,
+    reference=True,
 ) -> dict[str, float]:
     """Bytes of a GPU, by part, at the peak of a step that trains prompt + answers tokens (answers
     of one prompt) with FSDP2 over all GPUs and sp ranks a sequence.
 
     shape: of the decoder, named as in config.json; c: bytes of a number in a layer; chunk: answer
-    tokens in the LM head at once; prefill: prompt tokens that the sampler takes at once (None: all,
-    as the torch sampler does); rl: with sampler and reference. `total` is the peak: see above.
+    tokens in the LM head at once; sampler: torch, vllm, or none (SFT); prefill: prompt tokens that
+    it takes at once (None: all); reserved: bytes that vLLM takes for itself, if it is more than it
+    needs; reference: is there one, with weights of its own? `total` is the peak: see above.
     """
     d, m, v, q, k = widths(shape)
     n_layers = shape["num_hidden_layers"]
@@ -111,7 +115,8 @@ def memory(
     part = {
         "weights": 4 * n / gpus,  # float32 masters
         "optimizer": 8 * n / gpus,  # AdamW's two averages
-        "engine": c * n * (1 + 1 / gpus) if rl else 0,  # sampler, whole; shards of the reference
+        "reference": c * n / gpus if reference else 0.0,
+        "sampler": c * n if sampler else 0.0,  # whole
         # Two layers, and embedding and head throughout: gathered, or cast for a layer.
         "gathered": c * (2 * layer + root) if sharded or c < 4 else 0,
         # Sharded: and those of one layer before they are added up.
@@ -129,16 +134,18 @@ def memory(
         part["kv"] += 2 * c * t * (q + 2 * k)
     if ulysses < sp:  # gathered whole, and their gradients
         part["kv"] += (c + 4) * 2 * k * length
-    if rl:  # the sampler's cache, and one layer of the prefill
+    if sampler:  # its cache, and one layer of the prefill
         at_once = min(prefill or prompt, prompt)
         part["rollout"] = c * (n_layers * 2 * k * length + at_once * (4 * d + 3 * m))
-    held = part["weights"] + part["optimizer"] + part["engine"]
+    held = part["weights"] + part["optimizer"] + part["reference"]
     # The MLP's part is freed before attention's backward, when keys and values travel.
     running = part["layer"] + max(0, part["kv"] - 6 * c * t * m)
     begin = part["activations"] + max(running + 4 * root, part["logits"])  # of backward
     end = 2 * c * t * d + part["gradients"] + running  # at the first layer
     training = part["gathered"] + part["embeddings"] + max(begin, end)
-    return part | {"total": held + max(training, part["rollout"])}
+    rollout = max(part["sampler"] + part["rollout"], reserved)
+    asleep = 0.0 if sampler == "vllm" else part["sampler"]
+    return part | {"total": held + max(training + asleep, rollout)}
 
 
 # ----------------------------------------------------------------------------- the plan of a run
@@ -305,10 +312,16 @@ def check_memory(s: Settings, model, world: int, sampler: str, found: Plan) -> N
     else:
         question = replace(question, problem="why " * 1000)
     tokens = len(model.build_prompt(question, media, recipe.thinking).ids)
-    names = [name for name in SHAPES["qwen2.5-vl-7b"] if name != "head_dim"]
-    shape = {name: getattr(config, name) for name in names}
+    shape = {name: getattr(config, name) for name in QWEN_7B if name != "head_dim"}
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     wide = 4 if s.ranks.dtype == "float32" else 2
+    where = f"without a GPU, a share of the memory for {world} ranks"
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world
+    reserved = 0.0
+    if torch.cuda.is_available():
+        where = "a GPU"
+        have = torch.cuda.get_device_properties(0).total_memory
+        reserved = s.rollout.memory * have if sampler == "vllm" else 0.0
     part = memory(
         shape | {"head_dim": head},
         tokens,
@@ -317,14 +330,13 @@ def check_memory(s: Settings, model, world: int, sampler: str, found: Plan) -> N
         sp=s.ranks.sp,
         c=wide,
         chunk=max(1, min(8192, 2**28 // config.vocab_size)),
+        sampler=sampler,
         prefill=s.rollout.prefill_tokens if sampler == "vllm" else None,
+        reserved=reserved,
+        reference=s.grpo.kl_coef > 0 and not s.grpo.lora_rank,
     )
     tower = wide * sum(p.numel() for p in model.tower.parameters())
     part = {"tower": tower} | part | {"total": part["total"] + tower}
-    where = f"without a GPU, a share of the memory for {world} ranks"
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world
-    if torch.cuda.is_available():
-        where, have = "a GPU", torch.cuda.get_device_properties(0).total_memory
     found.memory = [f"memory of each rank in GiB, prompts of {tokens:,} tokens:"]
     found.memory += [f"  {name:12s} {value / GIB:8.3f}" for name, value in part.items()]
     need, here = f"{part['total'] / GIB:.1f} GiB", f"{have / GIB:.1f} GiB ({where})"

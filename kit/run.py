@@ -15,7 +15,6 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -35,7 +34,6 @@ from rollout import RolloutError
 
 # What a person can mend: shown as one line. Anything else is a fault of ours, with its traceback.
 KNOWN = (DataError, ModelError, RolloutError, ServerError, OptionError, OSError)
-PATIENCE = timedelta(days=1)  # a rank may wait for the others much longer than the usual half hour
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Ranks:
             torch.cuda.set_device(self.device)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if self.world > 1:
-            dist.init_process_group(backend, timeout=PATIENCE)
+            dist.init_process_group(backend, timeout=mrsp.PATIENCE)
         elif alone:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 

@@ -292,15 +292,15 @@ def test_the_command_asks_a_benchmark_with_subtitles(toy, saved, oracle, tmp_pat
             evaluation.main([*argv, str(tmp_path / folder)])
 
 
-def test_subtitles_of_one_video_open_it_once_more(toy, model, monkeypatch):
+def test_subtitles_need_no_second_look_at_a_video(toy, model, monkeypatch):
     rows, opened = [e for e in data.load_rows(str(toy / "test.jsonl"))], []
     rows = [e for e in rows if e.media == rows[0].media]
     real = data.Opener.open
     monkeypatch.setattr(data.Opener, "open", lambda *how: opened.append(1) or real(*how))
     for e in rows:
-        assert len(model.frame_times(e.media[0], 3, e.id)) == 3
+        assert len(model.features(e, 3)[0].times) == 3
         model.prompt(e, 3)
-    assert len(rows) > 2 and len(opened) == 2
+    assert len(rows) > 2 and len(opened) == 1
 
 
 def test_a_vnbench_question_counts_only_if_all_its_shuffles_are_right(toy, saved, oracle, tmp_path):

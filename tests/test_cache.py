@@ -25,6 +25,11 @@ def numbers(n, seed=0, dtype=torch.float32):
     return torch.randn(n, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def get(cache, key, compute, group=None):
+    """Features of an entry that has nothing else."""
+    return cache.get(key, lambda: {"features": compute()}, group)["features"]
+
+
 def refuse():
     raise AssertionError("computed, although the cache has it")
 
@@ -39,14 +44,14 @@ def counts(cache):
 def test_memory_forgets_the_least_recently_used_by_bytes():
     cache = EmbeddingCache(max_bytes=100)
     for key in "abac":  # each entry 40 bytes: two fit
-        cache.get(key, lambda: torch.zeros(10))
+        get(cache, key, lambda: torch.zeros(10))
     assert list(cache.memory) == ["a", "c"] and cache.bytes == 80
-    cache.get("d", lambda: torch.zeros(5))  # 100 bytes fit exactly
+    get(cache, "d", lambda: torch.zeros(5))  # 100 bytes fit exactly
     assert list(cache.memory) == ["a", "c", "d"] and cache.bytes == 100
-    cache.get("a", refuse)
-    cache.get("e", lambda: torch.zeros(11))  # 44 bytes, for which c and d have to go
+    get(cache, "a", refuse)
+    get(cache, "e", lambda: torch.zeros(11))  # 44 bytes, for which c and d have to go
     assert list(cache.memory) == ["a", "e"] and cache.bytes == 84
-    cache.get("f", lambda: torch.zeros(100))  # the newest stays, though it is too large
+    get(cache, "f", lambda: torch.zeros(100))  # the newest stays, though it is too large
     assert list(cache.memory) == ["f"] and counts(cache) == (2, 6, 400)
 
 
@@ -61,12 +66,14 @@ def age(path, seconds):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_entries_survive_in_their_dtype_and_shape(tmp_path, dtype):
-    value = numbers(60, dtype=dtype).view(5, 3, 4)
-    EmbeddingCache(str(tmp_path)).get("k", lambda: value.transpose(0, 2))  # not contiguous
+    value = numbers(60, dtype=dtype).view(5, 3, 4).transpose(0, 2)  # not contiguous
+    entry = {"features": value, "times": numbers(5, dtype=torch.float64)}
+    EmbeddingCache(str(tmp_path)).get("k", lambda: entry)
     again = EmbeddingCache(str(tmp_path))  # as another process would
     read = again.get("k", refuse)
-    assert counts(again) == (1, 0, value.nbytes)
-    assert read.dtype == dtype and torch.equal(read, value.transpose(0, 2))
+    assert counts(again) == (1, 0, value.nbytes + 40) and read.keys() == entry.keys()
+    for name, x in read.items():
+        assert x.dtype == entry[name].dtype and torch.equal(x, entry[name])
 
 
 def test_disk_forgets_the_least_recently_used_and_a_read_refreshes(tmp_path):
@@ -75,24 +82,25 @@ def test_disk_forgets_the_least_recently_used_and_a_read_refreshes(tmp_path):
 
     one = fresh(10**9)
     for i, key in enumerate("abcd"):
-        one.get(key, lambda: numbers(1000))
+        get(one, key, lambda: numbers(1000))
         age(tmp_path / f"{key}{SUFFIX}", 1000 - i)
     size = (tmp_path / f"a{SUFFIX}").stat().st_size
     assert size < 4300
-    fresh(10**9).get("a", refuse)  # the oldest, used again
-    fresh(3 * size).get("e", lambda: numbers(1000))
+    get(fresh(10**9), "a", refuse)  # the oldest, used again
+    get(fresh(3 * size), "e", lambda: numbers(1000))
     assert entries(tmp_path) == ["a", "d", "e"]
-    fresh(size - 1).get("f", lambda: numbers(1000))  # the newest stays, though it is too large
+    get(fresh(size - 1), "f", lambda: numbers(1000))  # the newest stays, though it is too large
     assert entries(tmp_path) == ["f"]
-    fresh(size - 1).get("f", refuse)
+    get(fresh(size - 1), "f", refuse)
 
 
+OF_FEATURES = mrsp.checksum({"features": numbers(50)})
 DAMAGE = {
     "garbage": lambda raw: b"not a tensor",
     "truncated": lambda raw: raw[:-7],
     "one bit": lambda raw: raw[:-5] + bytes([raw[-5] ^ 1]) + raw[-4:],
-    "no checksum": lambda raw: save({"embeddings": numbers(50)}),
-    "misnamed": lambda raw: save({"x": numbers(50)}, {"crc32": mrsp.checksum(numbers(50))}),
+    "no checksum": lambda raw: save({"features": numbers(50)}),
+    "misnamed": lambda raw: save({"x": numbers(50)}, {"crc32": OF_FEATURES}),
     "empty": lambda raw: b"",
 }
 
@@ -100,14 +108,14 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_entry_is_reported_computed_again_and_rewritten(tmp_path, capsys, damage):
     path = tmp_path / f"k{SUFFIX}"
-    EmbeddingCache(str(tmp_path)).get("k", lambda: numbers(50))
+    get(EmbeddingCache(str(tmp_path)), "k", lambda: numbers(50))
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
     cache = EmbeddingCache(str(tmp_path))
-    assert torch.equal(cache.get("k", lambda: numbers(50, seed=1)), numbers(50, seed=1))
+    assert torch.equal(get(cache, "k", lambda: numbers(50, seed=1)), numbers(50, seed=1))
     assert (cache.hits, cache.misses) == (0, 1)
     said = capsys.readouterr().out
     assert str(path) in said and "damaged" in said
-    assert torch.equal(EmbeddingCache(str(tmp_path)).get("k", refuse), numbers(50, seed=1))
+    assert torch.equal(get(EmbeddingCache(str(tmp_path)), "k", refuse), numbers(50, seed=1))
     assert capsys.readouterr().out == ""
 
 
@@ -116,11 +124,11 @@ def test_a_half_written_entry_is_never_read(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(mrsp.os, "replace", lambda *a: 1 / 0)  # dies just before the renaming
         with pytest.raises(ZeroDivisionError):
-            cache.get("k", lambda: numbers(50))
+            get(cache, "k", lambda: numbers(50))
     (part,) = entries(tmp_path)
     assert re.fullmatch(rf"k{re.escape(SUFFIX)}\.[0-9a-f]{{32}}\.part", part)
     again = EmbeddingCache(str(tmp_path))
-    assert torch.equal(again.get("k", lambda: numbers(50, seed=1)), numbers(50, seed=1))
+    assert torch.equal(get(again, "k", lambda: numbers(50, seed=1)), numbers(50, seed=1))
     assert again.misses == 1
 
 
@@ -131,7 +139,7 @@ def _hammer(rank, folder, gets):
     cache = EmbeddingCache(folder, max_bytes=1, max_disk_bytes=5 * 4200)  # 5 of 12 fit
     for _ in range(gets):
         i = rng.randrange(12)
-        value = cache.get(f"key{i}", lambda i=i: numbers(1000, seed=i))
+        value = get(cache, f"key{i}", lambda i=i: numbers(1000, seed=i))
         assert torch.equal(value, numbers(1000, seed=i))
     assert cache.hits + cache.misses == gets and cache.hits > 0
 
@@ -142,7 +150,7 @@ def test_processes_share_a_folder_while_entries_come_and_go(tmp_path):
     left = entries(tmp_path)
     assert len(left) <= 7 and all(re.fullmatch(r"key\d+", name) for name in left)  # no .part stays
     for name in left:
-        value = EmbeddingCache(str(tmp_path)).get(name, refuse)
+        value = get(EmbeddingCache(str(tmp_path)), name, refuse)
         assert torch.equal(value, numbers(1000, seed=int(name[3:])))
 
 
@@ -157,13 +165,13 @@ def test_eviction_leaves_foreign_files_and_what_another_process_is_writing_alone
     (tmp_path / "folder").mkdir()
     for name in [old, *foreign, "folder"]:
         age(tmp_path / name, 2 * 3600)
-    EmbeddingCache(str(tmp_path), max_disk_bytes=1).get("mine", lambda: numbers(50))
+    get(EmbeddingCache(str(tmp_path), max_disk_bytes=1), "mine", lambda: numbers(50))
     assert entries(tmp_path) == sorted([*young, *foreign, "folder", "mine"])
 
 
 def test_an_entry_evicted_while_it_is_opened_is_a_miss(tmp_path, monkeypatch, capsys):
     """The other unlucky moment: safe_open opens a file, and then torch opens it again."""
-    EmbeddingCache(str(tmp_path)).get("k", lambda: numbers(50))
+    get(EmbeddingCache(str(tmp_path)), "k", lambda: numbers(50))
 
     def evicted(path, *_):
         os.remove(path)
@@ -173,7 +181,7 @@ def test_an_entry_evicted_while_it_is_opened_is_a_miss(tmp_path, monkeypatch, ca
     with monkeypatch.context() as patch:
         patch.setattr(safetensors, "safe_open", evicted)
         assert cache._read("k") is None
-    assert torch.equal(cache.get("k", lambda: numbers(50)), numbers(50))
+    assert torch.equal(get(cache, "k", lambda: numbers(50)), numbers(50))
     assert "damaged" not in capsys.readouterr().out  # nothing is
 
 
@@ -299,17 +307,17 @@ def _agree_rank(rank, folder):
         cache = EmbeddingCache(f"{folder}/{hits}_{rank}" if disk else None)
         if rank == hits:
             seen = EmbeddingCache(cache.folder)
-            seen.get("k", lambda: torch.full((3,), 3.0))
+            get(seen, "k", lambda: torch.full((3,), 3.0))
             if not disk:
-                cache.memory, cache.bytes = OrderedDict(seen.memory), seen.bytes
-        assert cache.get("k", compute, group).tolist() == [3.0] * 3
+                cache.memory = OrderedDict(seen.memory)
+        assert get(cache, "k", compute, group).tolist() == [3.0] * 3
         assert (*counts(cache), len(calls)) == (0, 1, 12, 1)
-        assert cache.get("k", refuse, group).tolist() == [3.0] * 3  # now both hit
+        assert get(cache, "k", refuse, group).tolist() == [3.0] * 3  # now both hit
         assert counts(cache) == (1, 1, 12)
     shared = EmbeddingCache(f"{folder}/shared")  # one folder: one rank writes, both read
-    assert shared.get("k", compute, group).tolist() == [3.0] * 3
+    assert get(shared, "k", compute, group).tolist() == [3.0] * 3
     dist.barrier()
-    assert EmbeddingCache(f"{folder}/shared").get("k", refuse, group).tolist() == [3.0] * 3
+    assert get(EmbeddingCache(f"{folder}/shared"), "k", refuse, group).tolist() == [3.0] * 3
 
 
 SLOW = pytest.mark.slow

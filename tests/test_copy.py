@@ -86,7 +86,7 @@ for answer in answers:
     with torch.no_grad():
         logits = llm(torch.cat([ids, answer.ids])[None]).logits[0, len(ids) - 1 : -1] / 0.7
     expected = logits.log_softmax(-1).gather(-1, answer.ids[:, None])[:, 0]
-    assert torch.allclose(answer.logps, expected, atol=1e-4) and len(expected) == 5
+    assert torch.allclose(answer.logps, expected, atol=1e-4) and 1 <= len(expected) <= 5
 """
 
 SFT = """

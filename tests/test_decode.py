@@ -496,11 +496,7 @@ def both_ranks_fail_alike(rank, folder, family):
     import torch.distributed as dist
 
     model, group = zoo.build(family), dist.group.WORLD
-    model.timed = True
     video, image = medium(f"{folder}/v.mp4"), medium(f"{folder}/i.png", "image")
-    if rank == 0:
-        model.features(question(video), 7)  # alone, as in an evaluation: it knows the times now
-        model.cache.memory.clear()
     assert len(model.features(question(video), 7, group)[0].times) == 7
     whole = {m: model.features(question(m), 12)[0].features for m in (video, image)}
     places = [(video, data, "open_video")]
@@ -521,7 +517,8 @@ def both_ranks_fail_alike(rank, folder, family):
 
 
 # Qwen3-VL: the size of a share of the frames is not that of all of them.
-@pytest.mark.parametrize("family", ("vila", pytest.param("qwen3-vl", marks=pytest.mark.slow)))
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ("vila", "qwen3-vl"))
 def test_ranks_of_a_sequence_fail_together(tmp_path, family):
     write_mp4(str(tmp_path / "v.mp4"), numbered_frames(30))
     Image.fromarray(numbered_frames(3)[2]).save(tmp_path / "i.png")

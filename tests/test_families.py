@@ -272,7 +272,7 @@ def test_trainable_features_are_the_kept_ones_with_gradients_everywhere(ask, fam
     trained = model.features_trainable([example, ask("v")], 5)
     for a, b in zip(trained[0], found):
         assert torch.allclose(a.features, b.features, atol=1e-5)
-        assert a.kind == b.kind and list(a.times if model.timed else ()) == list(b.times)
+        assert a.kind == b.kind and list(a.times) == list(b.times)
         assert (a.track is None) == (b.track is None)
     total = sum((m.features**2).sum() for m in trained[0])
     total += sum(m.track.sum() for m in trained[0] if m.track is not None)

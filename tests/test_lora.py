@@ -71,8 +71,8 @@ def is_linear(name: str) -> bool:
     return name.endswith("_proj.weight") and ".layers." in name and "policy" in name
 
 
-def run_grpo(run, model, reference, engine, toy) -> None:
-    actors = Actors(model, reference, engine, None, Method(), GRPO)
+def run_grpo(run, model, engine, toy) -> None:
+    actors = Actors(model, None, engine, None, Method(), GRPO)
     train.train_grpo(run, actors, data.load_rows(f"{toy}/rl.jsonl")[:8])
 
 
@@ -136,6 +136,16 @@ def test_the_optimizer_holds_adapters_alone_and_they_are_float32(toy):
     assert {p.dtype for p in model.llm.parameters()} == {torch.bfloat16}
 
 
+def test_the_reference_is_the_policy_as_it_was_before_its_adapters(toy, model):
+    before = log_probs(model, toy)
+    stir(model)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    with Actors(model, None, None, None, Method(), GRPO).referring() as reference:
+        assert torch.equal(log_probs(reference, toy), before)
+    assert (log_probs(model, toy) - before).abs().max() > 1e-3
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
+
+
 def test_adapters_follow_the_seed_and_leave_the_generator_alone(model):
     torch.manual_seed(5)
     expected, made = torch.rand(3), []
@@ -168,20 +178,17 @@ def test_what_is_saved_handed_over_and_merged_is_what_was_trained(toy, tmp_path,
 
 
 @pytest.mark.parametrize("copied", [False, pytest.param(True, marks=SLOW)])
-def test_grpo_with_adapters_samples_from_them_and_keeps_a_plain_reference(
+def test_grpo_with_adapters_samples_from_them_and_refers_to_the_policy_without_them(
     toy, tmp_path, model, copied
 ):
     start = copy_of(model.state_dict().items())
     engine = Graded(model, dtype=torch.float32 if copied else None)
-    reference = TorchEngine(model, dtype=torch.float32).policy
     run = watched(tmp_path, lambda line: check_only_adapters_moved(model, start))
-    run_grpo(run, model, reference, engine, toy)
+    run_grpo(run, model, engine, toy)
     check_merged(model, start, fresh("vila", toy))
     metrics = read_jsonl(tmp_path / "metrics.jsonl")
     assert all(m["mismatch_max"] < 1e-4 and m["grad_norm"] > 1e-3 for m in metrics)
     assert all(m["kl"] > 1e-3 for m in metrics)
-    for name, value in reference.llm.state_dict().items():
-        assert torch.equal(value, start[f"policy.llm.{name}"]), name
     assert (log_probs(engine.policy, toy) - log_probs(model, toy)).abs().max() < 1e-5
 
 
@@ -190,11 +197,9 @@ def _train(rank, world, toy, out, dtype, sp=1, fsdp=False):
     model = fresh("vila", toy).to(dtype)
     model.mesh = mrsp.make_mesh(sp, "auto", 4, 2)
     engine = Graded(model, dtype=dtype)
-    reference = TorchEngine(model, dtype=dtype).policy
     if fsdp:
         model.enable_gradient_checkpointing()
         model.shard_parameters(dtype)
-        reference.shard_parameters(dtype)
     start = copy_of(model.state_dict().items())
 
     def check(line):
@@ -209,7 +214,7 @@ def _train(rank, world, toy, out, dtype, sp=1, fsdp=False):
 
     run = watched(out / f"{world}_{rank}", check)
     sft.train(model, data.load_rows(f"{toy}/sft.jsonl"), SFT, log=log)
-    run_grpo(run, model, reference, engine, toy)
+    run_grpo(run, model, engine, toy)
     assert all(isinstance(p, DTensor) == fsdp for p in model.llm.parameters())
     for name, value in copy_of(model.state_dict().items()).items():
         assert torch.equal(value, start[name]) != is_linear(name), name

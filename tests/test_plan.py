@@ -69,12 +69,27 @@ def test_predicted_memory_is_within_a_fifth_of_the_counted(sizes, prompt, answer
     with LiveBytes(held) as counted:
         policy(mrsp.shard(pack, mrsp.Mesh()))[0].sum().backward()
         optimizer.step()
-    predicted = plan.memory(tiny, prompt, sum(answers), c=4, rl=False)["total"]
+    predicted = plan.memory(tiny, prompt, sum(answers), c=4, sampler=None, reference=False)["total"]
     assert abs(predicted / counted.peak - 1) < 0.2, (predicted, counted.peak)
 
 
 def test_memory_of_a_7b_falls_with_the_ranks_and_grows_with_the_video():
-    qwen = plan.SHAPES["qwen2.5-vl-7b"]
+    qwen = plan.QWEN_7B
     one, eight = (plan.memory(qwen, 256_000, 16_384, n, n) for n in (1, 8))
     assert eight["optimizer"] * 8 == one["optimizer"] and eight["layer"] * 8 == one["layer"]
     assert plan.memory(qwen, 512_000, 16_384, 8, 8)["total"] > eight["total"]
+
+
+def test_a_sampler_that_sleeps_counts_in_rollouts_alone():
+    hour = {"gpus": 8, "sp": 8, "prefill": 8192}
+    stays = plan.memory(plan.QWEN_7B, 259_363, 16_384, sampler="torch", **hour)
+    sleeps = plan.memory(plan.QWEN_7B, 259_363, 16_384, sampler="vllm", **hour)
+    held = sum(sleeps[name] for name in ("weights", "optimizer", "reference"))
+    rollout = sleeps["sampler"] + sleeps["rollout"]
+    assert sleeps["total"] == held + rollout  # more than training takes
+    training = stays["total"] - held - stays["sampler"]  # here the sampler is there as well
+    assert 0 < training < rollout < training + stays["sampler"]
+    most = plan.memory(plan.QWEN_7B, 259_363, 16_384, sampler="vllm", reserved=5e10, **hour)
+    assert most["total"] == held + 5e10
+    alone = plan.memory(plan.QWEN_7B, 259_363, 16_384, sampler="vllm", reference=False, **hour)
+    assert alone["total"] == held - sleeps["reference"] + rollout

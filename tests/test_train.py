@@ -125,16 +125,22 @@ def one_rank(toy):
     return get
 
 
+MORE_RANKS = [
+    (2, 1, False, torch.float64, 1e-9, "token"),
+    (2, 1, False, torch.float32, 1e-5, "token"),
+    (2, 2, False, torch.float64, 1e-9, "sequence"),
+    (2, 1, True, torch.float64, 1e-9, "token"),
+    (4, 2, True, torch.float64, 1e-9, "token"),
+    (2, 2, True, torch.float32, 1e-5, "token"),
+]
+
+
 @pytest.mark.parametrize(
     "world, sp, fsdp, dtype, tolerance, average",
     [
-        (2, 1, False, torch.float64, 1e-9, "token"),
         (2, 1, False, torch.float64, 1e-9, "sequence"),
-        (2, 1, False, torch.float32, 1e-5, "token"),
-        (2, 2, False, torch.float64, 1e-9, "sequence"),
-        (2, 1, True, torch.float64, 1e-9, "token"),
-        (4, 2, True, torch.float64, 1e-9, "token"),
-        (2, 2, True, torch.float32, 1e-5, "token"),
+        (2, 2, True, torch.float64, 1e-9, "token"),
+        *[pytest.param(*how, marks=pytest.mark.slow) for how in MORE_RANKS],
     ],
 )
 def test_many_ranks_train_like_one(
@@ -282,6 +288,7 @@ def test_a_sampler_that_sees_other_weights_stops_training(toy, model):
         step_of(model, model, engine, optimizer, rows, 0, config)
 
 
+@pytest.mark.slow
 def test_overfitting_24_fixed_prompts_drives_the_reward_to_one(toy, model):
     """From a model that knows the format and guesses: the right letter with 40 %, each other one
     with 20 %."""
@@ -323,6 +330,7 @@ SMALLEST = (
 ).split()
 
 
+@pytest.mark.slow
 def test_the_whole_pipeline_runs_on_two_ranks_and_its_model_scores_the_same_again(tmp_path):
     out = tmp_path / "run"
     command = [

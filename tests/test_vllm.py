@@ -73,7 +73,7 @@ def test_prompts_given_in_parts_get_the_same_answers(stand, monkeypatch):
     bytes_of = [0 if p.media is None else len(p.ids) * p.media[0].nbytes for p in stand.prompts]
     for limit in (0, max(bytes_of), sum(bytes_of) - 1, 2**40):
         monkeypatch.setattr(rollout, "AT_ONCE", limit)
-        parts = stand.engine._parts(stand.prompts)
+        parts = rollout.in_parts(bytes_of, limit)
         held = [sum(bytes_of[x]) for x in parts]
         assert sum((stand.prompts[x] for x in parts), []) == stand.prompts
         assert all(b <= limit or x.stop - x.start == 1 for b, x in zip(held, parts))
@@ -81,9 +81,6 @@ def test_prompts_given_in_parts_get_the_same_answers(stand, monkeypatch):
         assert tokens_of(stand.out()) == tokens_of(whole)
     core = stand.engine.llm.llm_engine.engine_core.engine_core
     assert not core.model_executor.driver_worker.worker.model_runner.requests  # nor embeddings
-    monkeypatch.setattr(rollout, "AT_ONCE", 2 * bytes_of[0])
-    twos = stand.engine._parts(stand.prompts[:1] * 5)
-    assert twos == [slice(0, 2), slice(2, 4), slice(4, 5)]
 
 
 def cost(length: int, n: int) -> int:
@@ -193,7 +190,7 @@ def test_what_was_made_of_old_weights_is_dropped(stand, monkeypatch, forgetful):
     """Cached K/V, the packed copy of a tied LM head; and without doing so log-probs differ."""
     stand.out()
     if forgetful:
-        monkeypatch.setattr(stand.engine.llm, "reset_prefix_cache", lambda: None)
+        monkeypatch.setattr(stand.engine.llm, "reset_prefix_cache", lambda: True)
     change(stand.model, 1.2, "k_proj")  # embeddings stay: the cache's keys are the same
     change(stand.model, 1.2, "v_proj")
     stand.engine.sync(stand.model)
