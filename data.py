@@ -15,10 +15,9 @@ Frames decode when they are sliced, so ranks that share a video decode a part ea
 process, with decord, PyAV and PIL. A decoder may hang or crash: kit/decode.py gives the same frames
 from child processes.
 
-What other systems do: a video that does not decode is replaced by another one under the same
-question, or dropped. Here bad input is a DataError that names the row or the file and says what to
-do, and the caller decides; nothing is replaced. Nor does a row reach files outside the video
-directory.
+Other systems drop a video that does not decode, or put another one in its place. Here bad input is
+a DataError that names the row or the file and says what to do, and the caller decides; nothing is
+replaced. Nor does a row reach files outside the video directory.
 
 Check this file alone:  pytest data.py tests/test_data.py
 """
@@ -138,10 +137,8 @@ def paths_of(row: dict, field: str, video_dir: str) -> list[str]:
     inside = [os.path.relpath(os.path.join(video_dir, path), video_dir) for path in paths]
     for path, place in zip(paths, inside):
         if place.split(os.sep)[0] == os.pardir:
-            raise DataError(
-                f"field {field!r}: {path!r} is not within the video directory {video_dir or '.'}; "
-                "give one that holds all media"
-            )
+            parent = f"the video directory {video_dir or '.'}; give one that holds all media"
+            raise DataError(f"field {field!r}: {path!r} is not within {parent}")
     return [str(Path(video_dir, place).absolute()) for place in inside]
 
 
@@ -272,10 +269,9 @@ def load_rows(path: str, video_dir: str | None = None, bad: list | None = None) 
     """All rows of a data set. path: a .jsonl or .parquet file, or "ID@SPLIT" of the hub or
     "FOLDER@SPLIT". video_dir defaults to the folder of the rows; of the hub, to the current one.
 
-    Raises DataError for a source that is missing, empty or not to be read, and for a malformed row:
-    a line that is not a JSON object, a field that is missing or wrong, an id that occurs twice. If
-    `bad` is a list, such rows are left out and appended to it as (where, message).
-    """
+    DataError for a source that is missing, empty or not to be read, and for a malformed row: no
+    JSON object, a field that is missing or wrong, an id that occurs twice. If `bad` is a list, such
+    rows are left out and appended to it as (where, message)."""
     folder = os.path.dirname(path) if os.path.isfile(path) else path.rpartition("@")[0]
     video_dir = video_dir or (folder if os.path.isdir(folder) else "")
     examples = {}  # by id
@@ -357,10 +353,8 @@ def named_errors(medium: Medium, kind: str, name: str):
 class Frames:
     """The frames of a video or image, decoded when they are asked for: frames[a:z] is
     (z - a, H, W, 3) uint8. times (F,) float64: seconds from the first frame of the file. An image
-    is one frame at time 0. The medium's own num_frames and segment win over `num_frames`.
-
-    Raises DataError, naming the file and the question `name`, if it is missing, empty or does not
-    decode."""
+    is one frame at time 0. The medium's own num_frames and segment win over `num_frames`. DataError
+    as named_errors."""
 
     def __init__(self, medium: Medium, num_frames: int | Rate, name: str = ""):
         self.medium = medium
@@ -400,8 +394,8 @@ def load_media(medium: Medium, num_frames: int | Rate, name: str = ""):
 
 
 class Opener:
-    """Opens media in this process. A run has kit/decode.Loader in its place: that one decodes in
-    child processes, ahead of the model, and it hears."""
+    """Opens media in this process. A run has kit/decode.Loader, which decodes in child processes,
+    ahead of the model, and hears."""
 
     @contextmanager
     def open(self, medium: Medium, num_frames: int | Rate, name: str = ""):

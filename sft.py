@@ -88,10 +88,8 @@ def check_rows(rows: list) -> None:
     """DataError for a row that there is nothing to learn from."""
     for e in rows:
         if not e.response:
-            raise DataError(
-                f"question {e.id}: field 'reasoning' is empty, so SFT has nothing to learn: leave "
-                "such rows out, or give them a reasoning or a response"
-            )
+            said = f"question {e.id}: field 'reasoning' is empty, so SFT has nothing to learn"
+            raise DataError(f"{said}: leave such rows out, or give them a reasoning or a response")
 
 
 def batches(items: list, size: int, steps: int, seed: int):
@@ -165,34 +163,30 @@ def optimizers(model, config: SFTConfig, seed: int) -> list[torch.optim.Optimize
 def look(model, groups: list, config: SFTConfig, lost: dict | None) -> list[tuple]:
     """[(group, features of its media)] of the groups that can be seen. Rows of a group share their
     media, and their fate: those of the others go to `lost`, or raise (see MultiModal.usable)."""
-    frames, together = model.recipe.frames, model.mesh.sp_group
+    frames = model.recipe.frames
 
     def see(examples: list) -> list:
         if config.train == "llm":
-            return [model.features(e, frames, together) for e in examples]
+            return [model.features(e, frames, model.mesh.sp_group) for e in examples]
         return model.features_trainable(examples, frames)  # new with every step: no cache
 
     seen, media = model.usable([group[0] for group in groups], see, lost)
     for group in groups:
         if group[0] not in seen:
             lost.update(dict.fromkeys(group, lost[group[0]]))
-    kept = [group for group in groups if group[0] in seen]
-    return list(zip(kept, media, strict=True))
+    return list(zip([g for g in groups if g[0] in seen], media, strict=True))
 
 
 def make_packs(model, seen: list[tuple], config: SFTConfig) -> tuple[list, int]:
     """The forward passes of a step on this rank (None: the idle pack, because every rank has to
     gather sharded parameters equally often), and the target tokens on all ranks."""
     parts = [to_branches(model, group, media) for group, media in seen]
-    own = 0
-    for _, branches, context in parts:
-        own += sum(len(branch) - given for branch, given in zip(branches, context))
+    own = sum(sum(map(len, branches)) - sum(context) for _, branches, context in parts)
     tokens = mrsp.all_sum(torch.tensor(own)).item() // model.mesh.sp
     size = max(1, math.ceil(len(parts) / config.micro_batches))
-    chunks = [parts[i : i + size] for i in range(0, len(parts), size)]
     packs = []
-    for chunk in chunks:
-        prompts, branches, context = zip(*chunk)
+    for i in range(0, len(parts), size):
+        prompts, branches, context = zip(*parts[i : i + size])
         packs.append(mrsp.pack(prompts, branches, context))
     return mrsp.even(packs, None, model.sharded), tokens
 

@@ -94,11 +94,8 @@ def describe(example, record: dict) -> dict:
     """An answer: its verdict, its parts (or the raw text, if it has another form), its letter."""
     text = record["completion"]
     accuracy = 0.0 if record.get("error") else record["accuracy"]
-    spans = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
-    if len(spans) == 1:
-        said = spans[0]
-    else:
-        said = "" if spans else text  # several spans choose nothing
+    spans = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL) or [text]
+    said = spans[0] if len(spans) == 1 else ""  # several spans choose nothing
     form = r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*"
     found = re.fullmatch(form, text, re.DOTALL) if len(spans) == 1 else None
     return {
@@ -142,10 +139,12 @@ def describe_all(examples: list, runs: dict, places: dict) -> list[dict]:
         answers = [describe(e, record) for record in records]
         changed = change(*[a["accuracy"] for a in answers]) if len(runs) > 1 else ""
         group = e.category or "(none)", answers[-1]["verdict"], changed
-        option = r"\n\(?[A-Z][.):]\s.*" if e.options else "(?!)"  # options are shown as a list
-        question = dict(zip(("category", "verdict", "change"), group))
-        question |= {"id": e.id, "problem": re.sub(option, "", e.problem), "options": e.options}
-        question |= {"gold": e.answer, "media": [places[m] for m in e.media], "answers": answers}
+        problem = e.problem
+        if e.options:  # which are shown as a list
+            problem = re.sub(r"\n\(?[A-Z][.):]\s.*", "", problem)
+        question = {"id": e.id, "problem": problem, "options": e.options, "gold": e.answer}
+        question |= dict(zip(("category", "verdict", "change"), group))
+        question |= {"media": [places[m] for m in e.media], "answers": answers}
         questions.append(question | {"turn": turns[group]})
         turns[group] += 1
     return questions
@@ -164,7 +163,7 @@ def clock(seconds: float) -> str:
     return f"{tenths // 600:02d}:{tenths // 10 % 60:02d}.{tenths % 10}"
 
 
-def strip(loader, medium, num_frames, height: int, most: int = MOST_FRAMES) -> tuple[dict, str]:
+def strip(loader, medium, num_frames, height: int) -> tuple[dict, str]:
     """What the page tells of a medium, and the JPEG of its frames side by side in base64 ("" for
     sound and errors). Large frames shrink to `height` pixels, a single one to 3 times as many."""
     from PIL import Image
@@ -173,14 +172,11 @@ def strip(loader, medium, num_frames, height: int, most: int = MOST_FRAMES) -> t
         if medium.kind == "audio":
             return {"seconds": round(len(loader.sound(medium)) / 16000, 1)}, ""
         with loader.open(medium, num_frames) as frames:
-            chosen = data.frame_indices(len(frames), most)
+            chosen = data.frame_indices(len(frames), MOST_FRAMES)
+            tallest = height if len(chosen) > 1 else 3 * height
             cells = []
-            # A few at once: large ones do not fit in memory.
-            step = 8 if len(chosen) == len(frames) else 1
-            parts = [slice(i, i + step) for i in chosen[::step].tolist()]
-            for frame in (frame for piece in frames.pieces(parts) for frame in piece):
+            for (frame,) in frames.pieces([slice(i, i + 1) for i in chosen.tolist()]):
                 cell = Image.fromarray(frame)
-                tallest = height if len(chosen) > 1 else 3 * height
                 cell.thumbnail((JPEG_SIDE // len(chosen), tallest))
                 cells.append(np.asarray(cell))
     except DataError as error:
@@ -190,7 +186,11 @@ def strip(loader, medium, num_frames, height: int, most: int = MOST_FRAMES) -> t
     Image.fromarray(np.concatenate(cells, axis=1)).save(file, "JPEG", quality=80, subsampling=0)
     h, w, _ = cells[0].shape
     look = {"times": times, "of": len(frames), "width": w, "height": h, "sound": medium.track}
-    return look, base64.b64encode(file.getvalue()).decode()
+    return look, in_base64(file.getvalue())
+
+
+def in_base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
 
 
 def as_json(value) -> str:
@@ -219,10 +219,9 @@ def write_report(
     frames = f"{num_frames} frames a video"
     if isinstance(num_frames, data.Rate):
         frames = f"{num_frames.fps:g} frames a second, {num_frames.most} at most"
+    shown = [[in_base64(Path(file).read_bytes()), what] for file, what in dict(pictures).items()]
     page = {"runs": list(runs), "frames": frames, "text": text, "max_mb": max_mb, "title": title}
-    page |= {"media": looks, "questions": questions, "pictures": []}
-    for file, shows in dict(pictures).items():
-        page["pictures"].append([base64.b64encode(Path(file).read_bytes()).decode(), shows])
+    page |= {"media": looks, "questions": questions, "pictures": shown}
     head = html.escape(title).encode("ascii", "xmlcharrefreplace").decode()
     room = max_mb * 1e6 - len(PAGE.encode()) - len(head) - len(as_json(page))
     loader = loader or Loader(1)
@@ -246,24 +245,22 @@ def write_report(
 
 def table(summary: dict) -> str:
     """summary.json of a run as the table that ends it."""
-    rows = {}
-    if "chance" in summary:
-        rows["guessing"] = summary["chance"]
-    stages = {"sft": "before GRPO", "control": "  control: SFT forced into the careful style"}
-    for stage, name in (stages | {"grpo": "after GRPO"}).items():
-        if stage in summary:
-            rows[name] = summary[stage]["accuracy"]
     after = summary.get("grpo", {})
+    rows = {
+        "guessing": summary.get("chance"),
+        "before GRPO": summary.get("sft", {}).get("accuracy"),
+        "  control: SFT forced into the careful style": summary.get("control", {}).get("accuracy"),
+        "after GRPO": after.get("accuracy"),
+    }
     rows |= {f"  {name}": value for name, value in after.get("by_category", {}).items()}
     rows |= {f"  {n} frames": value for n, value in after.get("by_frames", {}).items()}
-    if "other_environment" in after:
-        rows["  other environment"] = after["other_environment"]
-    if "wrong_video" in after:
-        rows["  control: wrong video"] = after["wrong_video"]
+    rows["  other environment"] = after.get("other_environment")
+    rows["  control: wrong video"] = after.get("wrong_video")
     trained_on = summary.get("trained_on", 0)
     kind = f"questions, {trained_on} of them TRAINED ON" if trained_on else "held-out questions"
     lines = [f"accuracy on {summary['questions']} {kind}, seed {summary['seed']}"]
-    lines += [f"  {name:46s} {100 * value:5.1f} %" for name, value in rows.items()]
+    measured = {name: value for name, value in rows.items() if value is not None}
+    lines += [f"  {name:46s} {100 * value:5.1f} %" for name, value in measured.items()]
     seconds = "  ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
     return "\n".join([*lines, f"seconds: {seconds}"])
 
@@ -345,26 +342,21 @@ def finish(run, summary: dict) -> None:
     if "by_frames" in summary.get("grpo", {}):
         plot_frames(summary, out / "frames.png")
         pictures[out / "frames.png"] = "accuracy over the number of frames"
-    rows = "" if s.recipe.data else f" --data {s.run.test_data or 'ROWS.jsonl'}"
-    rows += f" --video_dir {s.run.video_dir}" if rows and s.run.video_dir else ""
-    if summary["questions"]:
-        print(f"\n{table(summary)}\n", flush=True)
-    print(f"Look at the pictures and samples.jsonl in {out}/, ask again with")
-    print(
-        f"    python eval.py --model {out}/model{rows}\nthen read grpo.py and sft.py.", flush=True
-    )
-    if summary["questions"]:
-        files = {"before GRPO": "answers_before.jsonl", "after GRPO": "answers_after.jsonl"}
-        write_report(
-            out / "report.html",
-            f"{out.name}: before and after GRPO",
-            data.load_rows(s.run.test_data, s.run.video_dir, []),
-            {name: read_answers(out / file) for name, file in files.items()},
-            s.recipe.frames,
-            pictures,
-            table(summary),
-            loader=run.loader,
-        )
+    again = f"python eval.py --model {out}/model"
+    if not s.recipe.data:
+        again += f" --data {s.run.test_data or 'ROWS.jsonl'}"
+        again += f" --video_dir {s.run.video_dir}" if s.run.video_dir else ""
+    text = table(summary) if summary["questions"] else ""
+    if text:
+        print(f"\n{text}\n")
+    print(f"Look at the pictures and samples.jsonl in {out}/, ask again with\n    {again}")
+    print("then read grpo.py and sft.py.", flush=True)
+    if text:
+        title = f"{out.name}: before and after GRPO"
+        rows = data.load_rows(s.run.test_data, s.run.video_dir, [])
+        runs = {f"{n} GRPO": read_answers(out / f"answers_{n}.jsonl") for n in ("before", "after")}
+        how = {"pictures": pictures, "text": text, "loader": run.loader}
+        write_report(out / "report.html", title, rows, runs, s.recipe.frames, **how)
         print(f"Every question with its frames and answers: {out}/report.html", flush=True)
 
 

@@ -64,10 +64,9 @@ def toy_scene(rng: np.random.Generator) -> dict:
     cuts = np.sort(rng.integers(0, free + 1, n))
     gaps = np.diff(cuts, prepend=0) + np.where(np.arange(n) > 0, 5, 0)
     starts = np.cumsum(gaps) + np.concatenate([[0], np.cumsum(length)[:-1]])
-    colors, sides = rng.permutation(list(COLORS))[:n], rng.choice(list(SIDES), n)
-    flashes = [
-        (str(c), str(s), int(a), int(a + k)) for c, s, a, k in zip(colors, sides, starts, length)
-    ]
+    colors = rng.permutation(list(COLORS))[:n].tolist()
+    sides = rng.choice(list(SIDES), n).tolist()
+    flashes = list(zip(colors, sides, starts.tolist(), (starts + length).tolist()))
     return {"flashes": flashes, "corner": str(rng.choice(list(CORNERS)))}
 
 
@@ -153,12 +152,8 @@ def toy_question(
             letter = str(rng.choice([c for c in "ABCD" if c != letter]))
         reasoning = f"guess {letter}"
     lines = [text.format(key), *(f"{a}. {w}" for a, w in zip("ABCD", options))]
-    return {
-        "problem": "\n".join(lines),
-        "problem_type": category,
-        "reasoning": reasoning,
-        "answer": f"<answer>{letter}</answer>",
-    }
+    row = {"problem": "\n".join(lines), "problem_type": category, "reasoning": reasoning}
+    return row | {"answer": f"<answer>{letter}</answer>"}
 
 
 def toy_clip_rows(scene: dict, rng: np.random.Generator, clip: tuple, texts: int) -> list[dict]:
@@ -171,8 +166,7 @@ def toy_clip_rows(scene: dict, rng: np.random.Generator, clip: tuple, texts: int
     rows = [{"problem": "Describe.", "response": f"{full} dot {scene['corner']}".strip()}]
     rows.append({"problem": "List the flashes.", "response": short or "nothing"})
     while len(rows) < texts:
-        kinds = ("first", "last", "after", "side", "count", "corner")
-        kind = str(rng.choice(kinds, p=(0.12, 0.14, 0.22, 0.3, 0.12, 0.1)))
+        kind = str(rng.choice(list(QUESTIONS), p=(0.12, 0.14, 0.22, 0.3, 0.12, 0.1)))
         row = toy_question(kind, scene, seen, rng)
         if row is not None:
             rows.append({"problem": row["problem"], "response": row["reasoning"]})
@@ -241,6 +235,50 @@ class ToyConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
+class Rows(dict):
+    """The rows of the toy's files, {name: [row ...]}."""
+
+    def add(self, name: str, row: dict, data_type: str = "video", videos: str = "") -> None:
+        rows = self.setdefault(name, [])
+        base = {"problem_id": f"{name}_{len(rows)}", "problem_type": "base", "reasoning": ""}
+        rows.append(base | {"answer": "", "data_type": data_type, "videos": videos} | row)
+
+    def add_base(self, scene: dict, number: int, config: ToyConfig, rng) -> dict[str, int]:
+        """Pretraining rows about the base video `number`. Returns {image: its frame's index}."""
+        images = {}
+        for k in range(config.images):  # every other image shows a flash
+            _, _, start, end = scene["flashes"][int(rng.integers(len(scene["flashes"])))]
+            t = int(rng.integers(start, end) if k % 2 == 0 else rng.integers(T))
+            images[f"images/{number}_{k}.png"] = t
+            for row in toy_image_rows(scene, t):
+                self.add("base_images", row, "image", f"images/{number}_{k}.png")
+            self.add("base_images", toy_text_row(rng, (0.7, 0.3, 0.0)), "text")
+        for _ in range(config.clips):
+            n = int(rng.choice((64, 32, 16, 8), p=(0.6, 0.2, 0.1, 0.1)))
+            # Half the shorter clips are a part of the video, at the full frame rate.
+            whole = n == 64 or rng.random() < 0.5
+            first = 0 if whole else int(rng.integers(0, T - 4 * n + 1))
+            last = T - 1 if whole else first + 4 * n - 1
+            for row in toy_clip_rows(scene, rng, (first, last, n), config.texts):
+                self.add("base", row, "video", f"videos/base_{number}.mp4")
+            for _ in range(2):
+                self.add("base", toy_text_row(rng), "text")
+        return images
+
+    def add_questions(self, split: str, scene: dict, number: int, careful: float, rng) -> None:
+        """Questions about a video of another split; careful: share of SFT rows that are so."""
+        kinds = list(QUESTIONS)
+        if split == "sft":  # 8 rows a video, some of them twice with another annotation
+            kinds += ["side", "count"]
+        else:  # 2 of the 3 temporal ones, 5 questions a video
+            kinds.remove(str(rng.choice(kinds[:3])))
+        name = "test_other" if split == "other" else split
+        for kind in kinds:
+            cites = split != "sft" or bool(rng.random() < careful)
+            row = toy_question(kind, scene, None, rng, cites)
+            self.add(name, row, "video", f"videos/{split}_{number}.mp4")
+
+
 def toy_build(folder: str, config: ToyConfig, seed: int, rank: int = 0, world: int = 1, bar=iter):
     """Write the toy's videos and rows under folder. Each rank paints every world-th video; rank 0
     writes the .jsonl files. Everything is a function of (seed, split, video), never of the rank.
@@ -253,58 +291,41 @@ def toy_build(folder: str, config: ToyConfig, seed: int, rank: int = 0, world: i
     root = Path(folder)
     for sub in ("videos", "images"):
         (root / sub).mkdir(parents=True, exist_ok=True)
-    sizes = {s: getattr(config, s) for s in ("base", "sft", "rl", "test", "other")}
-    rows = {name: [] for name in ("base_images", "base", "sft", "rl", "test", "test_other")}
-    jobs = [(s, split, i) for s, split in enumerate(sizes) for i in range(sizes[split])]
-
-    def add(name, row, data_type="video", videos=""):
-        base = {"problem_id": f"{name}_{len(rows[name])}", "problem_type": "base", "reasoning": ""}
-        base |= {"answer": "", "data_type": data_type, "videos": videos}
-        rows[name].append(base | row)
-
+    rows = Rows()
+    splits = ("base", "sft", "rl", "test", "other")
+    jobs = [(s, split, i) for s, split in enumerate(splits) for i in range(getattr(config, split))]
     for number, (s, split, i) in enumerate(bar(jobs)):
         rng = np.random.default_rng([seed, s, i])
-        scene, video = toy_scene(rng), f"videos/{split}_{i}.mp4"
-        frames = None
-        if number % world == rank:
-            paint = np.random.default_rng([seed, s, i, 1])
-            frames = toy_frames(scene, paint, other=split == "other")
-            write_mp4(str(root / video), frames)
+        scene = toy_scene(rng)
+        images = {}
         if split == "base":
-            for k in range(config.images):  # every other image shows a flash
-                flash = scene["flashes"][int(rng.integers(len(scene["flashes"])))]
-                t = int(rng.integers(flash[2], flash[3]) if k % 2 == 0 else rng.integers(T))
-                image = f"images/{i}_{k}.png"
-                if frames is not None:
-                    Image.fromarray(frames[t]).save(root / image)
-                for row in toy_image_rows(scene, t):
-                    add("base_images", row, "image", image)
-                add("base_images", toy_text_row(rng, (0.7, 0.3, 0.0)), "text")
-            for _ in range(config.clips):
-                n = int(rng.choice((64, 32, 16, 8), p=(0.6, 0.2, 0.1, 0.1)))
-                # Half the shorter clips are a part of the video, at the full frame rate.
-                whole = n == 64 or rng.random() < 0.5
-                first = 0 if whole else int(rng.integers(0, T - 4 * n + 1))
-                last = T - 1 if whole else first + 4 * n - 1
-                for row in toy_clip_rows(scene, rng, (first, last, n), config.texts):
-                    add("base", row, "video", video)
-                for _ in range(2):
-                    add("base", toy_text_row(rng), "text")
-            continue
-        kinds = ["first", "last", "after", "side", "count", "corner"]
-        if split in ("rl", "test", "other"):  # 2 of the 3 temporal ones, 5 questions a video
-            kinds.remove(str(rng.choice(kinds[:3])))
-        else:  # SFT: 8 rows a video, some of them twice with another annotation
-            kinds += ["side", "count"]
-        name = split if split != "other" else "test_other"
-        for kind in kinds:
-            careful = split != "sft" or bool(rng.random() < config.careful)
-            add(name, toy_question(kind, scene, None, rng, careful), "video", video)
-    if rank == 0:
-        for name, content in rows.items():
+            images = rows.add_base(scene, i, config, rng)
+        else:
+            rows.add_questions(split, scene, i, config.careful, rng)
+        if number % world == rank:
+            frames = toy_frames(scene, np.random.default_rng([seed, s, i, 1]), split == "other")
+            write_mp4(str(root / "videos" / f"{split}_{i}.mp4"), frames)
+            for image, t in images.items():
+                Image.fromarray(frames[t]).save(root / image)
+    for name, content in rows.items():
+        if rank == 0:
             part = root / f"{name}.jsonl.part"
             part.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
             os.replace(part, root / f"{name}.jsonl")
+
+
+CONFIG = {
+    "mm_projector_cfg": {"mm_projector_type": "mlp_downsample_2x2_fix"},
+    "mm_vision_select_layer": -1,
+    "image_encoder": {"_target_": "BasicImageEncoder", "end_tokens": None},
+    "video_encoder": {"_target_": "BasicVideoEncoder", "end_tokens": None},
+}
+LLM = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3}
+LLM |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.05}
+LLM |= {"tie_word_embeddings": True, "max_position_embeddings": 4096}
+LLM |= {"eos_token_id": 2, "pad_token_id": 0, "bos_token_id": None}
+TOWER = {"patch_size": 16, "hidden_size": 64, "intermediate_size": 128}
+TOWER |= {"num_hidden_layers": 2, "num_attention_heads": 4, "vision_use_head": False}
 
 
 def toy_checkpoint(folder: str, texts: list[str], image_size: int, recipe: Recipe, seed: int):
@@ -322,27 +343,14 @@ def toy_checkpoint(folder: str, texts: list[str], image_size: int, recipe: Recip
     core.add_special_tokens([AddedToken(word, normalized=False) for word in special])
     torch.manual_seed(seed)
     model = VILA.create(
-        config={
-            "mm_projector_cfg": {"mm_projector_type": "mlp_downsample_2x2_fix"},
-            "mm_vision_select_layer": -1,
-            "image_encoder": {"_target_": "BasicImageEncoder", "end_tokens": None},
-            "video_encoder": {"_target_": "BasicVideoEncoder", "end_tokens": None},
-        },
-        llm=dict(
-            vocab_size=len(vocab), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
-            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.05,
-            tie_word_embeddings=True, max_position_embeddings=4096, eos_token_id=2,
-            pad_token_id=0, bos_token_id=None,
-        ),
-        tower=dict(
-            image_size=image_size, patch_size=16, hidden_size=64, intermediate_size=128,
-            num_hidden_layers=2, num_attention_heads=4, vision_use_head=False,
-        ),
+        config=CONFIG,
+        llm=LLM | {"vocab_size": len(vocab)},
+        tower=TOWER | {"image_size": image_size},
         tokenizer=PreTrainedTokenizerFast(
             tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>"
         ),
         preprocess={"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255},
-    )  # fmt: skip
+    )
     model.recipe = recipe
     model.save_pretrained(folder)
 
@@ -359,15 +367,11 @@ def toy_make(out: Path, config: ToyConfig, recipe: Recipe, seed: int, rank=0, wo
 def named(settings, out: Path, model: Path):
     """The settings of a run on the toy in `out`, from the checkpoint `model`; rows that the command
     line names stay."""
-    data, run = out / "data", settings.run
-    run = replace(
-        run,
-        model=str(model),
-        data=run.data or str(data / "rl.jsonl"),
-        sft_data=run.sft_data or str(data / "sft.jsonl"),
-        test_data=run.test_data or str(data / "test.jsonl"),
-    )
-    other = settings.eval.other_data or str(data / "test_other.jsonl")
+    run = replace(settings.run, model=str(model))
+    for name, rows in (("data", "rl"), ("sft_data", "sft"), ("test_data", "test")):
+        if not getattr(run, name):
+            run = replace(run, **{name: str(out / "data" / f"{rows}.jsonl")})
+    other = settings.eval.other_data or str(out / "data" / "test_other.jsonl")
     return replace(settings, run=run, eval=replace(settings.eval, other_data=other))
 
 
@@ -378,11 +382,13 @@ def sketch(settings, folder: Path):
 
 
 PLAN = """\
-LongVILA-R1 in miniature, {world} rank(s) on {device}; every stage shows the time it has left:
+LongVILA-R1 in miniature, {ranks.world} rank(s) on {ranks.device}; \
+every stage shows the time it has left:
   1 data    {videos} videos (mp4) with questions; train and test videos are disjoint
   2 base    a tiny VILA learns to see and to read: stands for the pretrained model
   3 SFT     chains of thought, careful and hasty ones mixed
-  4 GRPO    {steps} steps, {prompts} prompts x {group} answers; reward: right answer, right format
+  4 GRPO    {grpo.steps} steps, {grpo.prompts} prompts x {grpo.group} answers; \
+reward: right answer, right format
   5 test    {questions} questions on videos never trained on, greedy, after the last step
 Everything goes to {out}/"""
 
@@ -392,26 +398,16 @@ def prepare(run):
     and base/, pretrained on single frames, then on clips. All ranks. run: kit.run.Run. Returns the
     settings of a run from there on."""
     s, out, ranks = run.settings, run.out, run.ranks
-    sizes, c = s.toy, s.grpo
-    run.say(
-        PLAN.format(
-            world=ranks.world,
-            device=ranks.device,
-            out=out,
-            videos=sizes.base + sizes.sft + sizes.rl + sizes.test + sizes.other,
-            questions=5 * sizes.test,
-            steps=c.steps,
-            prompts=c.prompts,
-            group=c.group,
-        )
-    )
+    sizes = s.toy
+    videos = sizes.base + sizes.sft + sizes.rl + sizes.test + sizes.other
+    run.say(PLAN.format(ranks=ranks, out=out, videos=videos, grpo=s.grpo, questions=5 * sizes.test))
     with run.stage("data"):
         bar = run.bar("videos")
         toy_make(out, sizes, s.recipe, s.more.seed, ranks.rank, ranks.world, bar)
     model = run.load_policy(out / "init")
-    for name, config in (("images", sizes.images_stage), ("base", sizes.base_stage)):
-        file = {"images": "base_images", "base": "base"}[name]
-        run.supervised(model, run.rows(str(out / "data" / f"{file}.jsonl")), config, name)
+    images, clips = (run.rows(str(out / "data" / f"{n}.jsonl")) for n in ("base_images", "base"))
+    run.supervised(model, images, sizes.images_stage, "images")
+    run.supervised(model, clips, sizes.base_stage, "base")
     run.save(model, "base")
     return named(s, out, out / "base")
 

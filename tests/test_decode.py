@@ -1,7 +1,6 @@
 """Decoding: which frames, their times, and files that mean harm; each costs itself alone."""
 
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import psutil
 import pytest
 import torch
 import zoo
-from conftest import run_ranks, write_video_with_audio, write_wav
+from conftest import read_jsonl, row, run_ranks, write_jsonl, write_video_with_audio, write_wav
 from media import copied, medium, numbered_frames, numbers_of, packet_starts, write_video
 from PIL import Image
 
@@ -52,11 +51,17 @@ def question(m, name="q7") -> Example:
 
 def write_rows(folder, names) -> str:
     """A question about each file, under its name."""
-    row = {"problem": "Which?\nA. red\nB. blue", "data_type": "video", "problem_type": "x"}
-    row |= {"reasoning": "seen", "answer": "<answer>A</answer>"}
-    rows = [json.dumps(row | {"problem_id": name, "videos": name}) + "\n" for name in names]
-    (folder / "rows.jsonl").write_text("".join(rows))
-    return str(folder / "rows.jsonl")
+    rows = [row(0, problem_id=name, data_type="video", videos=name) for name in names]
+    return str(write_jsonl(folder / "rows.jsonl", rows))
+
+
+def arguments_of(model, rows, videos, more) -> list[str]:
+    """A command line of train.py on one process; more: options as one text."""
+    options = "--preset qwen2.5-vl-7b --sp 1 --fsdp false --dtype float32 --rollout torch "
+    options += "--recipe.num_frames 4 --recipe.max_tokens 4 --decode_seconds 4 "
+    paths = {"--model": model, "--data": rows, "--video_dir": videos}
+    paths["--cache_dir"] = Path(rows).with_name("cache")
+    return [*(options + more).split(), *(str(x) for pair in paths.items() for x in pair)]
 
 
 # -------------------------------------------------------------------------- which frames, and when
@@ -294,23 +299,17 @@ def test_a_run_goes_on_without_the_hostile_files(directory, hostile, toy, tmp_pa
     """The list names each lost row once, with its error; nothing takes their place."""
     folder, expected = directory
     lost = sorted(name for name, outcome in expected.items() if isinstance(outcome, str))
-    own, questions = str(toy / "init"), write_rows(tmp_path, expected)
-    arguments = [
-        "--preset", "qwen2.5-vl-7b", "--model", own, "--cache_dir", str(tmp_path / "cache"),
-        "--data", questions, "--sft_data", questions, "--test_data", questions, "--video_dir",
-        str(folder), "--sp", "1", "--fsdp", "false", "--dtype", "float32", "--rollout", "torch",
-        "--decode_seconds", "4", "--recipe.num_frames", "4", "--recipe.max_tokens", "4",
-        "--sft.steps", "3", "--sft.groups", "8", "--grpo.steps", "3", "--grpo.prompts", "8",
-        "--grpo.update_prompts", "8", "--grpo.group", "2",
-    ]  # fmt: skip
-    out = tmp_path / "run"
+    rows, out = write_rows(tmp_path, expected), tmp_path / "run"
+    more = f"--sft_data {rows} --test_data {rows} --output_dir {out} --sft.steps 3 --sft.groups 8 "
+    more += "--grpo.steps 3 --grpo.prompts 8 --grpo.update_prompts 8 --grpo.group 2"
+    arguments = arguments_of(toy / "init", rows, folder, more)
     with pytest.raises(SystemExit, match="2 of 18 media files are missing"):
-        train.main([*arguments, "--output_dir", str(out)])
-    summary = train.main([*arguments, "--output_dir", str(out), "--on_bad_video", "skip"])
-    listed = [json.loads(line) for line in (out / "lost.jsonl").open()]
+        train.main(arguments)
+    summary = train.main([*arguments, "--on_bad_video", "skip"])
+    listed = read_jsonl(out / "lost.jsonl")
     assert [row["row"] for row in listed] == lost and summary["lost"] == len(lost)
     assert all(row["row"] in row["error"] for row in listed)
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    metrics = read_jsonl(out / "metrics.jsonl")
     assert [m["stage"] for m in metrics] == ["sft"] * 3 + ["grpo"] * 3
     batches = sft.batches(list(expected), 8, 3, 0)
     left_out = sum(name in lost for batch in batches for name in batch)
@@ -419,11 +418,8 @@ def test_a_first_row_that_does_not_decode_refuses_no_run_that_skips(
 ):
     rows = write_rows(tmp_path, [f"{name}.mp4"])
     for how in ("error", "skip"):
-        settings, _, _ = read_settings(
-            ["--preset", "qwen2.5-vl-7b", "--model", str(toy / "init"), "--sp", "1", "--data"]
-            + [rows, "--video_dir", str(directory[0]), "--on_bad_video"]
-            + [how, "--decode_seconds", "4", "--recipe.max_tokens", "4", "--recipe.num_frames", "4"]
-        )
+        more = f"--on_bad_video {how}"
+        settings, _, _ = read_settings(arguments_of(toy / "init", rows, directory[0], more))
         found = make_plan(settings, 1, "torch")
         assert (said in "\n".join(found.lines)) == (how == "skip")
         assert (said in "\n".join(found.wrong)) == (how != "skip")
@@ -533,15 +529,10 @@ def test_ranks_of_a_sequence_fail_together(tmp_path, family):
 def test_a_run_whose_rows_are_all_left_out_is_an_error(directory, toy, tmp_path, model):
     folder, _ = directory
     rows = write_rows(tmp_path, ["cut.mp4"])
-    arguments = [
-        "--preset", "qwen2.5-vl-7b", "--model", str(toy / "init"), "--data", rows, "--video_dir",
-        str(folder), "--sp", "1", "--fsdp", "false", "--dtype", "float32", "--rollout", "torch",
-        "--on_bad_video", "skip", "--grpo.steps", "2", "--grpo.prompts", "2", "--recipe.num_frames",
-        "4", "--grpo.update_prompts", "2", "--output_dir", str(tmp_path / "run"), "--cache_dir",
-        str(tmp_path / "cache"),
-    ]  # fmt: skip
+    more = "--on_bad_video skip --grpo.steps 2 --grpo.prompts 2 --grpo.update_prompts 2 "
+    more += f"--output_dir {tmp_path / 'run'}"
     with pytest.raises(SystemExit, match="GRPO had no row to learn from"):
-        train.main(arguments)
+        train.main(arguments_of(toy / "init", rows, folder, more))
     gone, rows = (medium(folder / "cut.mp4"),), data.load_rows(str(toy / "sft.jsonl"))
     rows = [replace(r, media=gone) for r in rows]
     before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -209,9 +209,8 @@ def file(tmp_path_factory):
     return tmp_path_factory.mktemp("rows") / "rows.jsonl"
 
 
-json_lines = rows().map(lambda good: json.dumps(good[0]).encode())
-bytes_of_lines = st.lists(json_lines | st.binary(max_size=40) | anything.map(
-    lambda value: json.dumps(value).encode()), max_size=4).map(b"\n".join)  # fmt: skip
+json_lines = (rows().map(lambda good: good[0]) | anything).map(lambda x: json.dumps(x).encode())
+bytes_of_lines = st.lists(json_lines | st.binary(max_size=40), max_size=4).map(b"\n".join)
 
 
 @given(bytes_of_lines, st.data())

@@ -10,7 +10,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import write_video_with_audio, write_wav
+from conftest import row, write_jsonl, write_video_with_audio, write_wav
 from PIL import Image
 
 import data
@@ -204,14 +204,13 @@ def test_the_page_needs_nothing_from_outside(media, tmp_path):
 
 def test_the_file_stays_within_its_limit_and_keeps_every_question(tmp_path, monkeypatch):
     """Strips are dealt out evenly over category, verdict and change; nothing more is decoded."""
-    asked, answers = [], []
+    asked = []
     for i in range(40):
-        category = "rare" if i > 37 else "common"
         noise = np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype="u1")
         Image.fromarray(noise).save(tmp_path / f"{i}.png")
         medium = Medium("image", str(tmp_path / f"{i}.png"))
-        asked.append(question(str(i), [medium], category=category))
-        answers.append(answer(str(i), right=float(i % 10 > 0)))
+        asked.append(question(str(i), [medium], category="rare" if i > 37 else "common"))
+    answers = [answer(str(i), right=float(i % 10 > 0)) for i in range(40)]
     sizes, have, decoded, strip = {}, {}, [], report.strip
     monkeypatch.setattr(report, "strip", lambda *a: decoded.append(a) or strip(*a))
     for max_mb in (0.001, 0.12, 30):
@@ -266,11 +265,7 @@ def test_the_command_line_writes_the_page_of_one_or_two_files(toy, tmp_path, cap
 @pytest.fixture
 def rows(tmp_path):
     """A file of a good row, of the question "1", and a malformed one."""
-    row = {"problem_id": "1", "problem": "Which?\nA. x\nB. y", "answer": "<answer>A</answer>"}
-    row |= {"problem_type": "t", "data_type": "text", "reasoning": "", "videos": ""}
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(row) + "\n{\n")
-    return str(path)
+    return str(write_jsonl(tmp_path / "rows.jsonl", [row(1)], end="{\n"))
 
 
 def test_a_malformed_row_that_counted_as_wrong_is_a_question_of_the_page(rows, tmp_path):

@@ -119,11 +119,12 @@ def test_text_rows_are_skipped_where_only_the_projector_is_trained(toy, model):
     assert metrics["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=SLOW)])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_loss_falls(toy, model, optimizer):
-    config = SFTConfig(steps=25, groups=1, texts=4, train="llm", optimizer=optimizer, lr=2e-3)
-    losses = [m["loss"] for m in run(model, rows_of(toy)[:4], config)]
-    assert losses[-1] < 0.3 * losses[0]
+    del model.llm.model.layers[1:]
+    config = SFTConfig(steps=6, groups=1, train="llm", optimizer=optimizer, lr=5e-3)
+    losses = [m["loss"] for m in run(model, rows_of(toy)[:2], config)]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_every_row_is_seen_once_an_epoch():

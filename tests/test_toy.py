@@ -1,11 +1,11 @@
 """The toy: its scenes, rows and files, whatever the number of ranks."""
 
 import hashlib
-import json
 import re
 
 import numpy as np
 import pytest
+from conftest import read_jsonl
 from test_data import ROW, medium, numbered_frames, numbers_of, psnr
 
 import data
@@ -33,13 +33,10 @@ def tiny(tmp_path_factory):
 def unpainted(folder, config, seed):
     """Only the rows of a larger toy, by file name: nothing is painted."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toy, "toy_frames", lambda *a, **k: None)
-        patch.setattr(toy, "write_mp4", lambda *a, **k: None)
+        patch.setattr(toy, "toy_frames", lambda *_: np.zeros((toy.T, 1, 1, 3), np.uint8))
+        patch.setattr(toy, "write_mp4", lambda *_: None)
         toy.toy_build(str(folder), config, seed)
-    return {
-        p.stem: [json.loads(line) for line in p.read_text().splitlines()]
-        for p in folder.glob("*.jsonl")
-    }
+    return {p.stem: read_jsonl(p) for p in folder.glob("*.jsonl")}
 
 
 @pytest.fixture(scope="module")
@@ -48,25 +45,29 @@ def many(tmp_path_factory):
     return unpainted(tmp_path_factory.mktemp("many"), config, seed=3)
 
 
-def true_word(row, seed):
-    """The right answer of a row, from its video's scene and its question alone."""
-    split, number = re.fullmatch(r"videos/([a-z]+)_(\d+)\.mp4", row["videos"]).groups()
-    scene = toy.toy_scene(np.random.default_rng([seed, SPLITS.index(split), int(number)]))
-    flashes = sorted(scene["flashes"], key=lambda flash: flash[2])
-    colors = [color for color, *_ in flashes]
+def right_word(row, colors, places):
+    """The answer to a row's question, by the colors in order and {color or dot: where it was}."""
     question = row["problem"].split("\n")[0]
     if question == "Which color came first?":
         return colors[0]
     if question == "Which color came last?":
         return colors[-1]
     if question == "How many flashes?":
-        return str(len(flashes))
+        return str(len(colors))
     if question == "Which corner did the dot reach?":
-        return scene["corner"]
+        return places["dot"]
     if after := re.fullmatch(r"Which color came right after (\w+)\?", question):
         return colors[colors.index(after.group(1)) + 1]
-    side = re.fullmatch(r"Which side was (\w+) on\?", question)
-    return dict(flash[:2] for flash in flashes)[side.group(1)]
+    return places[re.fullmatch(r"Which side was (\w+) on\?", question).group(1)]
+
+
+def true_word(row, seed):
+    """The right answer of a row, from its video's scene."""
+    split, number = re.fullmatch(r"videos/([a-z]+)_(\d+)\.mp4", row["videos"]).groups()
+    scene = toy.toy_scene(np.random.default_rng([seed, SPLITS.index(split), int(number)]))
+    flashes = sorted(scene["flashes"], key=lambda flash: flash[2])
+    places = dict(flash[:2] for flash in flashes) | {"dot": scene["corner"]}
+    return right_word(row, [color for color, *_ in flashes], places)
 
 
 def gold(row):
@@ -104,13 +105,11 @@ def test_another_seed_is_another_toy(many, tmp_path):
 
 
 def test_every_toy_row_loads_with_its_media(tiny):
-    for path in tiny.glob("*.jsonl"):
-        for e in load_rows(str(path)):
-            assert len(e.media) == (e.data_type != "text")
-            for m in e.media:
-                frames, times = load_media(m, 64)
-                count = 1 if e.data_type == "image" else m.num_frames or 64
-                assert len(frames) == len(times) == count
+    rows = [e for path in tiny.glob("*.jsonl") for e in load_rows(str(path))]
+    assert all(len(e.media) == (e.data_type != "text") for e in rows)
+    for m in {m for e in rows for m in e.media}:
+        frames, times = load_media(m, 64)
+        assert len(frames) == len(times) == (1 if m.kind == "image" else m.num_frames or 64)
 
 
 def test_toy_splits_share_no_video(tiny, many):
@@ -135,23 +134,12 @@ def test_every_gold_letter_is_right(many, name):
 
 def test_the_reasoning_alone_leads_to_the_gold_letter(many):
     for row in many["rl"]:
-        letter, word = gold(row)
-        question = row["problem"].split("\n")[0]
-        evidence = re.fullmatch(r"seen (.*) so (\w+) ([A-D])", row["reasoning"])
-        words = evidence.group(1).split()
-        colors = words[1::2]  # "1 red 2 blue"
-        if "side" in question or "corner" in question:
-            expected = words[1]  # "red left", "dot northwest"
-            assert words[0] in question.split()
-        else:
-            assert words[::2] == [str(i + 1) for i in range(len(colors))]
-            if "How many" in question:
-                expected = str(len(colors))
-            elif "after" in question:
-                expected = colors[colors.index(question.split()[-1].strip("?")) + 1]
-            else:
-                expected = colors[0 if "first" in question else -1]
-        assert evidence.groups()[1:] == (expected, letter) == (word, letter)
+        evidence, word, letter = re.fullmatch(r"seen (.*) so (\w+) (.)", row["reasoning"]).groups()
+        words = evidence.split()
+        if words[0].isdigit():  # "1 red 2 blue", or "red left", "dot northwest"
+            assert words[::2] == [str(i + 1) for i in range(len(words) // 2)]
+        expected = right_word(row, words[1::2], dict([words[:2]]))
+        assert (letter, word) == gold(row) == (letter, expected)
 
 
 def test_hasty_reasoning_is_right_40_percent_of_the_time(many):
@@ -175,14 +163,9 @@ def test_gold_letters_are_uniform(many):
 
 
 def test_the_six_kinds_occur_in_their_four_categories(many):
-    category = {
-        "Which color came first": "temporal",
-        "Which color came last": "temporal",
-        "Which color came right after": "temporal",
-        "Which side was": "spatial",
-        "How many flashes": "plot",
-        "Which corner did": "goal",
-    }
+    ends = ("first", "last", "right after")
+    category = {f"Which color came {end}": "temporal" for end in ends}
+    category |= {"Which side was": "spatial", "How many flashes": "plot", "Which corner": "goal"}
     for name in ("sft", "rl", "test", "test_other"):
         found = set()
         for row in many[name]:
