@@ -61,7 +61,8 @@ from families.vila import VILA
 from kit.decode import Loader
 from kit.options import OptionError, parse
 from kit.plan import QWEN_7B, parameters, widths
-from kit.run import Meter, find_ranks, reported
+from kit.ranks import find_ranks, reported
+from kit.run import Meter
 from kit.toy import write_mp4
 from model import Media, Policy, Prompt
 from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, VLLMEngine, sample

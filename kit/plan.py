@@ -45,7 +45,7 @@ from families import load
 from kit import toy
 from kit.decode import Loader
 from kit.presets import PRESETS, Settings
-from kit.run import Ranks
+from kit.ranks import Ranks
 from model import ModelError
 from rollout import RolloutError, engine_kind
 

@@ -12,7 +12,8 @@ from conftest import run_ranks
 
 import mrsp
 from data import DataError
-from kit.run import METRICS, Meter, check_mismatch, find_ranks, from_first, reported
+from kit.ranks import find_ranks, from_first, reported
+from kit.run import METRICS, Meter, check_mismatch
 from model import ModelError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,7 +96,7 @@ FAILING = """
 import os, sys, time
 sys.path.insert(0, {root!r})
 from data import DataError
-from kit.run import reported
+from kit.ranks import reported
 with reported():
     if os.environ["RANK"] in {ranks!r}:
         raise DataError("rows.jsonl:3: rank " + os.environ["RANK"] + " has no answer")
