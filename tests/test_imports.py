@@ -97,3 +97,13 @@ def test_heavy_packages_are_imported_where_they_are_used():
 def test_commands_are_imported_by_nobody():
     needs = set().union(*graph().values())
     assert not needs & {"kit.bench", "kit.build", "kit.filter", "train"}
+
+
+@pytest.mark.parametrize("name", ["kit.build", "kit.report"])
+def test_a_command_that_loads_no_model_imports_none(name):
+    """Nor transformers, which take seconds: its --help is there sooner."""
+    needs, reached = graph(), {name}
+    while more := set().union(*(needs[other] for other in reached)) - reached:
+        reached |= more
+    assert not {other.split(".")[0] for other in reached} & {"model", "rollout", "sft", "families"}
+    assert not any("transformers" in imported(modules()[other]) for other in reached)
