@@ -1,6 +1,7 @@
 """The house: who may import whom. Arrows run down only, and nothing hides one."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,7 @@ def imported(file: Path, everywhere: bool = True) -> set[str]:
     return found
 
 
+@cache
 def graph() -> dict[str, set[str]]:
     """{file: files of ours that it imports, also within functions}."""
     known = modules()
@@ -72,7 +74,7 @@ def test_arrows_run_down_only(name):
 
 
 def test_there_is_no_circle():
-    left = graph()
+    left = dict(graph())
     while free := [name for name, needs in left.items() if not needs & set(left)]:
         for name in free:
             del left[name]
