@@ -51,8 +51,8 @@ from kit.chat import Chat, ReplyError
 from kit.lenient import last_answer, lenient_accuracy
 from kit.method import Method
 from kit.options import parse
+from kit.ranks import Ranks, reported
 from kit.report import read_answers, write_report
-from kit.run import Ranks, reported
 from kit.work import ALONE, Folder
 from rollout import Sampling
 

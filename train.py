@@ -44,7 +44,8 @@ from kit import plan, report, toy
 from kit.actors import Actors, begin_grpo, make_actors
 from kit.method import Method
 from kit.presets import read_settings
-from kit.run import EMPTY, Meter, Run, check_mismatch, find_ranks, reported
+from kit.ranks import find_ranks, reported
+from kit.run import EMPTY, Meter, Run, check_mismatch
 from model import Prompt
 from rollout import Response, engine_kind, sample
 

@@ -37,7 +37,7 @@ from families.files import folder_of
 from kit import benchmarks
 from kit.decode import Loader
 from kit.method import Method
-from kit.run import find_ranks
+from kit.ranks import find_ranks
 from kit.work import Folder
 from model import ModelError, MultiModal
 from mrsp import EmbeddingCache

@@ -61,7 +61,8 @@ from families.vila import VILA
 from kit.decode import Loader
 from kit.options import OptionError, parse
 from kit.plan import QWEN_7B, parameters, widths
-from kit.run import Meter, find_ranks, reported
+from kit.ranks import find_ranks, reported
+from kit.run import Meter
 from kit.toy import write_mp4
 from model import Media, Policy, Prompt
 from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, VLLMEngine, sample
@@ -251,7 +252,7 @@ class Trainer:
         mine = list(range(len(videos)))[mesh.dp_rank :: mesh.dp]
         peak = PeakMemory()
         mrsp.all_sum(torch.zeros(1))  # the ranks start together
-        laps = Laps()
+        self.laps = Laps()
 
         # 1. Stage 1: prompts are embedded once, by all ranks, or again wherever they are used.
         ready = list(videos)
@@ -261,13 +262,13 @@ class Trainer:
         for i in mine * (self.group - 1):  # for each rollout; the last one's is kept
             embed(self.model, ready[i])
         prompts = [embed(self.model, ready[i]) for i in mine]
-        laps.lap("encode")
+        self.laps.lap("encode")
 
         # 2. Rollout, dealt among the ranks of a sequence.
         sampling = Sampling(max_tokens=self.tokens)
         answers = sample(self.engine, prompts, mine, self.group, sampling, mesh)
         del prompts
-        laps.lap("rollout")
+        self.laps.lap("rollout")
 
         # 3. A pack after the other: all answers of a prompt, or one copy.
         config = grpo.Config(kl_coef=1e-2 if self.reference else 0.0)
@@ -277,36 +278,37 @@ class Trainer:
         for i, found in zip(mine, answers):
             for part in [every] if shared else [[g] for g in every]:
                 ids = [found[g].ids for g in part]
-                self.train(ready[i], ids, advantage[i, part][None], config, len(videos), laps)
+                self.train(ready[i], ids, advantage[i, part][None], config, len(videos))
         trained = [p for p in self.model.parameters() if p.requires_grad]
         mrsp.all_reduce_gradients(trained)
         norm = mrsp.clip_gradients(trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        laps.lap("optimizer")
-        numbers = laps.seconds | {"seconds": sum(laps.seconds.values()), "grad_norm": norm}
+        self.laps.lap("optimizer")
+        seconds = self.laps.seconds
+        numbers = {"seconds": sum(seconds.values()), "grad_norm": norm, "peak_bytes": peak.read()}
         meter = Meter(mesh)
-        for name, value in (numbers | {"peak_bytes": peak.read() or 0}).items():
-            meter.largest(name, value)
+        for name, value in (seconds | numbers).items():
+            meter.largest(name, value or 0)
         return meter.read()
 
-    def train(self, video, ids: list, advantage, config: grpo.Config, prompts: int, laps) -> None:
+    def train(self, video, ids: list, advantage, config: grpo.Config, prompts: int) -> None:
         """Log-probs of reference and policy, loss and backward of one pack. advantage (1, G)"""
         ref_logp = None
         if self.reference:
             with torch.no_grad():
-                ref_logp, _ = self.log_probs(self.reference, video, ids, laps)
-            laps.lap("reference")
-        logp, mask = self.log_probs(self.model, video, ids, laps)  # (1, G, R) each
+                ref_logp, _ = self.log_probs(self.reference, video, ids)
+            self.laps.lap("reference")
+        logp, mask = self.log_probs(self.model, video, ids)  # (1, G, R) each
         total = prompts * self.group * self.tokens
         loss, _ = grpo.loss(logp, advantage, mask, config, ref_logp=ref_logp, total_tokens=total)
-        laps.lap("logprobs")
+        self.laps.lap("logprobs")
         loss.backward()
-        laps.lap("backward")
+        self.laps.lap("backward")
 
-    def log_probs(self, policy, video, ids: list, laps: Laps) -> tuple:
+    def log_probs(self, policy, video, ids: list) -> tuple:
         pack = mrsp.pack([embed(self.model, video)], [ids])
-        laps.lap("encode")
+        self.laps.lap("encode")
         policy.mesh = self.model.mesh
         return pack.pad(policy(pack)[0])  # stage 2: shard and attention, inside
 
@@ -350,12 +352,12 @@ class Mrsp(Small):
 def ratios(found: dict) -> dict[str, float]:
     """How many times faster ours is, and its memory with sharding against that without."""
     ours = found["ours"]
-    alone = found["ours, sp 1"]
     out = {}
     for bar in ("none", "stage 1", "stage 1+2"):
         out[f"faster_than_{bar}"] = round(found[bar]["seconds"] / ours["seconds"], 3)
     if ours["peak_bytes"]:
-        out["memory_to_sp_1"] = round(ours["peak_bytes"] / alone["peak_bytes"], 3)
+        alone = found["ours, sp 1"]["peak_bytes"]
+        out["memory_to_sp_1"] = round(ours["peak_bytes"] / alone, 3)
     return out
 
 
@@ -437,8 +439,8 @@ class Rollout(Small):
         seeds = list(range(len(prompts)))
         seconds = timed(engine.generate, prompts, self.group, sampling, seeds)["seconds"]
         rate = self.prompts * self.group * self.response_tokens / seconds
-        done = {"prefilled": engine.prefilled - before, "seconds": seconds}
-        return done | {"tokens_per_second": rate, "sync": sync}
+        prefilled = engine.prefilled - before
+        return dict(prefilled=prefilled, seconds=seconds, tokens_per_second=rate, sync=sync)
 
 
 # ------------------------------------------------------------------------------------- decode
@@ -556,11 +558,11 @@ def attention_row(length, group, heads, plain=False, repeats=3, **where) -> dict
     q, k, v = (torch.randn(1, n, length, d, requires_grad=True, **where) for n in (h, h_kv, h_kv))
     upstream = torch.randn(1, h, length, d, **where)
     ways = {
-        "block": lambda: mrsp.BlockAttention.apply(q, k, v, layout, d**-0.5),
-        "torch": lambda: torch_kernel(q, k, v, is_causal=True, enable_gqa=True),
+        "block": partial(mrsp.BlockAttention.apply, q, k, v, layout, d**-0.5),
+        "torch": partial(torch_kernel, q, k, v, is_causal=True, enable_gqa=True),
     }
     if plain:
-        ways["plain"] = lambda: plain_softmax(q, k, v, layout.mask)
+        ways["plain"] = partial(plain_softmax, q, k, v, layout.mask)
     bars = {name: partial(timed, gradients, ways[name], (q, k, v), upstream) for name in ways}
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if "cuda" in device else nullcontext():
         found = measure(bars, repeats)

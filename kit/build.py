@@ -42,7 +42,7 @@ from data import DataError, Medium, parse_row
 from kit.chat import Chat, ReplyError, ServerError
 from kit.decode import Loader
 from kit.options import parse
-from kit.run import reported
+from kit.ranks import reported
 from kit.work import Folder
 
 ENDINGS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")

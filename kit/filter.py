@@ -28,7 +28,7 @@ from data import DataError, Example, read_rows
 from grpo import graded
 from kit.ask import AskConfig, Job, above_zero, ask, grade
 from kit.options import parse
-from kit.run import reported
+from kit.ranks import reported
 from kit.work import Folder
 from rollout import Sampling
 

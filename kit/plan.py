@@ -33,6 +33,7 @@ import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from math import gcd
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -42,25 +43,30 @@ import mrsp
 import sft
 from data import DataError, Example
 from families import load
+from families.files import read_json
 from kit import toy
 from kit.decode import Loader
 from kit.presets import PRESETS, Settings
-from kit.run import Ranks
+from kit.ranks import Ranks
 from model import ModelError
 from rollout import RolloutError, engine_kind
 
 # -------------------------------------------------------------------------- memory of a step
 
-QWEN_7B = {  # the decoder of Qwen2.5-VL-7B, named as in its config.json
-    "num_hidden_layers": 28,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "vocab_size": 152064,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "tie_word_embeddings": False,
-}
+CONFIGS = Path(__file__).parent / "configs"  # of published checkpoints, without weights
+GIB = 2**30
+
+
+def shape_of(config) -> dict[str, int]:
+    """What memory() wants to know of a decoder, from its config (of transformers)."""
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+    names += ("num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
+    shape = {name: getattr(config, name) for name in names}
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return shape | {"head_dim": head}
+
+
+QWEN_7B = shape_of(SimpleNamespace(**read_json(CONFIGS / "qwen2.5-vl-7b", "config.json")))
 
 
 def widths(shape: dict) -> tuple[int, ...]:
@@ -149,9 +155,6 @@ def memory(
 
 
 # ----------------------------------------------------------------------------- the plan of a run
-
-CONFIGS = Path(__file__).parent / "configs"  # of published checkpoints, without weights
-GIB = 2**30
 
 
 @dataclass
@@ -312,8 +315,6 @@ def check_memory(s: Settings, model, world: int, sampler: str, found: Plan) -> N
     else:
         question = replace(question, problem="why " * 1000)
     tokens = len(model.build_prompt(question, media, recipe.thinking).ids)
-    shape = {name: getattr(config, name) for name in QWEN_7B if name != "head_dim"}
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     wide = 4 if s.ranks.dtype == "float32" else 2
     where = f"without a GPU, a share of the memory for {world} ranks"
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world
@@ -323,7 +324,7 @@ def check_memory(s: Settings, model, world: int, sampler: str, found: Plan) -> N
         have = torch.cuda.get_device_properties(0).total_memory
         reserved = s.rollout.memory * have if sampler == "vllm" else 0.0
     part = memory(
-        shape | {"head_dim": head},
+        shape_of(config),
         tokens,
         s.grpo.group * recipe.max_tokens,
         gpus=world if s.ranks.fsdp else 1,

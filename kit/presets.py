@@ -44,10 +44,6 @@ class RunConfig:
     rollout: Literal["vllm", "torch"] | None = None  # sampler; None: vllm with a GPU, if installed
     dry_run: bool = False  # show settings, ranks, memory and the first prompt; load no weights
 
-    def __post_init__(self):
-        if self.rollout not in (None, "vllm", "torch"):
-            raise ValueError(f"rollout must be vllm or torch, not {self.rollout!r}")
-
 
 @dataclass(frozen=True)
 class RanksConfig:

@@ -46,7 +46,7 @@ from data import DataError
 from grpo import chosen_letter
 from kit.decode import Loader
 from kit.options import parse
-from kit.run import reported
+from kit.ranks import reported
 
 PAGE = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
 MOST_FRAMES = 64  # of a video, in the page

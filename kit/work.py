@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from data import DataError
 from kit.chat import ReplyError
-from kit.run import Ranks, from_first
+from kit.ranks import Ranks, from_first
 
 ALONE = Ranks()
 ADVICE = "give the old ones, or name another folder"

@@ -1,6 +1,7 @@
 """The house: who may import whom. Arrows run down only, and nothing hides one."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,7 @@ def imported(file: Path, everywhere: bool = True) -> set[str]:
     return found
 
 
+@cache
 def graph() -> dict[str, set[str]]:
     """{file: files of ours that it imports, also within functions}."""
     known = modules()
@@ -72,7 +74,7 @@ def test_arrows_run_down_only(name):
 
 
 def test_there_is_no_circle():
-    left = graph()
+    left = dict(graph())
     while free := [name for name, needs in left.items() if not needs & set(left)]:
         for name in free:
             del left[name]
@@ -97,3 +99,13 @@ def test_heavy_packages_are_imported_where_they_are_used():
 def test_commands_are_imported_by_nobody():
     needs = set().union(*graph().values())
     assert not needs & {"kit.bench", "kit.build", "kit.filter", "train"}
+
+
+@pytest.mark.parametrize("name", ["kit.build", "kit.report"])
+def test_a_command_that_loads_no_model_imports_none(name):
+    """Nor transformers, which take seconds: its --help is there sooner."""
+    needs, reached = graph(), {name}
+    while more := set().union(*(needs[other] for other in reached)) - reached:
+        reached |= more
+    assert not {other.split(".")[0] for other in reached} & {"model", "rollout", "sft", "families"}
+    assert not any("transformers" in imported(modules()[other]) for other in reached)

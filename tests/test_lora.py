@@ -19,7 +19,8 @@ from grpo import Config
 from kit.actors import Actors
 from kit.method import Method
 from kit.presets import RunConfig, Settings
-from kit.run import Ranks, Run
+from kit.ranks import Ranks
+from kit.run import Run
 from model import ModelError
 from rollout import TorchEngine
 

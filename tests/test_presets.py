@@ -97,6 +97,7 @@ def test_options_override_a_preset_and_each_value_can_be_unset():
 @pytest.mark.parametrize(
     "line, message",
     [
+        ("--rollout fast", "'fast' for argument '--rollout'"),
         ("--sp 0", "sp must be at least 1, not 0"),
         ("--sp_attention foo", "'foo' for argument '--sp_attention'"),
         ("--dtype bfloat16", "dtype bfloat16 needs --fsdp true"),

@@ -1,4 +1,4 @@
-"""kit/run.py: numbers of all ranks, and errors as one line, under torchrun too."""
+"""kit/run.py, kit/ranks.py: numbers of all ranks, and errors as one line, under torchrun too."""
 
 import math
 import os
@@ -12,8 +12,12 @@ from conftest import run_ranks
 
 import mrsp
 from data import DataError
-from kit.run import METRICS, Meter, check_mismatch, find_ranks, from_first, reported
+from kit.chat import ServerError
+from kit.options import OptionError
+from kit.ranks import find_ranks, from_first, reported
+from kit.run import METRICS, Meter, check_mismatch
 from model import ModelError
+from rollout import RolloutError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,10 +78,17 @@ def test_a_mismatch_of_sampler_and_trainer_is_an_error(name, value):
         check_mismatch(fine | {f"mismatch_{name}": value}, Config())
 
 
-def test_a_known_error_ends_the_process_with_one_line():
+KINDS = (DataError, ModelError, RolloutError, ServerError, OptionError, FileNotFoundError)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_known_error_ends_the_process_with_one_line(kind):
     with pytest.raises(SystemExit, match="^error: rows.jsonl:3: no answer$"), reported():
-        raise DataError("rows.jsonl:3: no answer")
-    with pytest.raises(ZeroDivisionError), reported():  # a fault of ours keeps its traceback
+        raise kind("rows.jsonl:3: no answer")
+
+
+def test_a_fault_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError), reported():
         raise ZeroDivisionError
 
 
@@ -95,7 +106,7 @@ FAILING = """
 import os, sys, time
 sys.path.insert(0, {root!r})
 from data import DataError
-from kit.run import reported
+from kit.ranks import reported
 with reported():
     if os.environ["RANK"] in {ranks!r}:
         raise DataError("rows.jsonl:3: rank " + os.environ["RANK"] + " has no answer")

@@ -21,7 +21,7 @@ from torch.multiprocessing import ProcessExitedException
 from data import DataError
 from kit import work
 from kit.chat import ReplyError
-from kit.run import Ranks
+from kit.ranks import Ranks
 from kit.work import Folder
 
 KEYS = [f"k\u00e9 {i}" for i in range(11)]
