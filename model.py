@@ -571,7 +571,7 @@ class MultiModal(nn.Module):
         """FSDP2 over all ranks: each keeps its share of every decoder layer, in the precision the
         model has now (float32: the master weights, which the optimizer steps); a layer is gathered
         in `dtype` when it runs, its gradients are added up in float32. Tower and projector stay
-        whole: small beside the decoder, frozen in RL (mrsp.all_reduce_gradients adds theirs up)."""
+        whole: small beside the decoder, frozen in RL (mrsp.join_gradients adds theirs up)."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         weight = next(self.llm.parameters())

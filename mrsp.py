@@ -989,24 +989,6 @@ def _file_hash(path: str, size: int, modified: int) -> str:
 # ------------------------------------------------------------------------- all ranks of a run
 
 
-def all_reduce_gradients(parameters) -> None:
-    """Sum the gradients over all ranks, in place, in one message.
-    The loss of a rank is (sum over ITS tokens) / (number of tokens on ALL ranks), so that the sum
-    is the gradient of the global mean, however uneven the ranks' shares. A parameter without
-    gradient on this rank takes part with zeros."""
-    trained = [p for p in parameters if p.requires_grad]
-    for p in trained:  # on one rank too: optimizers step on zeros, but skip a missing gradient
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    replicated = [p for p in trained if not isinstance(p, DTensor)]  # FSDP has added up its own
-    if alone() or not replicated:
-        return
-    flat = torch.cat([p.grad.reshape(-1) for p in replicated])
-    dist.all_reduce(flat)
-    for p, grad in zip(replicated, flat.split([p.numel() for p in replicated])):
-        p.grad.copy_(grad.view_as(p))
-
-
 def alone() -> bool:
     """Is there no other rank?"""
     return not dist.is_initialized() or dist.get_world_size() == 1
@@ -1048,10 +1030,23 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def clip_gradients(parameters, max_norm: float) -> float:
-    """Scale gradients in place so that their norm over all parameters, sharded or not, is at most
-    max_norm. Returns the norm before; RuntimeError if it is not finite."""
-    kinds = split_sharded(p for p in parameters if p.grad is not None)
+def join_gradients(trained: list, max_norm: float) -> float:
+    """Sum the gradients of trained parameters over all ranks, in place, in one message; then scale
+    them so that their norm over all parameters, sharded or not, is at most max_norm. Returns the
+    norm before that; RuntimeError if it is not finite.
+    The loss of a rank is (sum over ITS tokens) / (number of tokens on ALL ranks), so that the sum
+    is the gradient of the global mean, however uneven the ranks' shares. A parameter without
+    gradient on this rank takes part with zeros."""
+    for p in trained:  # on one rank too: optimizers step on zeros, but skip a missing gradient
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    kinds = split_sharded(trained)
+    replicated = [p for p in trained if not isinstance(p, DTensor)]  # FSDP has added up its own
+    if replicated and not alone():
+        flat = torch.cat([p.grad.reshape(-1) for p in replicated])
+        dist.all_reduce(flat)
+        for p, grad in zip(replicated, flat.split([p.numel() for p in replicated])):
+            p.grad.copy_(grad.view_as(p))
     norms = [whole(torch.nn.utils.get_total_norm(p.grad for p in kind)) for kind in kinds]
     norm = torch.stack(norms).norm() if len(norms) > 1 else norms[0]
     if not norm.isfinite():

@@ -222,8 +222,7 @@ def train(model, rows, config: SFTConfig, seed=0, bar=iter, log=None, lost=None)
             own += loss.item()
 
         # 3. Optimizer step.
-        mrsp.all_reduce_gradients(trained)
-        norm = mrsp.clip_gradients(trained, config.grad_clip)
+        norm = mrsp.join_gradients(trained, config.grad_clip)
         total = mrsp.all_sum(torch.tensor(own, dtype=torch.float64)).item() / model.mesh.sp
         if log:
             lr = schedules[0].get_last_lr()[0]

@@ -164,7 +164,8 @@ def look(a: Actors, batch: list, soon: list, step: int, meter: Meter) -> list[Gr
 def grade(a: Actors, groups: list[Group], answers: list, meter: Meter) -> None:
     """The reward of every answer with its parts, and each group's advantages (G,). A group without
     an advantage teaches nothing, unless there is a KL term."""
-    thinking, rewards = a.model.recipe.thinking, torch.zeros(len(groups), a.config.group)
+    thinking = a.model.recipe.thinking
+    rewards = torch.zeros(len(groups), a.config.group)
     for group, own, row in zip(groups, answers, rewards):
         group.answers = own
         for g, answer in enumerate(own):
@@ -227,8 +228,7 @@ def update(a: Actors) -> float:
     """One optimizer step; returns the norm of the gradient before clipping, over all ranks; not
     finite: an error. Without a gradient no step: momentum and weight decay alone would move."""
     trained = [p for p in a.model.parameters() if p.requires_grad]
-    mrsp.all_reduce_gradients(trained)
-    norm = mrsp.clip_gradients(trained, a.config.grad_clip)
+    norm = mrsp.join_gradients(trained, a.config.grad_clip)
     if norm > 0:
         a.optimizer.step()
     a.optimizer.zero_grad()

@@ -280,8 +280,7 @@ class Trainer:
                 ids = [found[g].ids for g in part]
                 self.train(ready[i], ids, advantage[i, part][None], config, len(videos))
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        mrsp.all_reduce_gradients(trained)
-        norm = mrsp.clip_gradients(trained, 1.0)
+        norm = mrsp.join_gradients(trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.laps.lap("optimizer")
