@@ -14,7 +14,7 @@ One GRPO step (section 4 of the paper; grpo_step below tells it in this order):
 
 The method is grpo.py, or what `--method FILE.py` puts in its place (kit/method.py). A run starts
 from a checkpoint and rows; the preset "toy" makes its own first (kit/toy.py). SFT runs if
---sft_data names rows, evaluation if --test_data does. No checkpoint is written in mid-stage.
+--sft_data names rows, evaluation if --test_data does.
 
 Ranks = dp x sp (mrsp.Mesh). The sp ranks of a sequence encode its video together, sample for some
 of its prompts each, and train their share of its tokens; the dp groups take every dp-th prompt of
@@ -25,15 +25,14 @@ Outputs (--output_dir): report.html (every test question with its frames, before
 summary.json, metrics.jsonl (kit/run.METRICS explains each), samples.jsonl, answers_*.jsonl,
 lost.jsonl (rows left out), curves.png, frames.png, and the checkpoints sft/ and model/.
 
-Glossary: B groups of a forward pass, G answers a prompt, R tokens of the longest answer, M target
-tokens. Check this file alone:  pytest tests/test_train.py
+B groups of a pass, G answers a prompt, R tokens of the longest, M target tokens of all.
+Check this file alone:  pytest tests/test_train.py
 """
 
 import math
 from dataclasses import asdict, dataclass, field
 
 import torch
-from torch import Tensor
 
 import grpo
 import mrsp
@@ -62,7 +61,7 @@ class Group:
     update: int  # which optimizer step of the batch trains it
     answers: list[Response] = field(default_factory=list)  # G
     grades: list[dict] = field(default_factory=list)  # G, the parts of each reward
-    advantage: Tensor | None = None  # (G,)
+    advantage: torch.Tensor | None = None  # (G,)
     trained: bool = True  # does it teach anything?
 
 
@@ -72,11 +71,11 @@ class Pass:
     groups is the smallest pack there is under a mask of zeros: it has a loss of 0."""
 
     share: mrsp.Share
-    mask: Tensor  # (B, G, R): 1.0 at the tokens of answers
-    advantage: Tensor  # (B, G)
-    fixed: dict[str, Tensor]  # sampler_logp and, where needed, old_logp, ref_logp: (B, G, R) each
+    mask: torch.Tensor  # (B, G, R): 1.0 at the tokens of answers
+    advantage: torch.Tensor  # (B, G)
+    fixed: dict  # sampler_logp and, where needed, old_logp and ref_logp: (B, G, R) each
 
-    def log_probs(self, model, temperature: float) -> tuple[Tensor, Tensor]:
+    def log_probs(self, model, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies of the answers' tokens, (B, G, R) each: stage 2 of MR-SP. All
         ranks of a sequence have all of them, and the same loss, but each the gradient of its own
         tokens alone (mrsp.collect): summed over ranks, each token counts once."""
@@ -117,8 +116,7 @@ def grpo_step(a: Actors, batch: list, step: int, soon: list = ()) -> tuple[dict,
         for u, (passes, totals) in enumerate(updates):
             for one in passes:
                 logp, entropy = one.log_probs(model, c.temperature)  # stage 2 of MR-SP
-                known = one.fixed | totals
-                loss, seen = a.method.loss(logp, one.advantage, one.mask, c, **known)
+                loss, seen = a.method.loss(logp, one.advantage, one.mask, c, **one.fixed, **totals)
                 loss.backward()
                 meter.total("loss", loss.item() / len(updates))
                 for name, values in (seen | {"entropy": entropy}).items():
@@ -240,16 +238,17 @@ def update(a: Actors) -> float:
 
 def train_grpo(run: Run, a: Actors, rows: list) -> None:
     """config.steps rollout batches, each logged; every show_every-th with a decoded question."""
-    c, show_every = a.config, run.settings.more.show_every
+    c = a.config
     begin_grpo(a)  # the policy as it is now becomes sampler and reference; its optimizer is made
     batches = [*sft.batches(rows, c.prompts, c.steps, a.seed), []]
-    bar, seen = run.bar("grpo", c.steps)(range(c.steps)), 0
+    seen = 0  # prompt tokens
+    bar = run.bar("grpo", c.steps)(range(c.steps))
     for step in bar:
         metrics, groups = grpo_step(a, batches[step], step, soon=batches[step + 1])
         run.write("metrics.jsonl", {"stage": "grpo", "step": step} | metrics)
         seen += metrics["prompt_tokens"]
         bar.set_postfix(accuracy=round(metrics["accuracy"], 2))
-        if groups and (step % show_every == 0 or step + 1 == c.steps):
+        if groups and (step % run.settings.more.show_every == 0 or step + 1 == c.steps):
             run.show(a.model, step, groups[0])
     if not seen:
         raise DataError("GRPO had no row to learn from: all were left out, as said above")
@@ -305,7 +304,7 @@ def pipeline(run: Run, method: Method, kind: str) -> dict:
 
 
 def main(argv=None) -> dict | None:
-    """Settings, checks, all stages, the report. Returns the summary."""
+    """Settings, checks, all stages, the report."""
     with reported():
         settings, method, notes = read_settings(argv)
         ranks = find_ranks()
