@@ -203,6 +203,34 @@ def test_what_was_made_of_old_weights_is_dropped(stand, monkeypatch, forgetful):
     assert (stand.gap() > 1e-3) == forgetful
 
 
+@on("vila")
+def test_cached_keys_that_do_not_go_are_an_error(stand, monkeypatch):
+    monkeypatch.setattr(stand.engine.llm, "reset_prefix_cache", lambda: False)
+    with pytest.raises(RolloutError, match="K/V of old weights"):
+        stand.engine.sync(stand.model)
+    with pytest.raises(RolloutError, match="no weights"):
+        stand.out()
+
+
+@on("vila")
+def test_an_engines_folder_is_named_by_what_is_in_it(stand, monkeypatch):
+    """So that vLLM finds what it compiled, at the next start and on other ranks."""
+    folder = stand.engine._save_config()
+    assert stand.engine._save_config() == folder and (folder / "config.json").is_file()
+    monkeypatch.setattr(stand.engine, "max_len", 10**6)  # more positions: another model
+    assert stand.engine._save_config() != folder
+    assert not [path for path in folder.parent.iterdir() if path.name.startswith("tmp")]
+
+
+@on("vila")
+def test_on_a_gpu_vllm_starts_without_what_fails_there(stand, monkeypatch):
+    assert os.environ["VLLM_USE_FLASHINFER_SAMPLER"] == "0"  # compiles at the start, with nvcc
+    monkeypatch.setattr(stand.engine, "cuda", True)
+    options = stand.engine._options(1)
+    assert options["async_scheduling"] is False and options["enable_sleep_mode"]
+    assert options["enable_chunked_prefill"] and "block_size" not in options
+
+
 @on("vila", "qwen")
 def test_an_engine_in_bfloat16_follows_a_policy_in_float32(stand):
     with another(stand, CONFIG, torch.bfloat16) as engine:
