@@ -24,6 +24,7 @@ Differences from the families' own processors:
 Check this file alone:  pytest tests/test_pixels.py tests/test_families.py -k "qwen or omni"
 """
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -106,6 +107,28 @@ class Decoder(nn.Module):
         self.model.gradient_checkpointing_enable(settings)
 
 
+def window_attention(
+    module, query, key, value, attention_mask=None, scaling=None, cu_seq_lens_q=None, **_
+):
+    """Attention of a tower, whose windows (or groups of frames) do not see each other: those of the
+    same length are one batch, where transformers calls a kernel for each (7,296 times for 64
+    frames). query, key, value (1, H, L, D), window i is [cu[i], cu[i + 1]) -> (1, L, H, D)"""
+    ends = cu_seq_lens_q.long()
+    lengths = ends.diff()
+    out = torch.empty_like(query[0].transpose(0, 1))  # (L, H, D)
+    for length in lengths.unique().tolist():
+        starts = ends[:-1][lengths == length]
+        at = starts[:, None] + torch.arange(length, device=starts.device)  # (n, w): where they are
+        q, k, v = (x[0, :, at].transpose(0, 1) for x in (query, key, value))  # (n, H, w, D)
+        out[at] = F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2)
+    return out[None], None
+
+
+# transformers hands the windows over to an attention with "flash" in its name, and only to that.
+WINDOWS = "flash_windows"
+transformers.AttentionInterface.register(WINDOWS, window_attention)
+
+
 class QwenVL(MultiModal):
     """Qwen2.5-VL, by transformers' classes. The tower sees groups of 2 frames, and no group sees
     another (its attention has windows or whole groups): groups are encoded apart, on any rank."""
@@ -135,9 +158,12 @@ class QwenVL(MultiModal):
             tuple(self.pads.values()),
             [token for pair in self.marks.values() for token in pair],
         )
-        self.config = whole.config
+        # Often at the root alone.
+        text.config.tie_word_embeddings = whole.config.tie_word_embeddings
+        self.config = copy.deepcopy(whole.config)  # as published
+        for part in self.tower.values():  # (its own method would look for a package of this name)
+            part.config._attn_implementation = WINDOWS
         self.video = video or preprocess
-        text.config.tie_word_embeddings = self.config.tie_word_embeddings  # often at the root alone
         for kind, token in self.pads.items():
             said = getattr(self.config, f"{kind}_token_id")
             if said != self.ids[token]:

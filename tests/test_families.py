@@ -723,3 +723,26 @@ def test_the_sampler_agrees_with_the_trainer_and_samples_no_media(ask, family, d
     assert torch.allclose(ours, sampled, atol=1e-4, rtol=1e-5)
     ids = torch.cat([r.ids for group in out for r in group])
     assert not set(ids.tolist()) & set(model.media_tokens)
+
+
+@pytest.mark.parametrize("family", ["qwen2.5-vl", "qwen3-vl", "omni"])
+def test_windows_of_a_tower_as_a_batch_equal_one_after_the_other(family, monkeypatch):
+    """Features and their gradients, by far fewer calls of a kernel."""
+    frames = torch.randint(0, 256, (6, 120, 200, 3), generator=torch.Generator().manual_seed(0))
+    kernel, found, calls = torch.nn.functional.scaled_dot_product_attention, [], []
+
+    def record(*args, **how):
+        calls.append(1)
+        return kernel(*args, **how)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    for name in ("flash_windows", "sdpa"):
+        model = zoo.build(family)
+        model.visual.config._attn_implementation = name
+        features = model.encode(frames.to(torch.uint8))
+        features.square().sum().backward()
+        found.append([features.detach(), *(p.grad for p in model.visual.parameters())])
+        calls.append(0)
+    for ours, theirs in zip(*found):
+        assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert calls.index(0) * 2 <= len(calls) - calls.index(0) - 2
