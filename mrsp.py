@@ -35,7 +35,8 @@ ranks. Only attention needs the others:
 Large systems run Ulysses or a ring over G copies, padded or cut until the length divides.
 DEVIATION 1: one packed sequence instead of G copies (section 5 trains 5 full copies).
 DEVIATION 2: embeddings outlive the step: kept in memory, and on disk across epochs and runs.
-DEVIATION 3: the paper shards evenly in order; here the prompt is dealt in zigzag when O > 1.
+DEVIATION 3: the paper shards in order; here the prompt is dealt to outer ranks in zigzag, and their
+    parts to inner ones token by token, so that each has its share of the answers (see shard).
 
 Glossary: B prompts, G answers a prompt, P prompt tokens, R answer tokens, L packed length, Ls
 tokens on a rank, M predicted tokens of a batch, H heads (Hkv of keys), D width of a head or of an
@@ -223,8 +224,9 @@ def plan_blocks(queries: list[Span], keys: list[Span]) -> list[Block]:
             for a, b, c, d, causal in found:
                 if k_seg in (0, q_seg) and a < b and c < d:
                     block = Block(a + to_q, b + to_q, c + to_k, d + to_k, causal)
-                    # A full block that continues the last one below joins it: one for all answers.
-                    if plan and not causal and plan[-1] == (plan[-1].q0, block.q0, *block[2:]):
+                    last = plan[-1] if plan else None
+                    same_keys = last and last.q1 == block.q0 and last[2:] == block[2:]
+                    if same_keys and not causal:  # join them: one block for all answers
                         block = block._replace(q0=plan.pop().q0)
                     plan.append(block)
             q_at += q1 - q0
@@ -266,23 +268,18 @@ def make_layout(segment: Tensor, order: Tensor, mesh: Mesh | None = None) -> Lay
     """The Layout of this rank; segment, order (O, B, Lo): of the tokens of all outer ranks."""
     mesh = mesh or Mesh()
     me = mesh.outer_rank
-    parts = []  # of each outer rank, of each row: its spans
-    for part in zip(segment.cpu(), order.cpu()):
-        parts.append([find_spans(*row) for row in zip(*part)])
-    prompts = [[[span for span in row if span[0] == 0] for row in part] for part in parts]
-    plan = []
-    for source in range(mesh.outer):
-        found = []
-        sent = parts[me] if source == me else prompts[source]
-        for b, (queries, keys) in enumerate(zip(parts[me], sent)):
-            for block in plan_blocks(queries, keys):
-                row = (slice(b, b + 1), slice(None))  # this row, all heads
+    plan = [[] for _ in range(mesh.outer)]
+    for b in range(segment.shape[1]):
+        parts = [find_spans(s, t) for s, t in zip(segment[:, b].cpu(), order[:, b].cpu())]
+        row = (slice(b, b + 1), slice(None))  # this row, all heads
+        for source, held in enumerate(parts):
+            keys = held if source == me else [span for span in held if span[0] == 0]
+            for block in plan_blocks(parts[me], keys):
                 q_index = (*row, slice(block.q0, block.q1))
                 k_index = (*row, slice(block.k0, block.k1))
-                found.append((q_index, k_index, block.causal))
-        plan.append(found)
-    travels = max(sum(end - first for _, first, end in row) for part in prompts for row in part)
-    own = segment[me], order[me]
+                plan[source].append((q_index, k_index, block.causal))
+    travels = int((segment == 0).sum(-1).max())
+    own = (segment[me], order[me])
     return Layout(*own, *own, mesh, plan, travels)
 
 
