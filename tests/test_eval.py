@@ -265,6 +265,7 @@ def test_another_evaluation_stands_beside_in_the_report(command, oracle, tmp_pat
         ("--model {init} --frames 8 many", "--frames: .*many"),
         ("--model {init} --fps 1 --frames 8", "--frames or --fps"),
         ("--model {init} --fps 0", "fps must be above 0, not 0"),
+        ("--model {init} --fps nan", "fps must be above 0, not nan"),
         ("--model {init} --batch -1 --limit 0", "batch must be above 0, not -1"),
         ("--model {init} --rollout_memory 2", "rollout_memory must be within 0 and 1, not 2"),
         ("--model {init} --thinking maybe", "thinking"),
