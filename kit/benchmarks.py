@@ -3,11 +3,10 @@
     published file --read_table--> rows --one small function each--> our fields --data.parse_row-->
     .json .jsonl .csv .parquet                                                          Example
 
-Each benchmark has its own names for the same few things: a video's id, a question, its options, the
-right one, and the group that its accuracy is reported by. A function of ten lines maps ONE of its
-rows; from there on nothing is special: the same checks (errors name file, row and field), the same
-prompt (the recipe's, not the benchmark's own sentence), grading and table. Large harnesses have a
-class, a prompt and a parser of answers for each benchmark: their numbers differ in more than that.
+Each benchmark has its own names for a video's id, a question, its options, the right one, and the
+group that its accuracy is reported by. One function maps ONE of its rows; from there on nothing is
+special: checks, prompt (the recipe's, not the benchmark's own sentence), grading and table. Large
+harnesses have a class, a prompt and a parser of answers for each: numbers differ in more than that.
 
     name              rows                                       reported by
     longvideo-reason  data.py's own format                       problem_type
@@ -18,8 +17,8 @@ class, a prompt and a parser of answers for each benchmark: their numbers differ
     vnbench           VNBench-main-4try.json                     type of needle
     activitynet-qa    test_q.json beside test_a.json, or lmms's  type of question; open: a judge
 
-Rows name a video by its id: its file is the one in --video_dir, or in a folder below, whose name
-without ending is that id. Two different files of one name are an error.
+A video's file is the one in --video_dir, or below, whose name without ending is the row's id of it.
+Two different files of one name are an error.
 
 VideoMME is reported with and without subtitles: with_subtitles() puts the lines that are spoken at
 the times of the FRAMES that the model sees in front of the question.
@@ -258,40 +257,33 @@ def to_example(benchmark: str, row: dict, videos: dict, video_dir: str, where: s
         return data.parse_row(own, video_dir, where)
     except DataError:
         raise
-    except KeyError as error:
-        what = f"field {error} is missing"
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        what = str(error)
-    raise DataError(f"{where} is not as {benchmark} has it: {what}")
+        what = f"field {error} is missing" if isinstance(error, KeyError) else error
+        raise DataError(f"{where} is not as {benchmark} has it: {what}") from None
 
 
 # ----------------------------------------------------------------------------------- subtitles
 
 
-def in_seconds(clock: tuple[str, ...]) -> float:
-    """Of hours, minutes, seconds, milliseconds.
-
-    >>> in_seconds(("01", "02", "03", "500"))
-    3723.5
-    """
-    h, m, s, ms = map(int, clock)
-    return 3600 * h + 60 * m + s + ms / 1000
+CLOCK = re.compile(r"(\d+):(\d+):(\d+)[,.](\d+)")  # hours, minutes, seconds, milliseconds
 
 
 def read_srt(path: str) -> list[tuple[float, float, str]]:
     """(start, end, text) of each subtitle: seconds, and text in one line without its tags."""
     text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
-    clock = r"(\d+):(\d+):(\d+)[,.](\d+)"
     found = []
     for block in re.split(r"\n\s*\n", text):
-        times = re.search(f"{clock} *--> *{clock}.*", block)
-        if times is None:
+        head = re.search(rf"{CLOCK.pattern} *--> *{CLOCK.pattern}.*", block)
+        if head is None:
             continue
-        shown = re.sub(r"<[^<>]*>|\{\\[^{}]*\}", "", block[times.end() :])
+        shown = re.sub(r"<[^<>]*>|\{\\[^{}]*\}", "", block[head.end() :])
         words = " ".join(shown.split())
+        times = []
+        for clock in CLOCK.findall(head[0])[:2]:
+            h, m, s, ms = map(int, clock)
+            times.append(3600 * h + 60 * m + s + ms / 1000)
         if words:
-            numbers = times.groups()
-            found.append((in_seconds(numbers[:4]), in_seconds(numbers[4:]), words))
+            found.append((*times, words))
     return found
 
 

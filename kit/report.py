@@ -50,6 +50,7 @@ from kit.ranks import reported
 
 PAGE = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
 MOST_FRAMES = 64  # of a video, in the page
+FRAME_HEIGHT = 96  # pixels that larger frames shrink to; a single one to 3 times as many
 JPEG_SIDE = 65535  # pixels that a JPEG may have at most
 
 
@@ -163,9 +164,9 @@ def clock(seconds: float) -> str:
     return f"{tenths // 600:02d}:{tenths // 10 % 60:02d}.{tenths % 10}"
 
 
-def strip(loader, medium, num_frames, height: int) -> tuple[dict, str]:
+def strip(loader, medium, num_frames) -> tuple[dict, str]:
     """What the page tells of a medium, and the JPEG of its frames side by side in base64 ("" for
-    sound and errors). Large frames shrink to `height` pixels, a single one to 3 times as many."""
+    sound and errors)."""
     from PIL import Image
 
     try:
@@ -173,7 +174,7 @@ def strip(loader, medium, num_frames, height: int) -> tuple[dict, str]:
             return {"seconds": round(len(loader.sound(medium)) / 16000, 1)}, ""
         with loader.open(medium, num_frames) as frames:
             chosen = data.frame_indices(len(frames), MOST_FRAMES)
-            tallest = height if len(chosen) > 1 else 3 * height
+            tallest = FRAME_HEIGHT if len(chosen) > 1 else 3 * FRAME_HEIGHT
             cells = []
             for (frame,) in frames.pieces([slice(i, i + 1) for i in chosen.tolist()]):
                 cell = Image.fromarray(frame)
@@ -207,7 +208,6 @@ def write_report(
     pictures=(),
     text: str = "",
     max_mb: float = 30.0,
-    frame_height: int = 96,
     loader: Loader | None = None,
 ) -> None:
     """The page. runs: {name: records}, one or two; pictures: {PNG file: what it shows}; text: a
@@ -228,7 +228,7 @@ def write_report(
     rules = []
     dealt = sorted(questions, key=lambda q: q["turn"])
     for i in dict.fromkeys(i for q in dealt for i in q["media"]):
-        look, jpeg = strip(loader, media[i], num_frames, frame_height)
+        look, jpeg = strip(loader, media[i], num_frames)
         rule = f".s{i}{{background-image:url(data:image/jpeg;base64,{jpeg})}}\n" if jpeg else ""
         room -= len(rule) + len(as_json(look))
         if room < 0:
@@ -313,10 +313,10 @@ def plot_frames(summary: dict, path: str) -> None:
     axis = figure.subplots()
     values = [100 * v for v in after["by_frames"].values()]
     axis.plot(frames, values, "o-", color="#08519c", label="after GRPO")
-    control = "SFT forced into the careful style"
+    control = summary.get("control", {}).get("accuracy")
     lines = [
         (f"SFT, {max(frames)} frames", summary["sft"]["accuracy"], "#e6550d", "--"),
-        (control, summary.get("control", {}).get("accuracy"), "#fd8d3c", ":"),
+        ("SFT forced into the careful style", control, "#fd8d3c", ":"),
         ("GRPO, wrong video", after.get("wrong_video"), "#636363", "--"),
         ("guessing", summary.get("chance"), "#bdbdbd", "-"),
     ]
@@ -373,7 +373,6 @@ class ReportConfig:
     video_dir: str | None = None  # folder that the rows' paths are relative to; None: the rows' own
     title: str = "Answers"  # heading of the page
     max_mb: float = 30.0  # limit of the file's size: strips are left out
-    frame_height: int = 96  # most pixels of a frame's height
     out: str = "report.html"  # the page
 
     def __post_init__(self):
@@ -391,9 +390,9 @@ def main(argv: list[str] | None = None) -> None:
         bad = []
         rows = data.load_rows(config.data, config.video_dir, bad)
         rows += [data.stand_in(where) for where, _ in bad]  # they are among the answers, too
-        how = {"max_mb": config.max_mb, "frame_height": config.frame_height}
+        size = {"max_mb": config.max_mb}
         try:
-            write_report(config.out, config.title, rows, runs, config.num_frames, **how)
+            write_report(config.out, config.title, rows, runs, config.num_frames, **size)
         except OSError as error:
             raise DataError(f"--out {config.out}: {error}") from None
     print(f"{config.out}: open it in a browser")

@@ -114,23 +114,23 @@ def write_mp4(path: str, frames: np.ndarray, fps: int = FPS) -> None:
     os.replace(part, path)
 
 
-def toy_question(
-    kind: str, scene: dict, seen: list | None, rng, careful: bool = True
-) -> dict | None:
+def toy_question(kind: str, scene: dict, seen: list | None, rng, careful=True) -> dict | None:
     """A question about the flashes in `seen`, with options, gold letter and chain of thought.
 
-    Careful reasoning cites its evidence (the flashes in order, numbered), then the answer's word,
-    then its letter. Hasty reasoning has no evidence and is wrong 60 % of the time: a model that
-    imitates a mixture of both (as SFT on real, noisy chains of thought does) leaves RL something
-    to find. seen=None: every flash of the scene. Returns None where the question makes no sense.
+    Careful reasoning cites its evidence (the flashes in order), the answer's word, its letter.
+    Hasty reasoning cites none and is wrong 60 % of the time: who imitates both (as SFT on noisy
+    chains of thought does) leaves RL something to find. seen=None: every flash of the scene.
+    Returns None where the question makes no sense.
     """
     seen = scene["flashes"] if seen is None else seen
     n, key, pool = len(seen), "", COLORS
     if n < {"corner": 0, "after": 2, "count": 2}.get(kind, 1):
         return None
     evidence = " ".join(f"{i} {color}" for i, (color, *_) in enumerate(seen, 1))
-    if kind in ("first", "last"):
-        word = seen[0 if kind == "first" else -1][0]
+    if kind == "first":
+        word = seen[0][0]
+    elif kind == "last":
+        word = seen[-1][0]
     elif kind == "after":
         i = int(rng.integers(1, n))
         key, word = seen[i - 1][0], seen[i][0]
@@ -161,9 +161,9 @@ def toy_clip_rows(scene: dict, rng: np.random.Generator, clip: tuple, texts: int
     sampled frames show, each with the evidence before the answer."""
     indices = frame_indices(T, clip[2], clip[0], clip[1])
     seen = [f for f in scene["flashes"] if ((indices >= f[2]) & (indices < f[3])).any()]
-    full = " ".join(f"{i} {c} {s}" for i, (c, s, *_) in enumerate(seen, 1))
+    full = "".join(f"{i} {c} {s} " for i, (c, s, *_) in enumerate(seen, 1))
     short = " ".join(f"{i} {c}" for i, (c, *_) in enumerate(seen, 1))
-    rows = [{"problem": "Describe.", "response": f"{full} dot {scene['corner']}".strip()}]
+    rows = [{"problem": "Describe.", "response": f"{full}dot {scene['corner']}"}]
     rows.append({"problem": "List the flashes.", "response": short or "nothing"})
     while len(rows) < texts:
         kind = str(rng.choice(list(QUESTIONS), p=(0.12, 0.14, 0.22, 0.3, 0.12, 0.1)))
@@ -280,12 +280,10 @@ class Rows(dict):
 
 
 def toy_build(folder: str, config: ToyConfig, seed: int, rank: int = 0, world: int = 1, bar=iter):
-    """Write the toy's videos and rows under folder. Each rank paints every world-th video; rank 0
-    writes the .jsonl files. Everything is a function of (seed, split, video), never of the rank.
-
-    Files: base_images, base, sft, rl, test, test_other (.jsonl); videos/ (.mp4); images/ (.png).
-    `bar` wraps the loop over videos, e.g. tqdm. The caller puts a barrier behind it.
-    """
+    """Write base_images, base, sft, rl, test, test_other (.jsonl, by rank 0), videos/ (.mp4) and
+    images/ (.png) under folder. Each rank paints every world-th video; all of it is a function of
+    (seed, split, video), never of the rank. `bar` wraps the loop over videos, e.g. tqdm. The caller
+    puts a barrier behind it."""
     from PIL import Image
 
     root = Path(folder)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import says
+from conftest import says, write_jsonl
 
 import data
 import eval as evaluation
@@ -80,7 +80,7 @@ def write(path, rows):
             table.writeheader()
             table.writerows(rows)
     elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_jsonl(path, rows)
     else:
         path.write_text(json.dumps(rows))
         if path.name == "test_q.json":
@@ -121,6 +121,7 @@ def test_longvideo_reason_is_the_own_format(toy):
 @pytest.mark.parametrize(
     "name, change, message",
     [
+        ("longvideobench", {"video_path"}, "not as longvideobench has it: field 'video_path' is m"),
         ("videomme", {"duration": None}, "field 'problem_type' is missing: a category"),
         ("videomme", {"answer": "E"}, "answer 'E' is no letter of its 4 options"),
         ("videomme", {"options": ["A. x", "C. y"]}, r"option letters \['A', 'C'\]"),
@@ -138,9 +139,11 @@ def test_longvideo_reason_is_the_own_format(toy):
 def test_a_row_that_is_not_as_published_is_listed_and_the_others_stay(
     name, change, message, videos, tmp_path
 ):
-    file, rows = next(iter(TABLES[name].items()))
+    """change: fields with other values, or the names of fields that are missing."""
+    file, (row, *_) = next(iter(TABLES[name].items()))
+    other = row | change if isinstance(change, dict) else {k: row[k] for k in row.keys() - change}
     bad = []
-    path = write(tmp_path / file, [rows[0], rows[0] | change])
+    path = write(tmp_path / file, [row, other])
     (example,) = benchmarks.load(name, path, str(videos), bad)
     assert example.id == EXAMPLES[name].split()[1]
     ((where, said),) = bad
@@ -148,46 +151,36 @@ def test_a_row_that_is_not_as_published_is_listed_and_the_others_stay(
     assert re.search(message, said), said
 
 
-def test_a_missing_field_is_named(videos, tmp_path):
-    row = {k: v for k, v in VIDEOMME.items() if k != "videoID"}
-    path, bad = write(tmp_path / "t.json", [VIDEOMME, row]), []
-    benchmarks.load("videomme", path, str(videos), bad)
-    assert bad[0][1] == f"{path}: row 2 is not as videomme has it: field 'videoID' is missing"
-
-
-def test_files_that_are_no_tables_of_the_benchmark_are_errors(videos, tmp_path):
-    (tmp_path / "broken.json").write_text("[{")
-    (tmp_path / "fake.parquet").write_text("no parquet")
-    write(tmp_path / "other.json", [LVB])
-    write(tmp_path / "empty.json", [])
-    write(tmp_path / "number.json", [[1]])
-    for file, message in (
-        ("none.json", "none.json: cannot be read as a table"),
-        ("broken.json", "broken.json: cannot be read as a table"),
-        ("fake.parquet", "fake.parquet: cannot be read as a table"),
-        ("other.json", "no row .*videomme.*field 'question_id' is missing"),
-        ("empty.json", "no row of videomme is good: empty"),
-        ("number.json", "no row"),
-    ):
-        with pytest.raises(DataError, match=message):
-            benchmarks.load("videomme", str(tmp_path / file), str(videos), [])
-    with pytest.raises(DataError, match="--video_dir"):
-        benchmarks.load("videomme", write(tmp_path / "o.json", [VIDEOMME]), None, [])
-
-
 @pytest.mark.parametrize(
-    "name, file, table",
+    "name, file, table, message",
     [
-        ("videomme", "t.json", {"data": [VIDEOMME]}),
-        ("videomme", "t.json", None),
-        ("perceptiontest", "t.json", {"video_10": {"mc_question": [{"question": "?"}]}}),
-        ("activitynet-qa", "test_q.json", [{"question": "?"}]),
+        ("videomme", "gone.json", "", "gone.json: cannot be read as a table"),
+        ("videomme", "t.json", "[{", "t.json: cannot be read as a table"),
+        ("videomme", "t.parquet", "no parquet", "t.parquet: cannot be read as a table"),
+        ("videomme", "t.json", [LVB], "no row .*videomme.*field 'question_id' is missing"),
+        ("videomme", "t.json", [], "no row of videomme is good: empty"),
+        ("videomme", "t.json", [[1]], "no row"),
+        ("videomme", "t.json", {"data": [VIDEOMME]}, "t.json is no table as videomme has it"),
+        ("videomme", "t.json", None, "t.json is no table as videomme has it"),
+        ("perceptiontest", "t.json", {"v": {"mc_question": [{}]}}, "no table as perceptiontest "),
+        ("activitynet-qa", "test_q.json", [{"question": "?"}], "no table as activitynet-qa has it"),
     ],
 )
-def test_a_file_of_another_structure_is_one_error(name, file, table, videos, tmp_path):
-    path = write(tmp_path / file, table)
-    with pytest.raises(DataError, match=f"{file} is no table as {name} has it"):
-        benchmarks.load(name, path, str(videos), [])
+def test_a_file_that_is_no_table_of_the_benchmark_is_one_error(
+    name, file, table, message, videos, tmp_path
+):
+    path = tmp_path / file
+    if table and isinstance(table, str):
+        path.write_text(table)
+    elif table != "":
+        write(path, table)
+    with pytest.raises(DataError, match=message):
+        benchmarks.load(name, str(path), str(videos), [])
+
+
+def test_ids_of_videos_need_a_folder(tmp_path):
+    with pytest.raises(DataError, match="--video_dir"):
+        benchmarks.load("videomme", write(tmp_path / "t.json", [VIDEOMME]), None, [])
 
 
 def test_two_files_of_one_name_must_be_the_same(videos, tmp_path):
@@ -213,10 +206,9 @@ def test_a_link_to_a_folder_of_videos_does_not_make_them_read(videos, monkeypatc
     assert {path.name for path in found.values()} == VIDEOS
 
 
-def test_a_video_that_is_not_there_is_left_to_the_caller(videos, tmp_path):
-    next(videos.rglob("fFjv93ACGo8.mp4")).unlink()
-    (e,) = benchmarks.load("videomme", write(tmp_path / "t.json", [VIDEOMME]), str(videos), [])
-    assert e.media[0].path == str(videos / "fFjv93ACGo8.mp4")
+def test_a_video_that_is_not_there_is_left_to_the_caller(tmp_path):
+    (e,) = benchmarks.load("videomme", write(tmp_path / "t.json", [VIDEOMME]), str(tmp_path), [])
+    assert e.media[0].path == str(tmp_path / "fFjv93ACGo8.mp4")
 
 
 # ----------------------------------------------------------------------------------- subtitles
@@ -267,17 +259,28 @@ def test_subtitles_are_those_at_the_times_of_the_frames(tmp_path):
         assert replace(new, problem=example.problem) == example
 
 
-def test_the_command_asks_a_benchmark_with_subtitles(toy, saved, oracle, tmp_path, capsys):
+@pytest.fixture
+def command(toy, saved, tmp_path):
+    """The command on rows of a benchmark about the toy's videos, without the report."""
+
+    def run(benchmark, rows, *more):
+        argv = ["--benchmark", benchmark, "--data", write(tmp_path / "t.json", rows), *more]
+        argv += ["--model", saved, "--video_dir", toy, "--decode_ahead", 0, "--report_mb", 0]
+        return evaluation.main(list(map(str, argv)))
+
+    return run
+
+
+def test_the_command_asks_a_benchmark_with_subtitles(command, toy, oracle, tmp_path, capsys):
     made = oracle(says)
     stems = sorted(p.stem for p in (toy / "videos").iterdir())[:3]
-    rows = [VIDEOMME | {"videoID": v, "question_id": f"{v}-1", "duration": d}
-            for v, d in zip(stems, ("long", "short", "long"))]  # fmt: skip
+    rows = []
+    for stem, duration in zip(stems, ("long", "short", "long")):
+        rows.append(VIDEOMME | {"videoID": stem, "question_id": stem, "duration": duration})
     (tmp_path / "srt").mkdir()
     (tmp_path / "srt" / f"{stems[0]}.srt").write_text(SRT)
-    argv = ["--model", str(saved), "--data", write(tmp_path / "t.parquet", rows)]
-    argv += ["--benchmark", "videomme", "--video_dir", str(toy), "--frames", "2", "3"]
-    argv += ["--decode_ahead", "0", "--output", str(tmp_path / "out"), "--subtitles"]
-    result = evaluation.main([*argv, str(tmp_path / "srt")])
+    argv = ["videomme", rows, "--frames", 2, 3, "--output", tmp_path / "out", "--subtitles"]
+    result = command(*argv, tmp_path / "srt")
     assert [r["category"] for r in result["records"]] == ["long", "short", "long"]
     longer = [len(p.ids) > len(made[0].prompts[1].ids) for p in made[0].prompts[:3]]
     assert longer == [True, False, False] and not result["errors"]
@@ -286,33 +289,30 @@ def test_the_command_asks_a_benchmark_with_subtitles(toy, saved, oracle, tmp_pat
     assert "videomme, with subtitles (2 of 3 videos have none), 3 frames" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="other settings .*srt was"):
         (tmp_path / "srt" / f"{stems[1]}.srt").write_text(SRT)
-        evaluation.main([*argv, str(tmp_path / "srt")])
+        command(*argv, tmp_path / "srt")
     for folder in ("none", "out"):
         with pytest.raises(SystemExit, match=f"error: .*{folder}: no .srt files"):
-            evaluation.main([*argv, str(tmp_path / folder)])
+            command(*argv, tmp_path / folder)
 
 
 def test_subtitles_need_no_second_look_at_a_video(toy, model, monkeypatch):
-    rows, opened = [e for e in data.load_rows(str(toy / "test.jsonl"))], []
-    rows = [e for e in rows if e.media == rows[0].media]
+    rows = data.load_rows(str(toy / "test.jsonl"))[:5]  # about one video
+    opened = []
     real = data.Opener.open
     monkeypatch.setattr(data.Opener, "open", lambda *how: opened.append(1) or real(*how))
     for e in rows:
         assert len(model.features(e, 3)[0].times) == 3
         model.prompt(e, 3)
-    assert len(rows) > 2 and len(opened) == 1
+    assert len({e.media for e in rows}) == len(opened) == 1
 
 
-def test_a_vnbench_question_counts_only_if_all_its_shuffles_are_right(toy, saved, oracle, tmp_path):
-    stem = sorted(p.stem for p in (toy / "videos").iterdir())[0]
-    gold = [("cnt", 3), ("cnt", 3), ("ret", 3), ("ret", 4)]  # B is 3, A is 4
-    rows = [VN | {"video": f"x/{stem}.mp4", "type": t, "gt": g, "try": i % 2}
-            for i, (t, g) in enumerate(gold)]  # fmt: skip
-    oracle(lambda text: says("B"))
-    argv = ["--model", str(saved), "--data", write(tmp_path / "t.json", rows)]
-    argv += ["--benchmark", "vnbench", "--video_dir", str(toy), "--decode_ahead", "0", "--output"]
-    result = evaluation.main([*argv, str(tmp_path / "o")])
+def test_a_vnbench_question_counts_only_if_all_its_shuffles_are_right(command, oracle, tmp_path):
+    rows = []
+    for i, (kind, gold) in enumerate([("cnt", 3), ("cnt", 3), ("ret", 3), ("ret", 4)]):
+        rows.append(VN | {"video": "x/test_0.mp4", "type": kind, "gt": gold, "try": i % 2})
+    oracle(lambda text: says("B"))  # B is 3, A is 4
+    result = command("vnbench", rows, "--output", tmp_path / "o")
     assert result["questions"] == 2 and result["accuracy"] == 0.5 and len(result["records"]) == 4
     assert result["by_category"] == {"cnt": 1.0, "ret": 0.0}
-    short = evaluation.main([*argv, str(tmp_path / "o1"), "--limit", "1"])
+    short = command("vnbench", rows, "--output", tmp_path / "o1", "--limit", 1)
     assert len(short["records"]) == 2 and short["questions"] == 1

@@ -7,10 +7,12 @@ import shutil
 import signal
 import socket
 from dataclasses import fields, replace
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
-from conftest import Oracle, read_jsonl, says, write_jsonl
+from conftest import Oracle, read_jsonl, row, says, write_jsonl
 from torch.multiprocessing import ProcessExitedException, start_processes
 
 import data
@@ -43,16 +45,22 @@ def command(saved, tmp_path):
     return run
 
 
+def evaluate(model, rows, answer, **how):
+    """The result of 4 frames a video if all answers are the same, and the prompts."""
+    engine = Oracle(model, lambda prompt: answer)
+    return evaluation.evaluate(model, engine, rows, num_frames=4, **how), engine.prompts
+
+
 def test_accuracy_is_counted_by_question_and_category(rows, model):
-    engine = Oracle(model, lambda p: says("B"))
-    result = evaluation.evaluate(model, engine, rows, num_frames=4, batch=3)
+    result, prompts = evaluate(model, rows, says("B"), batch=3)
     gold = [r.answer for r in rows]
     assert result["accuracy"] == pytest.approx(gold.count("B") / len(rows))
     assert [r["problem_id"] for r in result["records"]] == [r.id for r in rows]
-    for name, value in result["by_category"].items():
-        mine = [r.answer == "B" for r in rows if r.category == name]
-        assert value == pytest.approx(sum(mine) / len(mine))
-    assert result["format"] == 1.0 and result["questions"] == len(rows) == len(engine.prompts)
+    for name, share in result["by_category"].items():
+        assert share == pytest.approx(
+            np.mean([r.answer == "B" for r in rows if r.category == name])
+        )
+    assert result["format"] == 1.0 and result["questions"] == len(rows) == len(prompts)
     parts = {"reward": 1.0, "accuracy": 1.0, "format": 1.0}
     assert result["records"][gold.index("B")]["parts"] == parts
 
@@ -81,10 +89,10 @@ def test_a_question_that_cannot_be_asked_counts_as_wrong_alone(why, rows, model,
 
 
 def test_a_forced_beginning_is_part_of_the_graded_answer(rows, model):
-    engine = Oracle(model, lambda p: "</think> <answer> A </answer>")
-    result = evaluation.evaluate(model, engine, rows[:2], num_frames=4, prefill="<think> seen")
+    begun = {"prefill": "<think> seen"}
+    result, prompts = evaluate(model, rows[:2], "</think> <answer> A </answer>", **begun)
     assert all(r["completion"].startswith("<think> seen </think>") for r in result["records"])
-    assert all(p.text.endswith("<think> seen") for p in engine.prompts) and result["format"] == 1.0
+    assert all(p.text.endswith("<think> seen") for p in prompts) and result["format"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -102,11 +110,10 @@ def test_what_is_graded_in_either_mode(thinking, answer, strict, lenient, rows, 
     """In non-thinking mode the bare completion is the answer."""
     share = [r.answer for r in rows].count("B") / len(rows)
     model.recipe = replace(model.recipe, thinking=thinking)
-    engine = Oracle(model, lambda p: answer)
-    result = evaluation.evaluate(model, engine, rows, num_frames=4)
+    result, prompts = evaluate(model, rows, answer)
     assert (result["accuracy"], result["lenient"]) == (strict * share, lenient * share)
     assert share > 0 and result["lenient_95"] == evaluation.wilson(lenient * share * 20, 20)
-    assert ("Think then" in engine.prompts[0].text) == thinking
+    assert ("Think then" in prompts[0].text) == thinking
     assert all(r["completion"] == answer for r in result["records"])
 
 
@@ -133,61 +140,46 @@ def test_a_reward_in_fractions_is_what_is_counted(command, oracle, tmp_path, cap
         command(*method, "--limit", 6)
 
 
-@pytest.mark.parametrize(
-    "body, message",
-    [
-        ("1 / 0", r"reward\(\) failed in line 1: ZeroDivisionError"),
-        ("{'reward': 0, 'accuracy': 2}", "accuracy = 2.0 to question test_0: it must be a share"),
-    ],
-)
-def test_a_method_that_fails_ends_the_evaluation_with_one_line(
-    body, message, command, oracle, tmp_path
-):
-    (tmp_path / "bad.py").write_text(f"def reward(text, example, config): return {body}\n")
+def test_a_method_that_fails_ends_the_evaluation_with_one_line(command, oracle, tmp_path):
     oracle(says)
-    with pytest.raises(SystemExit, match=f"error: .*bad.py: .*{message}"):
-        command("--method", tmp_path / "bad.py")
-    assert not (tmp_path / "out/answers_5.jsonl").exists()
+    for name, body, message in (
+        ("zero", "1 / 0", r"reward\(\) failed in line 1: ZeroDivisionError"),
+        ("two", "{'reward': 0, 'accuracy': 2}", "accuracy = 2.0 to question test_0: it must be a "),
+    ):
+        file = tmp_path / f"{name}.py"
+        file.write_text(f"def reward(text, example, config): return {body}\n")
+        with pytest.raises(SystemExit, match=f"error: .*{name}.py: .*{message}"):
+            command("--method", file, "--limit", 4, out=name)
+        assert not (tmp_path / name / "answers_5.jsonl").exists()
 
 
-def test_the_wrong_video_keeps_kinds_apart_and_takes_the_other_ones_segment(toy):
-    names = ("test.jsonl", "base.jsonl", "base_images.jsonl")
-    rows = [row for name in names for row in data.load_rows(str(toy / name))]
-    swapped = evaluation.swap_media(rows)
-    where = {(m.path, m.segment) for r in rows for m in r.media}
-    assert {(m.path, m.segment) for r in swapped for m in r.media} == where
-    for a, b in zip(rows, swapped, strict=True):
-        assert replace(b, media=a.media) == a
-        assert [m.kind for m in a.media] == [m.kind for m in b.media]
-        assert [m.num_frames for m in a.media] == [m.num_frames for m in b.media]
-        for old, new in zip(a.media, b.media):
-            assert (new.path, new.segment) != (old.path, old.segment)
-            assert new.path.endswith({"video": ".mp4", "image": ".png"}[b.data_type])
-
-
-def test_the_wrong_video_is_no_other_segment_of_the_right_one():
-    media = [Medium("video", f"/{'abc'[i % 3]}", None, (i, i + 1)) for i in range(12)]
+def test_the_wrong_video_is_a_segment_of_another_one_and_all_else_stays():
+    media = [Medium("video", f"/{'abc'[i % 3]}", i + 1, (i, i + 1)) for i in range(12)]
     rows = [data.Example(str(i), "", (), "", "", (m,), "video", "") for i, m in enumerate(media)]
-    swapped = [e.media[0] for e in evaluation.swap_media(rows)]
-    assert all(old.path != new.path for old, new in zip(media, swapped))
-    assert sorted(swapped) == sorted(media)
+    swapped = evaluation.swap_media(rows)
+    assert [replace(b, media=a.media) for a, b in zip(rows, swapped)] == rows
+    wrong = [e.media[0] for e in swapped]
+    assert all(old.path != new.path for old, new in zip(media, wrong))
+    assert [m.num_frames for m in wrong] == list(range(1, 13))
+    pairs = [(m.path, m.segment) for m in media]
+    assert sorted((m.path, m.segment) for m in wrong) == sorted(pairs)
 
 
 def test_the_wrong_media_control_exchanges_all_media_of_a_question():
     """Half the set away among the distinct ones with the same kinds: a sound stays a sound."""
     kinds = {"v": "video", "i": "image", "a": "audio"}
 
-    def row(media):
+    def about(media):
         media = [Medium(kinds[m[0]], m, 8, None, m[-1] == "+") for m in media.split()]
         return data.Example(" ".join(m.path for m in media), "?", (), "", "", tuple(media), "", "")
 
     sets = ["v1", "v2 i1", "v1", "v3 i2", "v2", "", "v1 a1", "v3", "v4 i1", "v2 a1", "v5+", "v6+"]
     wrong = ["v2", "v3 i2", "v2", "v4 i1", "v3", "", "v2 a1", "v1", "v2 i1", "v1 a1", "v6+", "v5+"]
-    swapped = evaluation.swap_media([row(media) for media in sets])
+    swapped = evaluation.swap_media([about(media) for media in sets])
     assert [" ".join(m.path for m in e.media) for e in swapped] == wrong
     for only, kind in (("v2 i1", "video.image"), ("v1", "video")):
         with pytest.raises(DataError, match=f"the wrong-{kind} control needs"):
-            evaluation.swap_media([row(only), row("")])
+            evaluation.swap_media([about(only), about("")])
 
 
 def test_intervals_are_wilsons():
@@ -215,8 +207,8 @@ def test_questions_with_one_unit_count_once_and_only_if_all_are_right():
     text = evaluation.show({8: found, 16: found}, "rows").splitlines()
     first = "3 questions of rows, 8 frames, greedy: accuracy 0.6667, format 1.0000, 2.0 tokens an"
     assert text[0] == f"{first} answer, 0 failed"
-    row = "  ret                             2       50.0   9.5 - 90.5     100.0  34.2 -100.0"
-    assert text.count(row) == 2 and text[-1].split() == ["ret", "50.0", "50.0"]
+    line = "  ret                             2       50.0   9.5 - 90.5     100.0  34.2 -100.0"
+    assert text.count(line) == 2 and text[-1].split() == ["ret", "50.0", "50.0"]
 
 
 def test_the_command_prints_the_accuracy_of_the_saved_model(
@@ -238,23 +230,14 @@ def test_the_command_prints_the_accuracy_of_the_saved_model(
     assert capsys.readouterr().out == said
 
 
-@pytest.mark.parametrize(
-    "options, name, count",
-    [
-        ("--fps 0.25", "0.25fps", 16),
-        ("--fps 0.25 --max_frames 9", "0.25fps", 9),
-        ("--frames 7", "7", 7),
-    ],
-)
-def test_frames_can_be_a_rate_up_to_so_many(
-    options, name, count, command, oracle, tmp_path, capsys
-):
+@pytest.mark.parametrize("options, count", [("", 16), ("--max_frames 9", 9)])
+def test_frames_can_be_a_rate_up_to_so_many(options, count, command, oracle, tmp_path, capsys):
     """A toy video has 256 frames in 64 s; a frame of it is one token."""
     made = oracle(says)
-    found = command(*options.split(), "--limit", 2)
-    assert {len(p.media_at) for p in made[0].prompts} == {count} and len(found["by_frames"]) == 1
-    assert (tmp_path / f"out/answers_{name}.jsonl").is_file()
-    assert f"{name} frames" in capsys.readouterr().out
+    command("--fps", 0.25, *options.split(), "--limit", 2)
+    assert {len(p.media_at) for p in made[0].prompts} == {count}
+    assert (tmp_path / "out/answers_0.25fps.jsonl").is_file()
+    assert "0.25fps frames" in capsys.readouterr().out
 
 
 def test_another_evaluation_stands_beside_in_the_report(command, oracle, tmp_path):
@@ -314,28 +297,24 @@ def test_torchrun_passes_the_options_on(config):
     assert get_args_parser().parse_args(["eval.py", *argv]).training_script == "eval.py"
 
 
-def test_a_quick_look_is_spread_evenly_and_says_so(command, oracle, rows, tmp_path, capsys):
-    oracle(says)
-    result = command("--limit", 3)
-    assert [r["problem_id"] for r in result["records"]] == [rows[i].id for i in (0, 9, 19)]
-    assert "3 questions of test (a quick look: of 20), 5 frames" in capsys.readouterr().out
-    assert '"questions_in_all": 20' in (tmp_path / "out/result.json").read_text()
-
-
-@pytest.mark.parametrize("thinking", [True, False])
-def test_questions_are_asked_as_the_options_say(thinking, command, oracle, monkeypatch):
+def test_questions_are_asked_as_the_options_say(
+    command, oracle, rows, tmp_path, capsys, monkeypatch
+):
+    """A quick look is spread evenly, and says that it is one."""
     made, problems, build = oracle(lambda text: "B"), [], VILA.build_prompt
     monkeypatch.setattr(
         VILA, "build_prompt", lambda m, e, *rest: problems.append(e.problem) or build(m, e, *rest)
     )
-    how = ["--instruction", "Only a letter.", "--frames", 3, 4]
-    result = command("--thinking", str(thinking).lower(), *how)
-    (engine,) = made
-    assert all("\nD. " in p and p.endswith("\nOnly a letter.") for p in problems)
-    assert all(("Think then" in p.text) == thinking for p in engine.prompts)
-    assert [len(p.media_at) for p in engine.prompts[::20]] == [3, 4]
-    assert list(result["by_frames"]) == [3, 4] and len(engine.prompts) == 40
-    assert (result["accuracy"] > 0) != thinking and result["lenient"] > 0
+    how = ["--thinking", "false", "--frames", 3, 4, "--instruction", "Only a letter."]
+    result = command(*how, "--limit", 3)
+    assert len(problems) == 6 and all(p.endswith("\nOnly a letter.") for p in problems)
+    prompts = made[0].prompts
+    assert all("\nD. " in p for p in problems) and not any("Think then" in p.text for p in prompts)
+    assert [len(p.media_at) for p in prompts] == [3] * 3 + [4] * 3
+    assert [r["problem_id"] for r in result["records"]] == [rows[i].id for i in (0, 9, 19)]
+    assert list(result["by_frames"]) == [3, 4]
+    assert "3 questions of test (a quick look: of 20), 4 frames" in capsys.readouterr().out
+    assert '"questions_in_all": 20' in (tmp_path / "out/result.json").read_text()
 
 
 def test_what_is_missing_is_refused_or_counted_as_wrong(command, oracle, toy, tmp_path, capsys):
@@ -360,18 +339,21 @@ def test_what_is_missing_is_refused_or_counted_as_wrong(command, oracle, toy, tm
     assert "4 failed" in said and all(f"counted as wrong: {name}: " in said for name in wrong)
 
 
-def test_a_folder_of_other_settings_is_refused_by_naming_them(oracle, saved, toy, tmp_path):
+def test_a_folder_of_other_settings_is_refused_by_naming_them(
+    command, oracle, saved, toy, tmp_path
+):
     shutil.copytree(saved, tmp_path / "m")
     shutil.copytree(toy / "videos", tmp_path / "videos")
-    rows = shutil.copy(toy / "test.jsonl", tmp_path / "rows.jsonl")
-    argv = ["--model", tmp_path / "m", "--data", rows, "--output", tmp_path / "out"]
-    argv = list(map(str, [*argv, "--decode_ahead", 0, "--report_mb", 0]))
+    rows = tmp_path / "rows.jsonl"
+    text = (toy / "test.jsonl").read_text()
+    rows.write_text(text)
+    argv = ["--model", tmp_path / "m", "--data", rows]
     oracle(says)
-    evaluation.main(argv)
+    command(*argv)
 
     def refused(message, more=""):
         with pytest.raises(SystemExit, match=f"{message}.*another folder"):
-            evaluation.main([*argv, *more.split()])
+            command(*argv, *more.split())
 
     refused(r"num_frames was \[5\], now \[4\]", "--frames 4")
     refused("thinking was True, now False", "--thinking false")
@@ -379,14 +361,12 @@ def test_a_folder_of_other_settings_is_refused_by_naming_them(oracle, saved, toy
     refused("max_tokens was 8, now 4", "--max_tokens 4")
     refused("wrong_video was False.*questions", "--wrong_video")
     refused("limit was None.*questions", "--limit 3")
-    text = rows.read_text()
     rows.write_text(text.replace("<answer>A", "<answer>B"))
     refused(r"settings \(questions was '\w+', now '\w+'\)")
     rows.write_text(text)
-    video = data.load_rows(str(rows))[0].media[0].path
-    os.rename(video, tmp_path / "gone.mp4")
+    next((tmp_path / "videos").glob("test*")).unlink()
     refused(r"settings \(media was '\w+', now '\w+'\)", "--on_missing wrong")
-    (tmp_path / "gone.mp4").rename(video)
+    shutil.copytree(toy / "videos", tmp_path / "videos", dirs_exist_ok=True)
     os.utime(next((tmp_path / "m").rglob("*.safetensors")), (1, 1))
     refused(r"settings \(weights was '\w+', now '\w+'\)")
 
@@ -394,8 +374,9 @@ def test_a_folder_of_other_settings_is_refused_by_naming_them(oracle, saved, toy
 def test_each_setting_has_a_folder_of_its_own_by_default(saved, oracle, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     oracle(says)
-    for more in ([], ["--frames", "4"], []):
-        evaluation.main(["--model", str(saved), "--report_mb", "0", "--decode_ahead", "0", *more])
+    for more in ("--limit 1", "--limit 2", "--limit 1"):
+        argv = f"--model {saved} --report_mb 0 --decode_ahead 0 {more}"
+        evaluation.main(argv.split())
     assert len(list(tmp_path.glob("runs/eval/test-*/result.json"))) == 2
 
 
@@ -446,55 +427,44 @@ ANSWERS = [  # completion ("a cat" is right), the judge's reply, strict, lenient
 ]
 
 
-class Judge:
-    """A server that judges. reply(question) is a text, or an error to raise."""
-
-    model = "wise"
-
-    def __init__(self, reply):
-        self.reply = reply
-        self.asked = []
-
-    def ask(self, messages):
-        (message,) = messages
-        self.asked.append(message["content"])
-        reply = self.reply(message["content"])
-        if isinstance(reply, Exception):
-            raise reply
-        return reply
-
-
 @pytest.mark.parametrize("said, reply, strict, lenient, error", ANSWERS)
 def test_open_answers_are_judged_by_what_they_mean(said, reply, strict, lenient, error):
     example = data.Example("q", "What is it?", (), "a cat", "", (), "text", "")
     own = evaluation.record(example, [Response([1], None, said, True)], Method(), "", True)
-    chat = Judge(lambda question: reply)
+    chat = Mock(**{"ask.side_effect": [reply]})
     found = evaluation.judge(chat, example, own, thinking=True)
     assert (found["accuracy"], found["lenient"]) == (strict, lenient)
     assert found["error"].startswith(error) and bool(found["error"]) == bool(error)
-    assert len(chat.asked) == (reply is not None)
-    for question in chat.asked:
-        assert "Question: What is it?\nReference answer: a cat\nGiven answer: " in question
+    assert len(chat.ask.mock_calls) == (reply is not None)
+    asked = "Question: What is it?\nReference answer: a cat\nGiven answer: "
+    assert all(asked in call.args[0][0]["content"] for call in chat.ask.mock_calls)
 
 
 def test_judged_answers_are_kept_when_the_judge_goes_away(
     command, oracle, toy, tmp_path, monkeypatch, capsys
 ):
     """It may come back elsewhere, as long as it is the same model."""
-    row = read_jsonl(toy / "test.jsonl")[0] | {"data_type": "text", "videos": ""}
-    row["answer"] = "<answer>a cat</answer>"
-    asked = [row | {"problem_id": f"q{i}", "problem": f"number {i}?"} for i in range(130)]
+    question = row(0, answer="<answer>a cat</answer>")
+    asked = [question | {"problem_id": f"q{i}", "problem": f"number {i}?"} for i in range(130)]
     path = write_jsonl(tmp_path / "open.jsonl", asked)
     argv = ["--data", path, "--video_dir", toy, "--frames", 1, "--judge"]
     replies = {"number 3?": "yes", "number 5?": ReplyError("500"), "number 99?": ServerError("401")}
-    judge = Judge(lambda text: next((r for q, r in replies.items() if q in text), "no"))
+
+    def reply(messages):
+        found = next((r for q, r in replies.items() if q in messages[0]["content"]), "no")
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    judge = Mock(model="wise", **{"ask.side_effect": reply})
     monkeypatch.setattr(evaluation, "Chat", lambda url, model: judge)
     made = oracle(lambda text: says("thing"))
     with pytest.raises(SystemExit, match="error: 401"):
         command(*argv, "http://one/v1")
-    del judge.asked[:], replies["number 99?"]
+    judge.reset_mock()
+    del replies["number 99?"]
     result = command(*argv, "http://two/v1")
     assert json.loads((tmp_path / "out/settings.json").read_text())["judge_model"] == "wise"
-    assert len(judge.asked) == 130 - 64 == len(made[1].prompts)
+    assert len(judge.ask.mock_calls) == 130 - 64 == len(made[1].prompts)
     assert result["accuracy"] == 1 / 130 and result["records"][3]["lenient"] == 1.0
     assert "counted as wrong: q5: judge: 500" in capsys.readouterr().out

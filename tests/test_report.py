@@ -107,7 +107,8 @@ def test_every_kind_of_media_is_shown_or_says_why_not(media, tmp_path):
     sets["all"] += [sets["red.png"][0], sets["tone.wav"][0]]
     sets["text"] = []
     asked = [question(name, media) for name, media in sets.items()]
-    page = write(tmp_path / "r.html", asked, {"a": [answer(name) for name in sets]})
+    asked.append(question("open", options=(), problem="How?\nA. is no option here"))
+    page = write(tmp_path / "r.html", asked, {"a": [answer(e.id) for e in asked]})
     assert page.look("tone.wav") == {"name": "tone.wav", "kind": "audio", "seconds": 2.5}
     red = page.look("red.png")
     assert (red["height"], red["width"], red["times"], red["of"]) == (288, 432, [""], 1)
@@ -117,6 +118,9 @@ def test_every_kind_of_media_is_shown_or_says_why_not(media, tmp_path):
         assert name in page.look(name)["error"] and error in page.look(name)["error"]
         assert "times" not in page.look(name)
     assert page.questions["text"]["media"] == [] and len(page.strips) == 2
+    text = page.questions["text"]  # its options are listed once
+    assert (text["problem"], text["options"], text["gold"]) == ("Which?", ["red", "blue"], "A")
+    assert page.questions["open"]["problem"] == "How?\nA. is no option here"
     assert [page.look("all", i)["kind"] for i in range(3)] == ["video", "image", "audio"]
     assert page.look("all")["sound"] and not red["sound"]
 
@@ -133,9 +137,9 @@ def test_verdict_and_change_of_every_pair_of_answers(tmp_path):
     page = write(tmp_path / "r.html", [question(n) for n in names], runs)
     for name, q in page.questions.items():
         pair = name.split(", ")
-        assert [a["verdict"] for a in q["answers"]] == [kind.split()[0] for kind in pair]
-        assert [a["accuracy"] for a in q["answers"]] == [kinds[kind] for kind in pair]
-        assert [bool(a["error"]) for a in q["answers"]] == [kind == "failed" for kind in pair]
+        for kind, found in zip(pair, q["answers"], strict=True):
+            assert found["verdict"] == kind.split()[0] and found["accuracy"] == kinds[kind]
+            assert bool(found["error"]) == (kind == "failed")
         assert q["verdict"] == pair[1].split()[0]
         assert q["change"] == report.change(*[kinds[kind] for kind in pair])
     alone = write(tmp_path / "s.html", [question(n) for n in names], {"new": runs["new"]})
@@ -163,15 +167,6 @@ def test_an_answer_is_shown_in_its_parts_or_as_it_is():
     assert shown("B")["parts"] == [] and shown("B")["lenient"] is False
 
 
-def test_options_are_listed_once(tmp_path):
-    asked = [question("1", problem="Look.\nWhich?")]
-    asked.append(question("2", options=(), problem="How?\nA. is no option here"))
-    page = write(tmp_path / "r.html", asked, {"a": [answer("1"), answer("2")]})
-    assert page.questions["1"]["problem"] == "Look.\nWhich?"
-    assert page.questions["1"]["options"] == ["red", "blue"] and page.questions["1"]["gold"] == "A"
-    assert page.questions["2"]["problem"] == "How?\nA. is no option here"
-
-
 def test_no_text_becomes_a_part_of_the_page(media, tmp_path):
     """Whatever it holds: the page has the same elements as one of plain text, and gives the text
     back as it was."""
@@ -179,9 +174,8 @@ def test_no_text_becomes_a_part_of_the_page(media, tmp_path):
     for text in ("plain", EVIL):
         asked = [question(text, [Medium("image", f"/{text}.png")], (text, "b"), "A", text, text)]
         answers = [answer(text, f"<think>{text}</think> <answer>{text}</answer>", 0.0, text)]
-        report.write_report(
-            tmp_path / "r.html", text, asked, {text: answers}, 8, {media / "red.png": text}, text
-        )
+        shown = {"pictures": {media / "red.png": text}, "text": text}
+        report.write_report(tmp_path / "r.html", text, asked, {text: answers}, 8, **shown)
         pages.append(Page(tmp_path / "r.html"))
     assert pages[0].tags == pages[1].tags
     assert "".join(pages[1].texts["title", None]).strip() == EVIL.replace("\ud800", "\ufffd")
@@ -250,7 +244,7 @@ def test_the_command_line_writes_the_page_of_one_or_two_files(toy, tmp_path, cap
     said = [answer(e.id, "\u2028é") for e in rows]
     files = [save(tmp_path / name, said) for name in ("a.jsonl", "b.jsonl", "more/b.jsonl")]
     rest = ["--data", str(toy / "test.jsonl"), "--num_frames", "5"]
-    rest += ["--out", str(tmp_path / "r.html"), "--title", "T", "--frame_height", "16"]
+    rest += ["--out", str(tmp_path / "r.html"), "--title", "T"]
     for chosen, runs in ((files[:1], ["a"]), (files[:2], ["a", "b"]), (files[1:], files[1:])):
         report.main([*chosen, *rest])
         page = Page(tmp_path / "r.html")
@@ -258,7 +252,7 @@ def test_the_command_line_writes_the_page_of_one_or_two_files(toy, tmp_path, cap
         assert str(tmp_path / "r.html") in capsys.readouterr().out
         assert list(page.questions) == [e.id for e in rows]
         assert page.data["frames"] == "5 frames a video"
-        assert {s.shape for s in page.strips.values()} == {(16, 80, 3)}
+        assert {s.shape for s in page.strips.values()} == {(32, 160, 3)}
         assert page.questions[rows[0].id]["answers"][0]["raw"] == "\u2028é"
 
 

@@ -61,10 +61,15 @@ def right_word(row, colors, places):
     return places[re.fullmatch(r"Which side was (\w+) on\?", question).group(1)]
 
 
-def true_word(row, seed):
+def scene_of(split, number):
+    """Of a video of `many`."""
+    return toy.toy_scene(np.random.default_rng([3, SPLITS.index(split), number]))
+
+
+def true_word(row):
     """The right answer of a row, from its video's scene."""
     split, number = re.fullmatch(r"videos/([a-z]+)_(\d+)\.mp4", row["videos"]).groups()
-    scene = toy.toy_scene(np.random.default_rng([seed, SPLITS.index(split), int(number)]))
+    scene = scene_of(split, int(number))
     flashes = sorted(scene["flashes"], key=lambda flash: flash[2])
     places = dict(flash[:2] for flash in flashes) | {"dot": scene["corner"]}
     return right_word(row, [color for color, *_ in flashes], places)
@@ -78,22 +83,14 @@ def gold(row):
     return letter, options["ABCD".index(letter)]
 
 
-def test_the_toy_does_not_depend_on_the_number_of_ranks(tiny, tmp_path):
-    for rank in (0, 1):
-        toy.toy_build(str(tmp_path), TINY, seed=5, rank=rank, world=2)
-    assert len(contents(tmp_path, "*.jsonl")) == 6
-    assert contents(tmp_path, "*.jsonl") == contents(tiny, "*.jsonl")
-    assert len(contents(tmp_path, "videos/*")) == 10
-    assert len(contents(tmp_path, "images/*")) == 4
-    assert contents(tmp_path, "*") == contents(tiny, "*")  # media too, and no other file
-
-
-def test_ranks_share_the_videos(tmp_path):
+def test_ranks_share_the_videos_and_make_the_same_toy(tiny, tmp_path):
     for rank in (0, 1):
         toy.toy_build(str(tmp_path / str(rank)), TINY, seed=5, rank=rank, world=2)
-    mine, yours = (set(contents(tmp_path / str(rank), "videos/*")) for rank in (0, 1))
-    assert len(mine) == len(yours) == 5 and not mine & yours
-    assert not contents(tmp_path / "1", "*.jsonl")
+    mine, yours = (contents(tmp_path / str(rank), "*") for rank in (0, 1))
+    assert not mine.keys() & yours.keys() and mine | yours == contents(tiny, "*")
+    videos = [sum(name.startswith("videos/") for name in part) for part in (mine, yours)]
+    assert videos == [5, 5] and len(mine | yours) == 6 + 10 + 4  # rows, videos, images
+    assert not any(name.endswith(".jsonl") for name in yours)
 
 
 def test_another_seed_is_another_toy(many, tmp_path):
@@ -128,7 +125,7 @@ def test_toy_splits_share_no_video(tiny, many):
 def test_every_gold_letter_is_right(many, name):
     for row in many[name]:
         letter, word = gold(row)
-        assert word == true_word(row, seed=3), row
+        assert word == true_word(row), row
         assert row["reasoning"].split()[-3:] == ["so", word, letter]
 
 
@@ -146,20 +143,18 @@ def test_hasty_reasoning_is_right_40_percent_of_the_time(many):
     hasty = [row for row in many["sft"] if row["reasoning"].startswith("guess")]
     careful = [row for row in many["sft"] if not row["reasoning"].startswith("guess")]
     assert len(careful) / len(many["sft"]) == pytest.approx(ToyConfig.careful, abs=0.07)
-    assert all(gold(row)[1] == true_word(row, seed=3) for row in careful)
-    right = sum(gold(row)[1] == true_word(row, seed=3) for row in hasty) / len(hasty)
+    assert all(gold(row)[1] == true_word(row) for row in careful)
+    right = sum(gold(row)[1] == true_word(row) for row in hasty) / len(hasty)
     assert right == pytest.approx(0.4, abs=0.09)
     assert all(row["reasoning"] == f"guess {gold(row)[0]}" for row in hasty)
 
 
 def test_gold_letters_are_uniform(many):
-    for kinds in (".", "count", "corner", "side"):
+    for kinds in (".", "flashes", "corner", "side"):
         rows = [row for row in many["rl"] if re.search(kinds, row["problem"].split("\n")[0])]
         counts = np.array([sum(gold(row)[0] == letter for row in rows) for letter in "ABCD"])
-        if kinds != "count":
-            assert len(rows) >= 300
-            chi_square = ((counts - len(rows) / 4) ** 2 / (len(rows) / 4)).sum()
-            assert chi_square < 16.3, (kinds, counts)  # 3 degrees of freedom: p = 0.001
+        chi_square = ((counts - len(rows) / 4) ** 2 / (len(rows) / 4)).sum()
+        assert len(rows) >= 300 and chi_square < 16.3, (kinds, counts)  # p = 0.001
 
 
 def test_the_six_kinds_occur_in_their_four_categories(many):
@@ -178,8 +173,7 @@ def test_the_six_kinds_occur_in_their_four_categories(many):
 def test_64_frames_see_every_flash_and_8_do_not(many):
     missed = 0
     for number in range(300):
-        scene = toy.toy_scene(np.random.default_rng([3, SPLITS.index("rl"), number]))
-        for _, _, start, end in scene["flashes"]:
+        for _, _, start, end in scene_of("rl", number)["flashes"]:
             assert 0 <= start < end <= toy.T
             sees = [((i := frame_indices(toy.T, n)) >= start) & (i < end) for n in (64, 8)]
             assert sees[0].any()
