@@ -160,12 +160,10 @@ class Job:
 
         look = load(config.model, weights=False)
         options = {n: getattr(config, n) for n in ("fps", "max_frames", "max_tokens", "thinking")}
-        if config.frames:
-            options["num_frames"] = config.frames[-1]
         given = {name: value for name, value in options.items() if value is not None}
-        self.recipe = replace(look.recipe, **given)
         if config.frames:
-            self.recipe = replace(self.recipe, fps=None)
+            given |= {"num_frames": config.frames[-1], "fps": None}
+        self.recipe = replace(look.recipe, **given)
         self.frames = {n: n for n in config.frames or (self.recipe.num_frames,)}
         if self.recipe.fps is not None:
             self.frames = {f"{self.recipe.fps:g}fps": self.recipe.frames}
@@ -229,9 +227,8 @@ class Job:
             model.cache = EmbeddingCache(config.cache_dir)
         except OSError as error:
             raise DataError(f"--cache_dir: {error}") from None
-        limits = RolloutConfig(
-            config.rollout_tp, config.rollout_memory, None, config.rollout_max_len
-        )
+        memory = config.rollout_memory
+        limits = RolloutConfig(config.rollout_tp, memory, None, config.rollout_max_len)
         engine = make_engine(self.kind, model, limits, dtype)
         engine.sync(model)
         return model, engine
@@ -245,9 +242,8 @@ class Job:
         """See ask: with the subtitles of the frames that are seen. DataError: a malformed row."""
         if example.id in self.malformed:
             raise DataError(self.malformed[example.id])
-        if not (self.subtitles and example.media):
-            return example
-        if not benchmarks.srt_of(example, self.subtitles).is_file():
+        has_any = self.subtitles and example.media
+        if not has_any or not benchmarks.srt_of(example, self.subtitles).is_file():
             return example
         times = self.asked[0].features(example, num_frames)[0].times
         return benchmarks.with_subtitles(example, self.subtitles, times)

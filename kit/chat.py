@@ -37,12 +37,11 @@ class ReplyError(ValueError):
 class Chat:
     """An OpenAI-compatible server. url: up to and with /v1; $OPENAI_API_KEY is sent to it. model:
     its name there; default: the first that the server names. timeout: seconds for one reply.
-    retries: how often a request is sent again. ServerError if it does not list its models."""
+    ServerError if it does not list its models."""
 
-    def __init__(self, url: str, model: str | None = None, timeout: float = 300, retries: int = 3):
+    def __init__(self, url: str, model: str | None = None, timeout: float = 300):
         self.url = url.rstrip("/")
         self.timeout = timeout
-        self.retries = retries
         self.key = os.environ.get("OPENAI_API_KEY", "")
         try:
             served = self._request("/models")["data"][0]["id"]  # even if not used: is it there?
@@ -70,8 +69,8 @@ class Chat:
         """The JSON that a GET, or a POST of a body, brings."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         data = None if body is None else json.dumps(body).encode()
-        for attempt in range(self.retries + 1):
-            time.sleep(2**attempt // 2)  # 0, 1, 2, 4
+        for seconds in (0, 1, 2, 4):
+            time.sleep(seconds)
             try:
                 request = urllib.request.Request(self.url + path, data, headers)
                 with urllib.request.urlopen(request, timeout=self.timeout) as reply:

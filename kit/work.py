@@ -151,8 +151,7 @@ class Folder:
     def _read(self, name: str, field: str) -> tuple[dict[str, dict], bool]:
         """{key: line} of a stage: of its file, and of the parts that a killed run has left. And
         whether it is that file alone."""
-        whole = self.path / f"{name}.jsonl"
-        done = {line[field]: line for line in read_lines(whole, field)} if whole.exists() else {}
+        done = self._whole(name, field)
         parts = sorted(self.path.glob(f"{name}.part.*"))
         for part in parts:
             for text in part.read_bytes().split(b"\n"):
@@ -160,7 +159,7 @@ class Folder:
                     done |= {line[field]: line for line in json.loads(text)}
                 except (ValueError, TypeError, KeyError):
                     continue  # empty or torn: a list without its end is no JSON
-        return done, whole.exists() and not parts
+        return done, (self.path / f"{name}.jsonl").exists() and not parts
 
     def _deal(self, attempt, missing: list[list], threads: int, tp: int, bar: str) -> list[tuple]:
         """What attempt() gives for batches that ranks share among them; of all ranks, on each."""
