@@ -120,6 +120,12 @@ def measure(bars: dict, repeats: int, warm_up: int = 1) -> dict[str, dict[str, f
     }
 
 
+def show(row: dict) -> None:
+    """A row of results, as a JSON line."""
+    shown = {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in row.items()}
+    print(json.dumps(shown), flush=True)
+
+
 def timed(work, *arguments) -> dict[str, float]:
     """Seconds of work(*arguments)."""
     begin = time.perf_counter()
@@ -345,7 +351,9 @@ class Mrsp(Small):
             for name, part in (("decoder", trainer.model.llm), ("tower", trainer.model.tower)):
                 print(f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters")
             ours = [row for row in rows if row["bar"] == "ours"]
-            print(asdict(self), *ours, f"written: {out}/mrsp.json, mrsp.png", sep="\n")
+            for row in (asdict(self), *ours):
+                show(row)
+            print(f"written: {out}/mrsp.json, mrsp.png")
 
 
 def ratios(found: dict) -> dict[str, float]:
@@ -397,7 +405,7 @@ class Step(Small):
         line = asdict(self) | measure({"ours": step}, self.repeats)["ours"]
         line["tokens"] = self.prompt_tokens + self.group * self.response_tokens
         if trainer.is_first:
-            print(json.dumps(line))
+            show(line)
 
 
 # ------------------------------------------------------------------------------------ rollout
@@ -425,8 +433,7 @@ class Rollout(Small):
             row = {"frames": count, "prompt_tokens": self.group * sum(len(p.ids) for p in prompts)}
             bars = {name: partial(self.sample, e, model, prompts) for name, e in engines.items()}
             for name, numbers in measure(bars, self.repeats).items():
-                shown = {name: round(value, 4) for name, value in numbers.items()}
-                print(json.dumps(asdict(self) | {"engine": name} | row | shown), flush=True)
+                show(asdict(self) | {"engine": name} | row | numbers)
         for engine in engines.values():
             engine.close()
 
@@ -466,8 +473,8 @@ class Decode(Options):
         found = measure(bars, self.repeats)
         line = {"frames": self.frames}
         for name, numbers in found.items():
-            line[f"seconds a video, {name}"] = round(numbers["seconds"] / self.videos, 3)
-        print(json.dumps(line), flush=True)
+            line[f"seconds a video, {name}"] = numbers["seconds"] / self.videos
+        show(line)
         self.watch_memory(loaders["child"], videos)
         for loader in loaders.values():
             loader.close()
@@ -499,8 +506,7 @@ class Decode(Options):
                 frames[:]
             if n % max(1, self.decodes // 8) == 0:
                 here, *children = [p.memory_info().rss >> 20 for p in (this, *this.children())]
-                line = {"decodes": n, "MiB here": here, "children": children}
-                print(json.dumps(line), flush=True)
+                show({"decodes": n, "MiB here": here, "children": children})
 
 
 # ---------------------------------------------------------------------------------- attention
@@ -518,8 +524,7 @@ class Attention(Options):
     def run(self) -> None:
         for length in self.lengths:
             plain = length <= self.dense
-            row = attention_row(length, self.group, (4, 2, 32), plain, self.repeats)
-            print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
+            show(attention_row(length, self.group, (4, 2, 32), plain, self.repeats))
 
 
 def pairs(layout) -> float:
@@ -591,9 +596,9 @@ class Gpu(Options):
         heads = QWEN_7B["num_attention_heads"], QWEN_7B["num_key_value_heads"], QWEN_7B["head_dim"]
         where = {"device": "cuda", "dtype": torch.bfloat16}
         for length in self.prompts:
-            print(json.dumps(attention_row(length, self.group, heads, **where)), flush=True)
+            show(attention_row(length, self.group, heads, **where))
         for row in gpu_rows(QWEN_7B, self.prompts, self.group, self.response_tokens, **where):
-            print(json.dumps(row), flush=True)
+            show(row)
 
 
 def decoder(shape: dict, dtype=torch.float32, device="cpu") -> Policy:

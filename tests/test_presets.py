@@ -191,7 +191,14 @@ def test_the_settings_that_come_along_are_those_of_7b_models():
         assert (model.eos, model.llm.config.hidden_size) == (151645, 3584)
 
 
-@pytest.mark.parametrize("preset", list(MODEL))
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "hour",
+        "text",
+        *[pytest.param(p, marks=pytest.mark.slow) for p in MODEL if p not in ("hour", "text")],
+    ],
+)
 def test_a_dry_run_on_a_checkpoint_shows_the_prompt_that_a_run_trains_on(
     preset, models, rows, tmp_path, capsys
 ):
@@ -224,30 +231,27 @@ def test_only_the_first_rank_shows_a_dry_run(monkeypatch, capsys):
 def test_what_is_missing_is_said_in_a_line_each(models, rows, tmp_path, capsys):
     argv = options("qwen2.5-vl-7b", models, rows, tmp_path)
 
-    def error(*more, without=(), dry=True):
-        """The lines of a run that cannot start; dry: a dry run says them too, as an error."""
-        left = [a for i, a in enumerate(argv) if not {argv[i], argv[i - 1]} & set(without)]
-        for flags in ([], ["--dry_run"]) if dry else ([],):
-            with pytest.raises(SystemExit) as caught:
-                train.main([*left, "--sp", "1", *more, *flags])
-            kind = "wrong" if flags else "missing"
-            assert str(caught.value).startswith(f"error: {kind} for this run:\n")
-        if not dry:
-            assert train.main([*left, "--sp", "1", *more, "--dry_run"]) is None
-        return str(caught.value).splitlines()[1:]
+    def error(*more, kind="missing"):
+        with pytest.raises(SystemExit) as caught:
+            train.main([*argv, "--sp", "1", *more])
+        first, *lines = str(caught.value).splitlines()
+        assert first == f"error: {kind} for this run:"
+        return lines
 
+    # What has to come before the run is no error of a dry run; what is wrong is.
+    no_rows = ["--data", "None"]
     said = "  no rows: give --data FILE.jsonl, with --video_dir DIR, or take --preset toy"
-    assert error(without=["--data"], dry=False) == [said]
+    assert error(*no_rows) == [said]
+    assert train.main([*argv, "--sp", "1", *no_rows, "--dry_run"]) is None
     assert f"before the run:{said[1:]}" in capsys.readouterr().out
-    (line,) = error("--data", str(tmp_path / "none.jsonl"))
-    assert "none.jsonl: no such file" in line
+    gone = ["--data", str(tmp_path / "none.jsonl"), "--model", str(tmp_path)]
+    lines = error(*gone)
+    assert error(*gone, "--dry_run", kind="wrong") == lines
+    assert "none.jsonl: no such file" in lines[0]
+    assert "--model" in lines[1] and "config.json is missing" in lines[1]
     (line,) = error("--video_dir", str(tmp_path))
     assert f"4 of 4 media files are missing, the first is {tmp_path}/0.mp4: download them" in line
-    (line,) = error("--model", str(tmp_path))
-    assert "--model" in line and "config.json is missing" in line
-    assert len(error("--model", str(tmp_path), "--data", "gone.jsonl")) == 2
-    long = ("--recipe.max_tokens", "2000000000", "--rollout.max_len", "None")
-    (line,) = error(*long, dry=False)
+    (line,) = error("--recipe.max_tokens", "2000000000", "--rollout.max_len", "None")
     assert "memory: a rank needs" in line and "8 GPUs of 80 GB" in line
     with pytest.raises(SystemExit, match="--sp 3 does not divide the 1 rank.*--nproc_per_node 3"):
         train.main([*argv, "--sp", "3"])

@@ -36,7 +36,13 @@ def _meter(rank, world, sp, out):
 
 
 @pytest.mark.parametrize(
-    "world, sp", [(1, 1), (2, 1), (2, 2), pytest.param(4, 2, marks=pytest.mark.slow)]
+    "world, sp",
+    [
+        (1, 1),
+        (2, 2),
+        pytest.param(2, 1, marks=pytest.mark.slow),
+        pytest.param(4, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_numbers_of_all_ranks_come_together(world, sp, tmp_path):
     run_ranks(_meter, world, world, sp, str(tmp_path))
