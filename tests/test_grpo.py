@@ -43,8 +43,11 @@ def batch(on_policy=False):
     return logp, None if on_policy else old, ref, mask.double(), advantage
 
 
-def plain_loss(logp, old, ref, mask, advantage, config, total_tokens=None, total_sequences=None):
-    """The loss and the five sums, token by token, from lists. old = None is not allowed here."""
+def plain_loss(
+    logp, old, ref, said, mask, advantage, config, total_tokens=None, total_sequences=None
+):
+    """The loss and the five sums, token by token, from lists; said: the sampler's log-probs. None
+    of them may be None."""
     losses, sums = [], {"tokens": 0.0, "clipped": 0.0, "kl": 0.0, "ratio_error": 0.0, "tis": 0.0}
     for b in range(len(logp)):
         for g in range(len(logp[b])):
@@ -64,12 +67,15 @@ def plain_loss(logp, old, ref, mask, advantage, config, total_tokens=None, total
                 if config.kl_coef:
                     log_ratio = ref[b][g][t] - logp[b][g][t]
                     kl = math.exp(log_ratio) - log_ratio - 1
-                tokens.append(-objective + config.kl_coef * kl)
+                weight = 1.0
+                if config.tis_cap:
+                    weight = min(math.exp(old[b][g][t] - said[b][g][t]), config.tis_cap)
+                tokens.append(-objective * weight + config.kl_coef * kl)
                 sums["tokens"] += 1
                 sums["clipped"] += cut
                 sums["kl"] += kl
                 sums["ratio_error"] += abs(rho - 1)
-                sums["tis"] += 1  # no weights: each is 1
+                sums["tis"] += weight
             losses.append(tokens)
     answers = [tokens for tokens in losses if tokens]
     if config.average == "token":
@@ -101,14 +107,26 @@ each_policy = pytest.mark.parametrize("on_policy", (False, True), ids=("off", "o
 # ----------------------------------------------------------------------------------------- loss
 
 
+TOTALS = {"total_tokens": 131.0, "total_sequences": 17.0}
+
+
 @each_config
 @each_policy
-@pytest.mark.parametrize("totals", ({}, {"total_tokens": 131.0, "total_sequences": 17.0}))
-def test_loss_and_gradients_equal_a_scalar_loop(config, on_policy, totals):
+@pytest.mark.parametrize("cap, totals", ((0.0, {}), (0.0, TOTALS), (0.7, {}), (2.0, {})))
+def test_loss_and_gradients_equal_a_scalar_loop(config, on_policy, cap, totals):
+    """cap: of the weight min(pi_old / pi_sampler, cap) on each token's policy term, which is on
+    both sides of it, has no gradient, and is 1 without a cap whatever the sampler said."""
     logp, old, ref, mask, advantage = batch(on_policy)
-    loss, gradient, sums = loss_and_gradient(logp, old, ref, mask, advantage, config, **totals)
+    start = logp if old is None else old
+    gap = torch.linspace(-1.5, 1.5, logp.numel(), dtype=torch.float64).view_as(logp).roll(7)
+    config = replace(config, tis_cap=cap)
+    lists = [x.tolist() for x in (logp, start, ref, start - gap, mask, advantage)]
+    said = (start - gap).masked_fill(mask == 0, math.nan).requires_grad_()
+    logp.requires_grad_()
+    loss, sums = loss_and_sums(logp, advantage, mask, config, old, ref, said, **totals)
+    gradient, none = torch.autograd.grad(loss, (logp, said), allow_unused=True)
+    assert none is None
 
-    lists = [x.tolist() for x in (logp, logp if old is None else old, ref, mask, advantage)]
     expected, expected_sums = plain_loss(*lists, config, **totals)
     assert abs(loss.item() - expected) < 1e-12
     assert sums.keys() == expected_sums.keys()
@@ -116,8 +134,6 @@ def test_loss_and_gradients_equal_a_scalar_loop(config, on_policy, totals):
         assert abs(sums[name].item() - value) < 1e-10, name
 
     h, point = 1e-5, lists[0]  # central differences of the loop; pi_old stays where it is
-    if on_policy:
-        lists[1] = logp.tolist()
     for b, g, t in torch.cartesian_prod(*map(torch.arange, logp.shape)).tolist():
         at = point[b][g][t]
         point[b][g][t] = at + h
@@ -127,14 +143,6 @@ def test_loss_and_gradients_equal_a_scalar_loop(config, on_policy, totals):
         point[b][g][t] = at
         slope = (above - below) / (2 * h)
         assert gradient[b, g, t].item() == pytest.approx(slope, rel=1e-6, abs=1e-10), (b, g, t)
-
-
-@each_config
-def test_on_policy_equals_old_logp_given_as_logp(config):
-    logp, _, ref, mask, advantage = batch()
-    one = loss_and_gradient(logp, None, ref, mask, advantage, config)
-    two = loss_and_gradient(logp, logp, ref, mask, advantage, config)
-    assert one[0] == two[0] and torch.equal(one[1], two[1])
 
 
 def test_on_policy_gradient_is_minus_the_advantage_a_token():
@@ -230,17 +238,15 @@ def test_averages_weigh_a_long_answer_differently():
 
 def test_wrong_use_is_an_error():
     logp, old, ref, mask, advantage = batch()
-    config = Config()
-    with pytest.raises(ValueError, match="tis_cap is not zero: give sampler_logp"):
-        loss_and_sums(logp, advantage, mask, Config(tis_cap=2.0), old, ref)
-    with pytest.raises(ValueError, match="kl_coef"):
-        loss_and_sums(logp, advantage, mask, config)
-    with pytest.raises(ValueError, match="average"):
-        loss_and_sums(logp, advantage, mask, replace(config, average="group"), old, ref)
-    with pytest.raises(ValueError, match="mask"):
-        loss_and_sums(logp, advantage, mask[..., 1:], config, old, ref)
-    with pytest.raises(ValueError, match="advantage"):
-        loss_and_sums(logp, advantage[:, :1], mask, config, old, ref)
+    for message, given, settings in (
+        ("tis_cap is not zero: give sampler_logp", (advantage, mask, old, ref), {"tis_cap": 2.0}),
+        ("kl_coef", (advantage, mask), {}),
+        ("average", (advantage, mask, old, ref), {"average": "group"}),
+        ("mask", (advantage, mask[..., 1:], old, ref), {}),
+        ("advantage", (advantage[:, :1], mask, old, ref), {}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loss_and_sums(logp, *given[:2], Config(**settings), *given[2:])
 
 
 @pytest.mark.parametrize("advantage", (1.0, -1.0))
@@ -255,76 +261,6 @@ def test_a_clipped_token_has_no_gradient_however_large_its_ratio(advantage):
 def test_a_part_without_tokens_has_loss_zero(average):
     config, zero = Config(kl_coef=0, average=average), torch.zeros(1, 2, 3)
     assert loss_and_sums(zero, torch.zeros(1, 2), zero, config)[0].item() == 0
-
-
-# --------------------------------------------------------------- truncated importance sampling
-
-
-@pytest.mark.parametrize("cap", (0.7, 2.0))
-@each_config
-@each_policy
-def test_importance_weights_equal_a_scalar_loop(config, on_policy, cap):
-    """weight_t = min(pi_old / pi_sampler, cap): on the policy term of each token, not on the KL."""
-    logp, old, ref, mask, advantage = batch(on_policy)
-    pi_old = logp if old is None else old
-    gap = torch.linspace(-1.5, 1.5, logp.numel(), dtype=torch.float64).view_as(logp).roll(7)
-    sampled, config = pi_old - gap, replace(config, tis_cap=cap)
-    tokens, terms = [], []
-    for b, g, t in torch.cartesian_prod(*map(torch.arange, logp.shape)).tolist():
-        if mask[b, g, t]:
-            now, start, said, fixed = (x[b, g, t].item() for x in (logp, pi_old, sampled, ref))
-            weight = min(math.exp(start - said), cap)
-            a, rho = ADVANTAGES[b][g], math.exp(now - start)
-            if a > 0:
-                policy, inside = -min(rho, 1.3) * a, rho < 1.3
-            else:
-                policy, inside = -min(max(rho, 0.8), 3.0) * a, 0.8 < rho < 3.0
-            kl = math.exp(fixed - now) - (fixed - now) - 1 if config.kl_coef else 0.0
-            slope = -a * rho * inside * weight + config.kl_coef * (1 - math.exp(fixed - now))
-            tokens.append((b, g, t, weight))
-            terms.append((policy * weight + config.kl_coef * kl, slope))
-    share = {}  # of a token in the mean
-    for b, g, t, _ in tokens:
-        by_answer = LENGTHS[b][g] * sum(n > 0 for row in LENGTHS for n in row)
-        share[b, g, t] = 1 / (len(tokens) if config.average == "token" else by_answer)
-    expected = sum(x * share[k[:3]] for k, (x, _) in zip(tokens, terms))
-
-    at = logp.clone().requires_grad_()
-    sampled = sampled.masked_fill(mask == 0, math.nan)  # padding changes nothing
-    loss, sums = loss_and_sums(at, advantage, mask, config, old, ref, sampled)
-    gradient = torch.autograd.grad(loss, at)[0]
-    assert abs(loss.item() - expected) < 1e-12
-    assert abs(sums["tis"].item() - sum(k[3] for k in tokens)) < 1e-10
-    for (*k, _), (_, slope) in zip(tokens, terms):  # none through the weight
-        assert gradient[tuple(k)].item() == pytest.approx(slope * share[tuple(k)], abs=1e-12)
-    assert {k[3] == cap for k in tokens} == {True, False}  # the cap is tried on both sides
-
-
-def test_importance_weights_carry_no_gradient():
-    logp, old, _, mask, advantage = batch()
-    config, plain = Config(kl_coef=0, tis_cap=9.0), Config(kl_coef=0)
-    sampled = old - 0.5  # one weight for all tokens: the gradient is that many times as large
-    at = [logp.clone().requires_grad_() for _ in range(3)]
-    said = sampled.clone().requires_grad_()
-    one, _ = loss_and_sums(at[0], advantage, mask, config, old, None, said)
-    two, _ = loss_and_sums(at[1], advantage, mask, plain, old)
-    factor = math.exp(0.5)
-    gradient, own = torch.autograd.grad(one, (at[0], said), allow_unused=True)
-    torch.testing.assert_close(gradient, factor * torch.autograd.grad(two, at[1])[0])
-    assert own is None
-    # On-policy pi_old is the policy itself, and still a constant.
-    three, _ = loss_and_sums(at[2], advantage, mask, config, None, None, logp - 0.5)
-    expected = -factor * advantage[..., None] * mask / mask.sum()
-    torch.testing.assert_close(torch.autograd.grad(three, at[2])[0], expected)
-
-
-@each_config
-@each_policy
-def test_without_a_cap_the_sampler_s_log_probs_change_nothing(config, on_policy):
-    logp, old, ref, mask, advantage = batch(on_policy)
-    one, sums = loss_and_sums(logp, advantage, mask, config, old, ref)
-    two, _ = loss_and_sums(logp, advantage, mask, config, old, ref, logp + 1)
-    assert one == two and sums["tis"] == sums["tokens"]
 
 
 def test_a_weight_stays_finite_however_far_the_sampler_is():
@@ -351,14 +287,10 @@ def test_advantages_are_centred_and_divided_by_the_unbiased_std(scale_std):
 
 
 @pytest.mark.parametrize("scale_std", (True, False))
-def test_equal_rewards_have_advantage_zero(scale_std):
-    found = advantages(torch.full((2, 8), 1.1), Config(scale_std=scale_std))
-    assert torch.equal(found, torch.zeros(2, 8))
-
-
-@pytest.mark.parametrize("group, reward", ((8, 0.1), (8, 0.7), (12, 1.1)))
-def test_equal_rewards_have_advantage_zero_whatever_rounding_does(group, reward):
-    assert advantages(torch.full((1, group), reward), Config()).abs().max() < 1e-4  # is up to 0.1
+@pytest.mark.parametrize("group, reward", ((8, 1.1), (8, 0.1), (8, 0.7), (12, 1.1)))
+def test_equal_rewards_have_advantage_zero_whatever_rounding_does(group, reward, scale_std):
+    found = advantages(torch.full((1, group), reward), Config(scale_std=scale_std))
+    assert found.abs().max() < 1e-4  # dividing by a rounded std could give 0.1
 
 
 @pytest.mark.parametrize("shape", ((3, 1), (3, 0), (4,), (1, 2, 3)))
@@ -427,60 +359,6 @@ COLORS = ("blue", "red", "dark green")  # A, B, C
 NUMBERS = ("2", "1,000", "4.5")
 
 
-GRADED = {  # options, gold, accuracy: answers
-    (COLORS, "B", 1): "B| \n B \n |B.|B)|(B)|B. red|B) red|(B) red|red",
-    (COLORS, "C", 1): "C. dark  green",
-    (COLORS, "B", 0): (
-        "A|blue|b|(b)|b. red|B or C|A B C|B, C|BC|B. blue|A. red|B. red or blue|B..|not red|re|"
-        "E|E. red||  |."
-    ),
-    (COLORS, "A", 0): "A. red",
-    (COLORS, "C", 0): "green",
-    (COLORS, "E", 0): "E",
-    (("red", "red", "blue"), "A", 0): "red",
-    (("red", "red", "blue"), "B", 1): "B",
-    (NUMBERS, "A", 1): "2.0",
-    (NUMBERS, "B", 1): "1000|1,000|B. 1000",
-    (NUMBERS, "C", 1): "4.50",
-    (NUMBERS, "B", 0): "1,00",
-    (NUMBERS, "A", 0): "20",
-    (("3", "2"), "B", 1): "2",
-    ((), "3.0", 1): "3",
-    ((), "1000", 1): "1,000",
-    ((), "1,000", 1): "1000.0",
-    ((), "-3.00", 1): "-3",
-    ((), " 3.", 1): "3.0",
-    ((), "0.5", 1): ".5",
-    ((), "3", 0): "-3|31|3 4|three|",
-    ((), "123", 0): "1,2,3",
-    ((), "a red car", 1): "A red   Car",
-    ((), "a car", 0): "a red car",
-    ((), "", 0): "",
-}
-
-
-@pytest.mark.parametrize("answer, options, gold, expected", each(GRADED))
-def test_grading_rules(answer, options, gold, expected):
-    assert accuracy_reward(says(answer), gold, options) == expected
-
-
-ONE_SPAN = {  # accuracy: completions about COLORS
-    (1,): "<answer> B </answer>|B <think> A </think> <answer> B </answer> C",
-    (0,): (
-        "B||<answer> B|B </answer>|<Answer> B </Answer>|"
-        "<answer> A </answer> <answer> B </answer>|<answer> B </answer> <answer> A </answer>|"
-        "<answer> B </answer> <answer> B </answer>|"
-        "<think> <answer> B </answer> </think> <answer> A </answer>|"
-        "<answer> <answer> B </answer> </answer>|<answer> A <answer> B </answer>"
-    ),
-}
-
-
-@pytest.mark.parametrize("completion, expected", each(ONE_SPAN))
-def test_only_one_answer_span_counts(completion, expected):
-    assert accuracy_reward(completion, "B", COLORS) == expected
-
-
 def test_an_option_whose_text_begins_like_a_letter_can_be_named():
     assert chosen_letter("A. Smith", ("J. Doe", "A. Smith")) == "B"
     assert chosen_letter("X", ("Y", "X")) == "B"
@@ -488,15 +366,38 @@ def test_an_option_whose_text_begins_like_a_letter_can_be_named():
 
 # What is asked for, and what is near it. options, gold, accuracy, lenient accuracy: texts
 ANSWERS = {
-    (COLORS, "B", 1, 1): "B|B. red|Red.",
-    (COLORS, "B", 0, 1): "b|(b) Red|**B**|“B”|B...|B, because A glows red",
-    (COLORS, "B", 0, 0): "B. blue|A. red|B or C|B, C|B\nA|BC",
+    (COLORS, "B", 1, 1): "B| \n B \n |B.|B)|(B)|B. red|B) red|(B) red|red|Red.",
+    (COLORS, "B", 0, 1): (
+        "b|(b)|b. red|B. red or blue|B..|(b) Red|**B**|“B”|B...|B, because A glows red"
+    ),
+    (COLORS, "B", 0, 0): (
+        "A|blue|a|B or C|A B C|B, C|BC|B\nA|B. blue|A. red|not red|re|E|E. red||  |."
+    ),
     (COLORS, "A", 0, 0): "A. red",
+    (COLORS, "C", 1, 1): "C. dark  green",
+    (COLORS, "C", 0, 0): "green|dark",
     (COLORS, "D", 0, 0): "D",
-    (COLORS, "C", 0, 0): "dark",
-    ((), "1000", 1, 1): "1,000.0",
-    ((), "3", 0, 0): "3 dogs|three",
+    (COLORS, "E", 0, 0): "E",
+    (("red", "red", "blue"), "A", 0, 0): "red",
+    (("red", "red", "blue"), "B", 1, 1): "B",
+    (NUMBERS, "A", 1, 1): "2.0",
+    (NUMBERS, "A", 0, 0): "20",
+    (NUMBERS, "B", 1, 1): "1000|1,000|B. 1000",
+    (NUMBERS, "B", 0, 0): "1,00",
+    (NUMBERS, "C", 1, 1): "4.50",
+    (("3", "2"), "B", 1, 1): "2",
+    ((), "3.0", 1, 1): "3",
+    ((), "1000", 1, 1): "1,000|1,000.0",
+    ((), "1,000", 1, 1): "1000.0",
+    ((), "-3.00", 1, 1): "-3",
+    ((), " 3.", 1, 1): "3.0",
+    ((), "0.5", 1, 1): ".5",
+    ((), "3", 0, 0): "-3|31|3 4|3 dogs|three|",
+    ((), "123", 0, 0): "1,2,3",
     ((), "5 KM/H", 1, 1): "5 km/h.",
+    ((), "a red car", 1, 1): "A red   Car",
+    ((), "a car", 0, 0): "a red car",
+    ((), "", 0, 0): "",
 }
 COMPLETIONS = {
     (COLORS, "B", 0, 0): (
@@ -505,7 +406,9 @@ COMPLETIONS = {
         "<think> <answer> A </answer> <answer> B </answer> </think>||"
         "<think> So it is B. </think>|<think> So it is B.|<think> So it is\nB|"
         "B, but A is as good|b, c|Bob, because he waves|The answer is B, and not C.|"
-        "The answer is not B.|It is not option B.|B-side"
+        "The answer is not B.|It is not option B.|B-side|<Answer> B </Answer>|"
+        "<answer> B </answer> <answer> A </answer>|"
+        "<think> <answer> B </answer> </think> <answer> A </answer>"
     ),
     (COLORS, "B", 0, 1): (
         "<think> </think> <answer> A </answer> No: <answer> B </answer>|"
@@ -516,9 +419,14 @@ COMPLETIONS = {
         "The second flash is red.\n  b|The answer is B.|The answer is A. No, the answer is B.|"
         "Answer: B. I hope that this answer helps.|**Answer:** the correct option is (B) red|"
         "Option A is wrong, so I take option B.|So it is $\\boxed{\\text{B}}$|"
-        "\\boxed{A}, no, \\boxed{B}|B - red"
+        "\\boxed{A}, no, \\boxed{B}|B - red|<answer> B|B </answer>|"
+        "<answer> A </answer> <answer> B </answer>|<answer> B </answer> <answer> B </answer>|"
+        "<answer> <answer> B </answer> </answer>|<answer> A <answer> B </answer>"
     ),
-    (COLORS, "B", 1, 1): "<think> <answer> B </answer> </think> A",
+    (COLORS, "B", 1, 1): (
+        "<answer> B </answer>|B <think> A </think> <answer> B </answer> C|"
+        "<think> <answer> B </answer> </think> A"
+    ),
     (COLORS, "C", 0, 1): (
         "dark  GREEN|The answer is the dark green.|C is correct.|"
         "Option B is right, but the answer: C"
@@ -552,6 +460,8 @@ COMPLETIONS = {
     "completion, options, gold, strict, lenient",
     each(COMPLETIONS) + [(says(answer), *known) for answer, *known in each(ANSWERS)],
 )
-def test_strict_and_lenient_grading(completion, options, gold, strict, lenient):
+def test_strict_and_lenient_grading_and_only_one_answer_span_counts(
+    completion, options, gold, strict, lenient
+):
     assert accuracy_reward(completion, gold, options) == strict
     assert lenient_accuracy(completion, gold, options) == lenient

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache, partial
 
 import pytest
 import torch
@@ -77,6 +78,23 @@ def step_of(model, reference, engine, optimizer, batch, step, config, **more):
     return train.grpo_step(actors, batch, step)[0]
 
 
+def rows_of(folder, count: int) -> list:
+    return data.load_rows(f"{folder}/rl.jsonl")[:count]
+
+
+def untrained(folder, dtype=torch.float64) -> VILA:
+    return VILA.from_pretrained(f"{folder}/init").to(dtype)
+
+
+def at_most(count: int, **more) -> Config:
+    """CONFIG for one update of this many prompts, without KL unless `more` says so."""
+    return replace(CONFIG, **{"prompts": count, "update_prompts": count, "kl_coef": 0.0} | more)
+
+
+def sgd(model, lr=0.0):
+    return torch.optim.SGD(model.llm.parameters(), lr)
+
+
 CONFIG = Config(
     prompts=5, update_prompts=3, micro_prompts=2, group=4, temperature=0.8, lr=1e-4, kl_coef=0.1
 )
@@ -85,9 +103,8 @@ CONFIG = Config(
 def three_steps(folder, dtype, average, sp=1, fsdp=False):
     """Three GRPO steps (two updates each, the second off-policy) -> metrics, parameters."""
     torch.set_num_threads(1)
-    rows = data.load_rows(f"{folder}/rl.jsonl")[:15]
-    model = VILA.from_pretrained(f"{folder}/init").to(dtype)
-    reference = VILA.from_pretrained(f"{folder}/init").to(dtype).requires_grad_(False)
+    rows = rows_of(folder, 15)
+    model, reference = untrained(folder, dtype), untrained(folder, dtype).requires_grad_(False)
     with torch.no_grad():  # so that the KL term is not zero
         reference.llm.model.norm.weight.mul_(0.7)
     model.tower.requires_grad_(False)
@@ -99,8 +116,7 @@ def three_steps(folder, dtype, average, sp=1, fsdp=False):
         model.enable_gradient_checkpointing()
         model.shard_parameters(dtype)
         reference.shard_parameters(dtype)
-    gold = gold_of(model, rows)
-    engine = FixedEngine(sampler, gold)
+    engine = FixedEngine(sampler, gold_of(model, rows))
     optimizer = torch.optim.AdamW(model.llm.parameters(), lr=CONFIG.lr)
     seen = []
     for step in range(3):
@@ -118,40 +134,28 @@ def _rank(rank, folder, dtype, average, sp, fsdp, out):
 @pytest.fixture(scope="session")
 def one_rank(toy):
     """three_steps in one process, computed once for each setting."""
-    known = {}
-
-    def get(dtype, average):
-        if (dtype, average) not in known:
-            known[dtype, average] = three_steps(toy, dtype, average)
-        return known[dtype, average]
-
-    return get
+    return cache(partial(three_steps, toy))
 
 
 SLOW = pytest.mark.slow
-MORE_RANKS = [
-    (2, 1, False, torch.float64, 1e-9, "token"),
-    (2, 1, False, torch.float32, 1e-5, "token"),
-    (2, 2, False, torch.float64, 1e-9, "sequence"),
-    (2, 1, True, torch.float64, 1e-9, "token"),
-    (4, 2, True, torch.float64, 1e-9, "token"),
-    (2, 2, True, torch.float32, 1e-5, "token"),
+DOUBLE, SINGLE = (torch.float64, 1e-9), (torch.float32, 1e-5)
+RANKS = [  # world, sp, fsdp, (dtype, tolerance), average
+    (2, 1, False, DOUBLE, "sequence"),
+    (2, 2, True, DOUBLE, "token"),
+    pytest.param(2, 1, False, DOUBLE, "token", marks=SLOW),
+    pytest.param(2, 1, False, SINGLE, "token", marks=SLOW),
+    pytest.param(2, 2, False, DOUBLE, "sequence", marks=SLOW),
+    pytest.param(2, 1, True, DOUBLE, "token", marks=SLOW),
+    pytest.param(4, 2, True, DOUBLE, "token", marks=SLOW),
+    pytest.param(2, 2, True, SINGLE, "token", marks=SLOW),
 ]
 
 
-@pytest.mark.parametrize(
-    "world, sp, fsdp, dtype, tolerance, average",
-    [
-        (2, 1, False, torch.float64, 1e-9, "sequence"),
-        (2, 2, True, torch.float64, 1e-9, "token"),
-        *[pytest.param(*how, marks=SLOW) for how in MORE_RANKS],
-    ],
-)
-def test_many_ranks_train_like_one(
-    toy, one_rank, tmp_path, world, sp, fsdp, dtype, tolerance, average
-):
+@pytest.mark.parametrize("world, sp, fsdp, precision, average", RANKS)
+def test_many_ranks_train_like_one(toy, one_rank, tmp_path, world, sp, fsdp, precision, average):
     """Same loss, gradient norm, metrics and parameters after three steps; 5 prompts on 2 ranks in
     updates of 3 and 2, answers of 1 to 8 tokens; in the last step rank 1 has no prompt."""
+    dtype, tolerance = precision
     one, params = one_rank(dtype, average)
     run_ranks(_rank, world, str(toy), dtype, average, sp, fsdp, str(tmp_path))
     assert one[0]["grad_norm"] > 1e-3 and one[2]["kl"] > 1e-4 and one[0]["accuracy"] > 0
@@ -166,22 +170,9 @@ def test_many_ranks_train_like_one(
             assert (value - params2[name]).abs().max() <= tolerance, name
 
 
-def test_groups_of_equal_reward_are_skipped_and_counted_and_change_nothing(toy, model):
-    rows = data.load_rows(str(toy / "rl.jsonl"))[:3]
-    gold = gold_of(model, rows, wrong=1)
-    model.tower.requires_grad_(False)
-    packed = []
-    model.policy.register_forward_pre_hook(lambda m, args: packed.append(len(args[0].ids)))
-    engine = FixedEngine(VILA.from_pretrained(toy / "init"), gold)
-    optimizer = torch.optim.SGD(model.llm.parameters(), lr=0.0)
-    config = replace(CONFIG, prompts=3, update_prompts=3, micro_prompts=8, kl_coef=0.0)
-    metrics = step_of(model, None, engine, optimizer, rows, 0, config)
-    assert metrics["skipped_groups"] == 1 and packed == [2]  # one pass: no old, no reference pass
-
-
 @pytest.mark.parametrize("thinking", [True, False])
 def test_bare_answers_earn_their_reward_in_non_thinking_mode(toy, thinking):
-    model, rows = VILA.from_pretrained(toy / "init"), data.load_rows(str(toy / "rl.jsonl"))[:2]
+    model, rows = untrained(toy, torch.float32), rows_of(toy, 2)
     model.recipe = replace(model.recipe, thinking=thinking)
 
     class Letters(TorchEngine):
@@ -189,23 +180,22 @@ def test_bare_answers_earn_their_reward_in_non_thinking_mode(toy, thinking):
             out = super().generate(prompts, n, *rest)
             return [[replace(r, text="ABCD"[g]) for g, r in enumerate(group)] for group in out]
 
-    optimizer = torch.optim.SGD(model.llm.parameters(), lr=0.0)
-    config = replace(CONFIG, prompts=2, update_prompts=2, group=4, kl_coef=0.0)
-    metrics = step_of(model, None, Letters(model), optimizer, rows, 0, config)
+    metrics = step_of(model, None, Letters(model), sgd(model), rows, 0, at_most(2))
     assert (metrics["accuracy"], metrics["format"]) == ((0, 0) if thinking else (0.25, 1))
 
 
-def test_leaving_out_groups_of_equal_reward_changes_nothing(toy):
+def test_groups_of_equal_reward_are_skipped_and_counted_and_change_nothing(toy):
     """The same step with all groups packed (a KL weight of 1e-15 keeps them) moves the same way."""
-    rows, after = data.load_rows(str(toy / "rl.jsonl"))[:4], []
+    rows, after, packed = rows_of(toy, 4), [], []
     for kl_coef in (0.0, 1e-15):
-        model = VILA.from_pretrained(toy / "init").double()
-        engine = FixedEngine(model, gold_of(model, rows, wrong=2))
-        config = replace(CONFIG, prompts=4, update_prompts=4, kl_coef=kl_coef)
-        optimizer = torch.optim.SGD(model.llm.parameters(), lr=1.0)
-        metrics = step_of(model, model, engine, optimizer, rows, 0, config)
+        model = untrained(toy)
+        engine = FixedEngine(untrained(toy), gold_of(model, rows, wrong=2))
+        model.policy.register_forward_pre_hook(lambda m, args: packed.append(len(args[0].ids)))
+        config = at_most(4, micro_prompts=8, kl_coef=kl_coef)
+        metrics = step_of(model, untrained(toy), engine, sgd(model, 1.0), rows, 0, config)
         assert metrics["skipped_groups"] == 2 and metrics["grad_norm"] > 1e-3
         after.append({k: v.detach().clone() for k, v in model.llm.state_dict().items()})
+    assert packed == [2, 4]  # one pass each: none for the old log-probs
     for name, value in after[0].items():
         assert (value - after[1][name]).abs().max() < 1e-9, name
 
@@ -213,15 +203,13 @@ def test_leaving_out_groups_of_equal_reward_changes_nothing(toy):
 def test_two_updates_with_kl_equal_the_loss_written_out(toy):
     """The second update takes its ratio against the policy before the first, and both the KL
     against the reference: the same by hand, from G copies of each prompt."""
-    rows = data.load_rows(str(toy / "rl.jsonl"))[:4]
-    config = replace(CONFIG, prompts=4, update_prompts=2, kl_coef=0.5, grad_clip=1e9)
-    ours, ref, hand = (VILA.from_pretrained(toy / "init").double() for _ in range(3))
+    rows, config = rows_of(toy, 4), at_most(4, update_prompts=2, kl_coef=0.5, grad_clip=1e9)
+    ours, ref, hand, start = (untrained(toy) for _ in range(4))
     ref.llm.model.norm.weight.data.mul_(0.7)
-    engine = FixedEngine(VILA.from_pretrained(toy / "init").double(), gold_of(ours, rows))
+    engine = FixedEngine(start, gold_of(ours, rows))
     prompts = [hand.prompt(r) for r in rows]
     answers = engine.generate(prompts, 4, Sampling(config.temperature), None)
-    optimizer = torch.optim.SGD(ours.llm.parameters(), lr=0.5)
-    step_of(ours, ref, engine, optimizer, rows, 0, config)
+    step_of(ours, ref, engine, sgd(ours, 0.5), rows, 0, config)
 
     scores = [[grpo.reward(a.text, r, config)["reward"] for a in g] for g, r in zip(answers, rows)]
     adv = grpo.advantages(torch.tensor(scores), config)
@@ -232,31 +220,27 @@ def test_two_updates_with_kl_equal_the_loss_written_out(toy):
 
     with torch.no_grad():
         old, fixed = [logp(hand, i) for i in range(4)], [logp(ref, i) for i in range(4)]
-    optimizer = torch.optim.SGD(hand.llm.parameters(), lr=0.5)
+    optimizer = sgd(hand, 0.5)
     for update in ((0, 1), (2, 3)):
-        total, count = 0.0, 0
+        losses = []
         for i in update:
-            now, start = logp(hand, i), 0
-            for g, ids in enumerate(groups[i]):
-                for t in range(start, start + len(ids)):
-                    rho, a = (now[t] - old[i][t]).exp(), adv[i, g]
-                    clipped = rho.clamp(0.8, 1.3)
-                    loss = -torch.min(rho * a, clipped * a)
-                    loss = torch.min(loss, -3 * a) if a < 0 else loss
-                    d = fixed[i][t] - now[t]
-                    total, count = total + loss + 0.5 * (d.exp() - d - 1), count + 1
-                start += len(ids)
+            a = torch.cat([adv[i, g].expand(len(ids)) for g, ids in enumerate(groups[i])])
+            now = logp(hand, i)
+            rho, d = (now - old[i]).exp(), fixed[i] - now
+            loss = -torch.min(rho * a, rho.clamp(0.8, 1.3) * a)
+            loss = torch.where(a < 0, torch.min(loss, -3 * a), loss)
+            losses.append(loss + 0.5 * (d.exp() - d - 1))
         optimizer.zero_grad()
-        (total / count).backward()
+        torch.cat(losses).mean().backward()
         optimizer.step()
-    start = VILA.from_pretrained(toy / "init").double().llm.state_dict()
     for name, value in ours.llm.state_dict().items():
         assert (value - hand.llm.state_dict()[name]).abs().max() < 1e-6, name
-    assert (ours.llm.model.norm.weight - start["model.norm.weight"]).abs().max() > 1e-3
+    moved = ours.llm.model.norm.weight - start.llm.model.norm.weight
+    assert moved.abs().max() > 1e-3
 
 
 def test_seeds_follow_the_prompt_and_not_the_rank(toy, model):
-    rows, seen = data.load_rows(str(toy / "rl.jsonl"))[:5], {}
+    rows, seen = rows_of(toy, 5), {}
 
     class Recorder(TorchEngine):
         def generate(self, prompts, n, sampling, seeds):
@@ -274,18 +258,15 @@ def test_seeds_follow_the_prompt_and_not_the_rank(toy, model):
 
 
 def test_a_sampler_that_sees_other_weights_stops_training(toy, model):
-    rows = data.load_rows(str(toy / "rl.jsonl"))[:4]
-    engine = TorchEngine(VILA.from_pretrained(toy / "init"))
-    with torch.no_grad():
-        engine.policy.llm.model.norm.weight.mul_(3.0)
-    optimizer = torch.optim.SGD(model.llm.parameters(), lr=0.0)
-    config = replace(CONFIG, prompts=4, update_prompts=4, kl_coef=1e-3, max_mismatch=0.1)
-    with pytest.raises(ModelError, match="sampler and trainer.*--grpo.max_mismatch 0.1"):
-        step_of(model, model, engine, optimizer, rows, 0, config)
-    with torch.no_grad():
-        model.llm.model.norm.weight.fill_(torch.nan)  # nan is no agreement either
-    with pytest.raises(ModelError, match="trainer by nan"):
-        step_of(model, model, engine, optimizer, rows, 0, config)
+    engine = TorchEngine(untrained(toy, torch.float32))
+    config = at_most(4, kl_coef=1e-3, max_mismatch=0.1)  # with KL, no group is left out
+    for norm, factor, message in (
+        (engine.policy.llm.model.norm, 3.0, "sampler and trainer.*--grpo.max_mismatch 0.1"),
+        (model.llm.model.norm, torch.nan, "trainer by nan"),  # nan is no agreement either
+    ):
+        norm.weight.data.mul_(factor)
+        with pytest.raises(ModelError, match=message):
+            step_of(model, model, engine, sgd(model), rows_of(toy, 4), 0, config)
 
 
 def all_at_once(n: int) -> Config:
@@ -316,7 +297,7 @@ def test_a_reward_that_differs_from_prompt_to_prompt_rises(toy, model):
 def test_overfitting_24_fixed_prompts_drives_the_reward_to_one(toy, model):
     """From a model that knows the format and guesses: the right letter with 40 %, each other one
     with 20 %."""
-    rows = data.load_rows(str(toy / "rl.jsonl"))[:24]
+    rows = rows_of(toy, 24)
     guess = "<think> guess {0} </think> <answer> {0} </answer>"
     guesses = [replace(r, response=guess.format(x)) for r in rows for x in "ABCD" + r.answer]
     config = sft.SFTConfig(
@@ -391,19 +372,22 @@ def test_a_run_of_the_toy_leaves_its_numbers_pictures_and_answers(tmp_path, caps
 @SLOW
 def test_the_whole_pipeline_runs_on_two_ranks_and_its_model_scores_the_same_again(tmp_path):
     out, cache = tmp_path / "run", tmp_path / "c"
-    launch = "-m torch.distributed.run --standalone --nproc_per_node 2 train.py"
-    command = [sys.executable, *launch.split(), "--output_dir", str(out)]
-    command += ["--cache_dir", str(cache), *SMALLEST]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=170)
-    assert done.returncode == 0, done.stderr[-3000:]
+
+    def python(command: str, *options):
+        """What it prints."""
+        words = [sys.executable, *command.split(), *options, "--cache_dir", str(cache)]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=170)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    launch = "-m torch.distributed.run --standalone --nproc_per_node 2 train.py --output_dir"
+    printed = python(launch, str(out), *SMALLEST)
     summary = check_files(out, 30)
     assert (out / "report.html").read_text(encoding="utf-8").count("url(data:image/jpeg") == 6
     kept = {file.name: file.stat().st_ino for file in cache.iterdir()}
-    command = [sys.executable, "eval.py", "--model", str(out / "model"), "--cache_dir", str(cache)]
-    again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
-    assert f"accuracy {summary['grpo']['accuracy']:.4f}" in again.stdout, again.stderr[-2000:]
+    again = python("eval.py --model", str(out / "model"))
+    assert f"accuracy {summary['grpo']['accuracy']:.4f}" in again
     # evaluation found every embedding that training had computed
     assert kept == {file.name: file.stat().st_ino for file in cache.iterdir()}
     assert len(kept) > 20 and all(name.endswith(".safetensors") for name in kept)
-    assert "after GRPO" in done.stdout and str(out) in done.stdout
+    assert "after GRPO" in printed and str(out) in printed
