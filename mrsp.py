@@ -16,13 +16,13 @@ answer; query i sees key j if
              r_1            all     causal   .       every answer, as if the others were not there.
              r_2            all       .    causal
 
-Log-probs and gradients are exactly those of the copies. (*) enters unmodified Hugging Face models
+Log-probs and gradients are those of the copies. (*) enters unmodified Hugging Face models
 as one attention function, "mrsp"; the Layout travels as a keyword, model(..., mrsp=layout), and so
 survives gradient checkpointing. Sampling and SFT (many questions about a video) use it too.
 
 Stage 1 of the paper's MR-SP (section 5): all ranks together encode a video (encode_parallel), and
 its embeddings are kept (EmbeddingCache). Stage 2: the packed sequence is sharded over S = O x U
-ranks. Only attention needs the others:
+ranks. Only attention needs the others (and the loss the log-probs of all):
 
     U, Ulysses   tokens are exchanged for heads, (H, L/U) a rank -> (H/U, L), and back: an exact
                  split of the work, but U must divide the heads of queries and of keys.
@@ -70,7 +70,7 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tens
 
 PATIENCE = timedelta(days=1)  # that a rank waits for others: a long video takes more than the usual
 #   10 or 30 minutes to decode, a large checkpoint to save
-DENSE_LIMIT = 2048  # longest packed sequence for which the (L, L) mask is built
+DENSE_LIMIT = 2048  # longest sequence that is trained under a mask (L, L), where O = 1
 SUFFIX = ".mrsp.safetensors"  # of the cache's files
 RING_BYTES = 2 << 30  # "auto": K/V of a prompt and layer above this travel in a ring, not at once
 
@@ -162,7 +162,10 @@ def make_mesh(sp: int = 1, method: str = "auto", heads: int = 1, kv_heads: int =
         return dist.new_subgroups_by_enumeration(each, PATIENCE)[0]
 
     grid = torch.arange(world).view(-1, sp // u, u)  # (dp, O, U)
-    groups = mine(grid.flatten(1)), mine(grid.mT.flatten(0, 1)), mine(grid.flatten(0, 1))
+    sp_group = mine(grid.flatten(1))  # dp rows of O * U ranks
+    outer_group = mine(grid.mT.flatten(0, 1))  # dp * U rows of O ranks
+    inner_group = mine(grid.flatten(0, 1))  # dp * O rows of U ranks
+    groups = (sp_group, outer_group, inner_group)
     return Mesh(rank, world // sp, sp // u, u, travel, *groups, why)
 
 
@@ -201,7 +204,12 @@ def find_spans(segment: Tensor, order: Tensor) -> list[Span]:
 def plan_blocks(queries: list[Span], keys: list[Span]) -> list[Block]:
     """Rule (*) as rectangles, for queries and keys that are back to back in memory. Squares are
     causal, the rest is full: kernels disagree on where a rectangle's diagonal begins. Empty ones
-    are left out: the kernels crash on them.
+    are left out: the kernels crash on them. Queries and keys of one span each, by their orders:
+
+                     k0 ....... low ....... high ....... k1
+        q0 .. low    before      .                            (if the queries begin sooner)
+        low .. high  before      diagonal    .
+        high .. q1   before      behind                       (if the keys end sooner)
 
     >>> row = [(0, 0, 2), (1, 2, 3), (2, 2, 4)]  # prompt of 2, answers of 1 and 2
     >>> [tuple(block) for block in plan_blocks(row, row)]
@@ -244,7 +252,8 @@ class Layout:
     of this rank's queries and the keys that come from there: its prompt tokens (they precede its
     answers), and if that is this rank, all it has. (queries, keys, causal), with the first two as
     indices into (B, H, L, D) or (B, H, L).
-    travels: the most prompt tokens that an outer rank has in a row; K/V are sent padded to this."""
+    travels: the most prompt tokens that an outer rank has in a row. The K/V of so many columns are
+    sent, of every row; what else is among them, behind a shorter prompt, no block reads."""
 
     q_segment: Tensor
     q_order: Tensor
@@ -259,7 +268,7 @@ class Layout:
         """Rule (*) as a boolean (B, 1, Lq, Lk); built once, used by every layer."""
         q_segment = self.q_segment[:, :, None]
         k_segment = self.k_segment[:, None]
-        # (B, Lq, Lk). Padding (-1) sees padding: a row of the softmax must not be empty.
+        # (B, Lq, Lk). Padding sees padding, or a row of the softmax could be empty.
         seen = (k_segment == 0) | (k_segment == q_segment)
         return (seen & (self.k_order[:, None] <= self.q_order[:, :, None]))[:, None]
 
@@ -432,9 +441,12 @@ def shard(pack: Pack, mesh: Mesh) -> Share:
     dealt to the O outer ranks; each part is padded to a multiple of U, and its rank u takes every
     U-th column of it, so that each has its share of every answer, and of the LM head's work:
 
-        part of an outer rank, U = 2    prompt: a b c d e   answer: f g h   padding: _
-                                  u=0           a   c   e             g   _
-                                  u=1             b   d           f     h
+        part of an outer rank, U = 2    prompt: a b c d e   answer: f g h i   padding: _
+                                  u=0           a   c   e             g   i
+                                  u=1             b   d           f     h              _
+
+    A target belongs to the rank that has the token before it: the first tokens of all answers to
+    the rank with the prompt's last one.
     """
     rows, length = pack.ids.shape
     u = mesh.ulysses
@@ -448,13 +460,14 @@ def shard(pack: Pack, mesh: Mesh) -> Share:
     part = part.to(pack.ids.device)
     mine = part[mesh.outer_rank, :, mesh.inner_rank :: u]  # (B, Ls)
 
-    # Where is what: place[i] is the index into this share's B * Ls of token i of the pack's B * L;
-    # -1: another rank has it. Padding writes to a last column, which is cut off.
-    place = mine.new_full((rows, length + 1), -1)
-    place.scatter_(1, mine, torch.arange(mine.numel(), device=mine.device).view_as(mine))
-    place = place[:, :length].flatten()
+    # Where is what, the inverse: place[i] is the index into this share's B * Ls of token i of the
+    # pack's B * L; -1: another rank has it. Padding writes to a last column, which is cut off.
+    table = mine.new_full((rows, length + 1), -1)
+    table.scatter_(1, mine, torch.arange(mine.numel(), device=mine.device).view_as(mine))
+    place = table[:, :length].flatten()
 
-    def take(x, columns, fill):  # (..., B, L) at (..., B, n) -> (..., B, n)
+    def take(x, columns, fill):  # (..., B, L) at columns (..., B, n) -> (..., B, n)
+        # In front: 3 of x, if it is M-RoPE's positions; O of columns, if they are of all parts.
         padded = F.pad(x, (0, 1), value=fill)
         shape = torch.broadcast_shapes(padded.shape[:-1], columns.shape[:-1])
         return padded.expand(*shape, -1).gather(-1, columns.expand(*shape, -1))
@@ -482,11 +495,11 @@ def collect(values: Tensor, share: Share) -> Tensor:
     so in backward each keeps the gradient of its own targets (a sum would count it S times; no
     communication): the parameter gradients of the S ranks then ADD UP to the whole, as they do over
     data parallel ranks."""
-    every = values.new_zeros(len(share.pack.targets))
+    every = values.new_zeros(len(share.pack.targets))  # of others constants ...
     every[share.target_at] = values.detach()
     if share.layout.mesh.sp_group is not None:
         dist.all_reduce(every, group=share.layout.mesh.sp_group)
-    return every.index_put((share.target_at,), values)
+    return every.index_put((share.target_at,), values)  # ... and mine with their gradient
 
 
 class AllGather(torch.autograd.Function):
@@ -651,6 +664,8 @@ def block_backward(grad, q, out, lse, k, v, causal: bool, scale: float):
     v_all = v.repeat_interleave(group, 1)
     wide = (block_score(q, k, causal, scale) - lse[..., None]).exp()  # (1, H, Lq, Lk)
     d_weight = (grad @ v_all.mT).to(wide.dtype)
+    # Of a softmax: weight * (d_weight - sum of weight * d_weight). That sum is grad . out: with the
+    # FINAL out over the keys of all blocks.
     d_score = wide * (d_weight - (grad * out).sum(-1, keepdim=True).to(wide.dtype)) * scale
     d_score = d_score.to(q.dtype)
     weight = wide.to(q.dtype)
@@ -782,8 +797,10 @@ class BlockAttention(torch.autograd.Function):
                 dq[at] += parts[0]
                 dkv[0][cols] += parts[1]
                 dkv[1][cols] += parts[2]
+            # Ring of 3: rank r begins the sum of r - 1 and sends it to r + 1; then it adds its part
+            # for r - 2 to what r - 1 has sent, and sends it on: home, to r + 1 = r - 2.
             if ring and source != mesh.outer_rank:
-                if wait:  # the previous rank's sum for this source: with mine it goes on home
+                if wait:
                     dkv = dkv + wait()
                 wait = ring_pass(dkv, mesh.outer_group)
         if wait:
@@ -822,8 +839,8 @@ def encode_parallel(encode, frames, group=None, together: int = 1) -> Tensor:
 
 def encoder_share(frames: int, group=None, together: int = 1) -> tuple[slice, int, int]:
     """Of encode_parallel: the frames that this rank encodes, how many units of `together` frames it
-    keeps of them, and how many the first rank does. A rank that is left without any encodes the
-    last ones and keeps none: it learns shape and dtype.
+    keeps of them, and how many the first rank does (the others are padded to it). A rank that is
+    left without any encodes the last ones and keeps none: it learns shape and dtype.
 
     >>> encoder_share(9, together=2)
     (slice(0, 9, None), 5, 5)
@@ -833,8 +850,8 @@ def encoder_share(frames: int, group=None, together: int = 1) -> tuple[slice, in
     units = range(math.ceil(frames / together))
     most = math.ceil(len(units) / n)
     kept = units[rank * most : (rank + 1) * most]
-    own = kept or units[-1:]
-    share = slice(own.start * together, min(own.stop * together, frames))
+    encoded = kept or units[-1:]
+    share = slice(encoded.start * together, min(encoded.stop * together, frames))
     return share, len(kept), most
 
 
@@ -883,10 +900,10 @@ class EmbeddingCache:
         return sum(x.nbytes for entry in self.memory.values() for x in entry.values())
 
     def get(self, key: str, compute, group=None) -> dict[str, Tensor]:
-        """The entry under key; compute() makes it on a miss. Never give it back modified.
+        """The entry under key; compute() makes it on a miss. Do not modify it.
         group: ranks that ask for the same key together, whose compute() is a collective. A miss on
         one of them is a miss on all, or the others would wait for it for ever (one all-reduce of a
-        flag); the first of them writes to disk."""
+        flag, a barrier behind what the first of them writes to disk)."""
         entry = self.memory.pop(key, None) or self._read(key)
         hit = torch.tensor(entry is not None, dtype=torch.uint8)
         if group is not None:
@@ -1012,8 +1029,8 @@ def even(parts: list, filler, sharded: bool) -> list:
 
 def gather_dealt(mine: list, count: int, group, same: int = 1) -> list:
     """Undo a deal of `count` items, item i to rank i % S of the group: all of them, in order, on
-    every rank. same: so many neighbours were dealt the same items, as if they were one rank. The
-    items are pickled; for token ids and the like."""
+    every rank. same: so many neighbours (of an engine with tensor parallelism) were dealt the same
+    items, as if they were one rank. The items are pickled; for token ids and the like."""
     if group is None:
         return mine
     found = [None] * dist.get_world_size(group)
@@ -1028,17 +1045,17 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def join_gradients(trained: list, max_norm: float) -> float:
-    """Sum the gradients of trained parameters over all ranks, in place, in one message; then scale
-    them so that their norm over all parameters, sharded or not, is at most max_norm. Returns the
-    norm before that; RuntimeError if it is not finite.
-    The loss of a rank is (sum over ITS tokens) / (number of tokens on ALL ranks), so that the sum
-    is the gradient of the global mean, however uneven the ranks' shares. A parameter without
+    """Sum the gradients of trained parameters over all ranks, in place, in one message (those of
+    sharded ones FSDP has added up); then scale them so that their norm over all parameters is at
+    most max_norm. Returns the norm before that; RuntimeError if it is not finite.
+    The gradient of a rank is that of (sum over ITS tokens) / (number of tokens on ALL ranks), so
+    that the sum belongs to the global mean, however uneven the ranks' shares. A parameter without
     gradient on this rank takes part with zeros."""
     for p in trained:  # on one rank too: optimizers step on zeros, but skip a missing gradient
         if p.grad is None:
             p.grad = torch.zeros_like(p)
     kinds = split_sharded(trained)
-    replicated = [p for p in trained if not isinstance(p, DTensor)]  # FSDP has added up its own
+    replicated = [p for p in trained if not isinstance(p, DTensor)]
     if replicated and not alone():
         flat = torch.cat([p.grad.reshape(-1) for p in replicated])
         dist.all_reduce(flat)
