@@ -456,6 +456,7 @@ def test_files_are_opened_ahead_a_few_at_a_time(tmp_path):
     assert all(p.poll() is not None for p in pids)
 
 
+@pytest.mark.slow
 def test_a_child_is_replaced_after_so_many_files(tmp_path):
     write_video(tmp_path / "v.mp4", numbered_frames(8))
     loader = decode.Loader(ahead=1, limit=20, uses=3)
@@ -467,6 +468,7 @@ def test_a_child_is_replaced_after_so_many_files(tmp_path):
     loader.close()
 
 
+@pytest.mark.slow
 def test_children_end_with_their_parent(tmp_path):
     write_video(tmp_path / "v.mp4", numbered_frames(8))
     code = (

@@ -18,7 +18,7 @@ from data import DataError, Example, Medium, frame_indices, load_rows, parse_row
 from grpo import Config, accuracy_reward, advantages, format_reward, reward
 from kit.lenient import lenient_accuracy
 
-settings.register_profile("same", deadline=None, derandomize=True, max_examples=100, database=None)
+settings.register_profile("same", deadline=None, derandomize=True, max_examples=60, database=None)
 settings.load_profile("same")
 
 # --------------------------------------------------------------------------------------- frames

@@ -78,6 +78,7 @@ def write(path, examples, runs, frames=64, **how):
     return Page(path)
 
 
+@pytest.mark.slow
 def test_strips_are_the_frames_that_the_model_saw(media, tmp_path):
     """At most 64 of them, evenly chosen, with their times, and at most 96 pixels high; one strip
     for all questions about the same frames."""

@@ -173,8 +173,13 @@ def stand(made):
 
 
 def on(*kinds, engines=("torch", "vllm")):
-    pairs = [(engine, kind) for engine in engines for kind in kinds]
-    return pytest.mark.parametrize("made", pairs, indirect=True, ids="-".join)
+    """A test of these policies under both engines, the first of them fast."""
+    pairs = []
+    for engine in engines:
+        for kind in kinds:
+            marks = () if kind == kinds[0] else pytest.mark.slow
+            pairs.append(pytest.param((engine, kind), marks=marks, id=f"{engine}-{kind}"))
+    return pytest.mark.parametrize("made", pairs, indirect=True)
 
 
 # ------------------------------------------------------------- what every engine does, both of them
