@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -605,8 +606,11 @@ def start(argv):
     """The command in a process of its own."""
     root = Path(build.__file__).parents[1]
     run = [sys.executable, "-m", "kit.build", *argv]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(run, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, **quiet)
+    how = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    how["env"] = os.environ | {"OMP_NUM_THREADS": "1"}
+    # Who runs the tests in the background has Ctrl-C ignored, for all children too.
+    how["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(run, cwd=root, **how)
 
 
 @pytest.mark.slow
