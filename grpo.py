@@ -246,6 +246,21 @@ def policy_loss(ratio: Tensor, advantage: Tensor, config: Config) -> tuple[Tenso
     return dual, (clipped > plain) | (dual < surrogate)
 
 
+def average(
+    per_token: Tensor, mask: Tensor, config: Config, total_tokens=None, total_sequences=None
+) -> Tensor:
+    """The mean of per_token (B, G, R) under the mask, a scalar: over all tokens, or over the means
+    of all sequences (config.average). total_tokens, total_sequences: as in loss()."""
+    per_token = per_token * mask
+    if config.average == "token":
+        count = mask.sum() if total_tokens is None else total_tokens
+        return per_token.sum() / max(count, 1)
+    length = mask.sum(-1)  # (B, G); a row of padding has length 0 and is no sequence
+    means = per_token.sum(-1) / length.clamp(min=1)
+    count = (length > 0).sum() if total_sequences is None else total_sequences
+    return means.sum() / max(count, 1)
+
+
 def loss(
     logp: Tensor,
     advantage: Tensor,
@@ -299,19 +314,10 @@ def loss(
     if config.kl_coef:
         kl = kl_k3(logp.masked_fill(padding, 0.0), ref_logp.masked_fill(padding, 0.0))
         per_token = per_token + config.kl_coef * kl
-    per_token = per_token * mask
-    if config.average == "token":
-        count = mask.sum() if total_tokens is None else total_tokens
-        total = per_token.sum() / max(count, 1)
-    else:
-        length = mask.sum(-1)  # (B, G); a row of padding has length 0 and is no sequence
-        means = per_token.sum(-1) / length.clamp(min=1)
-        count = (length > 0).sum() if total_sequences is None else total_sequences
-        total = means.sum() / max(count, 1)
     seen = {
         "clip_fraction": clipped.to(logp.dtype),
         "kl": kl.detach(),
         "ratio_error": (ratio.detach() - 1).abs(),
         "tis_weight": tis,
     }
-    return total, seen
+    return average(per_token, mask, config, total_tokens, total_sequences), seen

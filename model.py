@@ -547,9 +547,11 @@ class MultiModal(nn.Module):
         adapted = [layer for layer in self.llm.modules() if hasattr(layer, "base_layer")]
         for layer in adapted:
             layer.enable_adapters(False)
-        yield
-        for layer in adapted:
-            layer.enable_adapters(True)
+        try:
+            yield
+        finally:
+            for layer in adapted:
+                layer.enable_adapters(True)
 
     @torch.no_grad()
     def merge_adapters(self) -> None:

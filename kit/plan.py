@@ -89,6 +89,18 @@ def parameters(shape: dict) -> tuple[int, int]:
     return attention + 3 * d * m + 2 * d, matrices * v * d + d
 
 
+def travelling(shape: dict, length: int, sp: int, c: int) -> float:
+    """Bytes of the queries, keys and values that one layer exchanges or gathers, on a GPU."""
+    *_, q, k = widths(shape)
+    ulysses = gcd(shape["num_attention_heads"], shape["num_key_value_heads"], sp)
+    found = 0.0
+    if ulysses > 1:
+        found += 2 * c * length / sp * (q + 2 * k)
+    if ulysses < sp:  # gathered whole, and their gradients
+        found += (c + 4) * 2 * k * length
+    return found
+
+
 def memory(
     shape: dict,
     prompt: int,
@@ -117,7 +129,7 @@ def memory(
     length = prompt + answers
     t = length / sp
     sharded = gpus > 1
-    ulysses = gcd(shape["num_attention_heads"], shape["num_key_value_heads"], sp)
+    at_once = min(prefill or prompt, prompt)  # tokens of the prefill, whose one layer is held
     part = {
         "weights": 4 * n / gpus,  # float32 masters
         "optimizer": 8 * n / gpus,  # AdamW's two averages
@@ -131,18 +143,12 @@ def memory(
         "activations": c * t * d * (n_layers + 2) + 64 * t,
         # One layer again, during its backward.
         "layer": t * (16 * d + c * (3 * d + 3 * q + 2 * k + 6 * m)),
-        "kv": 0.0,  # travelling keys and values, below
+        "kv": travelling(shape, length, sp, c),
         "embeddings": c * t * d,  # in host memory: 4 D a token of the whole video
         "logits": 16 * v * min(chunk, answers / sp),  # float32: logits, log-softmax, exp, product
-        "rollout": 0.0,  # below
+        # The sampler's cache, and one layer of the prefill.
+        "rollout": c * (n_layers * 2 * k * length + at_once * (4 * d + 3 * m)) if sampler else 0.0,
     }
-    if ulysses > 1:
-        part["kv"] += 2 * c * t * (q + 2 * k)
-    if ulysses < sp:  # gathered whole, and their gradients
-        part["kv"] += (c + 4) * 2 * k * length
-    if sampler:  # its cache, and one layer of the prefill
-        at_once = min(prefill or prompt, prompt)
-        part["rollout"] = c * (n_layers * 2 * k * length + at_once * (4 * d + 3 * m))
     held = part["weights"] + part["optimizer"] + part["reference"]
     # The MLP's part is freed before attention's backward, when keys and values travel.
     running = part["layer"] + max(0, part["kv"] - 6 * c * t * m)
