@@ -116,7 +116,7 @@ def evaluate(
     def work(ids: list[str]) -> list[dict]:
         rows = [examples[place[i]] for i in ids]
         soon = place[ids[0]] + turn
-        model.ahead(rows + examples[soon : soon + batch], frames)
+        model.prefetch(rows + examples[soon : soon + batch], frames)
         found = ask(model, engine, rows, frames, sampling, prefill=prefill, rewrite=rewrite)
         records = [record(e, a, method, prefill, recipe.thinking) for e, a in zip(rows, found)]
         if chat is None:

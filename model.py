@@ -1,7 +1,7 @@
 """The policy: towers for what is seen and heard, a decoder, and the one prompt builder.
 
     video, image (F, H, W, 3) uint8            audio (S,) 16 kHz
-       | fit: to which size; scaled               | log-mel
+       | image_size, scaled                       | log-mel
        | see: tower, projector                    | hear: tower
     features (T, h, w, W) or (F, K, W)         (A, W)             mrsp.EmbeddingCache: the
        |                                          |               towers are frozen in RL
@@ -45,6 +45,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -126,6 +127,16 @@ def read_recipe(root: Path) -> Recipe | None:
         raise ModelError(f"{root}/recipe.json: {error}") from None
 
 
+@torch.no_grad()
+def read_parameters(module: nn.Module, folder: Path, published_name, device="cpu") -> None:
+    """Memory and values for parameters on the device "meta", from a folder's safetensors files, in
+    whatever precision those have: of a DTensor this rank's part alone, a tensor at a time.
+    published_name: (name of a parameter) -> its name in the files."""
+    module._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x)
+    wanted = {published_name(name): p for name, p in module.named_parameters()}
+    dcp.load(wanted, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+
+
 class Media(NamedTuple):
     """What a tower made of one medium: features (T, h, w, W) of a video or image (VILA:
     (F, K, W)), (A, W) of audio; times (F,) of the frames, in seconds; track (A, W), the features of
@@ -170,13 +181,18 @@ class MultiModal(nn.Module):
 
     takes: tuple[str, ...] = ()  # kinds of media: video, image, audio
     mrope = False  # positions have three rows: time, height, width
-    together = 1  # frames of a video that become one group of features
+    unit = 1  # frames of a video that become one group of features
     levels = 0  # of deepstack: features of lower tower layers, added after the first decoder layers
-    decoder_kind: tuple[str, str] | None = None  # class and model_type for samplers, if not its own
+    decoder_kind: tuple[str, str]  # class and model_type of the decoder as a model of text
 
-    def __init__(self, llm, tower, tokenizer, preprocess: dict, media=(), controls=()):
-        """media: tokens that stand for features; controls: further tokens no question may hold."""
+    def __init__(self, whole, tower, tokenizer, preprocess: dict, media=(), controls=()):
+        """whole: transformers' model, whose decoder and LM head become the policy; media: tokens
+        that stand for features; controls: further tokens no question may hold."""
         super().__init__()
+        self.policy = Policy(whole.get_decoder(), whole.lm_head)
+        self.generation_config = whole.generation_config
+        self.tower = tower
+        self.folder = None  # of the checkpoint whose decoder is still to be read (read_decoder)
         self.recipe = Recipe()
         self.cache = mrsp.EmbeddingCache()
         self.loader = Opener()
@@ -184,9 +200,6 @@ class MultiModal(nn.Module):
         self.sharded = False  # parameters, by FSDP2
         self.tokenizer = tokenizer
         self.preprocess = preprocess
-        self.policy = Policy(llm)
-        self.tower = tower
-        llm.set_attn_implementation("mrsp")
         self.ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (*media, *controls)}
         if lacking := [token for token, i in self.ids.items() if i is None]:
             raise ModelError(f"the tokenizer lacks {', '.join(map(repr, lacking))}")
@@ -198,12 +211,8 @@ class MultiModal(nn.Module):
         self._tower_hash = None
 
     @property
-    def llm(self):
-        return self.policy.llm
-
-    @property
     def media_width(self) -> int:
-        return self.llm.config.hidden_size * (1 + self.levels)
+        return self.policy.config.hidden_size * (1 + self.levels)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, as it is."""
@@ -211,18 +220,29 @@ class MultiModal(nn.Module):
 
     # -- checkpoints
 
+    def published_name(self, name: str) -> str:
+        """What a tensor of the policy is called in the family's checkpoints."""
+        return name
+
+    def read_decoder(self) -> None:
+        """Values for a decoder that was loaded without (load(folder, decoder=False)): of sharded
+        parameters each rank reads its own rows alone. All ranks; nothing to do for another one."""
+        if next(self.policy.parameters()).is_meta:
+            device = next(self.policy.buffers()).device  # RoPE's frequencies are there
+            read_parameters(self.policy, self.folder, self.published_name, device)
+
     def decoder_weights(self):
         """The decoder's tensors by their published names, one after the other, a tied head once:
         what is saved, and what samplers get. Sharded ones are gathered: every rank goes through it.
         Those of layers with an adapter (add_adapters) are what merging it would make them."""
-        tied = self.llm.config.tie_word_embeddings
-        for name, value in self.llm.state_dict().items():
+        tied = self.policy.config.tie_word_embeddings
+        for name, value in self.policy.state_dict().items():
             if (tied and name == "lm_head.weight") or ".lora_" in name:
                 continue
             layer, adapted, rest = name.partition(".base_layer")
             value = mrsp.whole(value)
             if adapted and rest == ".weight":
-                update = self.llm.get_submodule(layer).get_delta_weight("default").detach()
+                update = self.policy.get_submodule(layer).get_delta_weight("default").detach()
                 value = (value + update).to(value.dtype)
             yield layer + rest, value
 
@@ -239,8 +259,8 @@ class MultiModal(nn.Module):
 
     def save_config(self, folder: str) -> None:
         """Config and tokenizer of the decoder as a text model, no weights: what vLLM builds."""
-        config = json.loads(self.llm.config.to_json_string(use_diff=False))
-        name, kind = self.decoder_kind or (type(self.llm).__name__, config["model_type"])
+        config = json.loads(self.policy.config.to_json_string(use_diff=False))
+        name, kind = self.decoder_kind
         self.tokenizer.save_pretrained(folder)
         config |= {"architectures": [name], "model_type": kind}
         Path(folder, "config.json").write_text(json.dumps(config))
@@ -266,8 +286,8 @@ class MultiModal(nn.Module):
 
     def blank(self, kind: str, frames: int, height: int, width: int, times) -> Media:
         """Features without values, on the device "meta", of frames of this size."""
-        tokens = self.seen(self.fit(kind, frames, height, width), kind)
-        shape = (math.ceil(frames / self.together), *tokens, self.media_width)
+        tokens = self.tokens_per_frame(self.image_size(kind, frames, height, width), kind)
+        shape = (math.ceil(frames / self.unit), *tokens, self.media_width)
         return Media(kind, torch.empty(shape, device="meta"), times)
 
     def measure(self, medium: Medium, num_frames: int | Rate, name="") -> Media:
@@ -277,7 +297,7 @@ class MultiModal(nn.Module):
         with named_errors(medium, medium.kind, name):
             if medium.kind == "audio" or medium.track:
                 samples = len(self.loader.sound(medium, name=name))
-                track = torch.empty(self.heard(samples), self.media_width, device="meta")
+                track = torch.empty(self.audio_tokens(samples), self.media_width, device="meta")
             if medium.kind == "audio":
                 return Media("audio", track)
             with self.loader.open(medium, num_frames, name) as frames:
@@ -298,9 +318,9 @@ class MultiModal(nn.Module):
         return ((x * p.get("rescale_factor", 1 / 255) - mean) / std).to(weight.dtype)
 
     def encode(self, frames, size=None, at=None, at_once: int = 64, kind="video") -> Tensor:
-        """Features of frames (F, H, W, 3) uint8, an array or Frames, `together` of them by
+        """Features of frames (F, H, W, 3) uint8, an array or Frames, `unit` of them by
         themselves. at: of this range alone."""
-        size = size or self.fit(kind, *frames.shape[:3])
+        size = size or self.image_size(kind, *frames.shape[:3])
         parts = self.passes(frames.shape, at or range(len(frames)), at_once)
         pieces = frames.pieces(parts) if isinstance(frames, Frames) else (frames[p] for p in parts)
         return torch.cat([self.see(pixels, size, kind) for pixels in pieces])
@@ -310,14 +330,14 @@ class MultiModal(nn.Module):
         them (or a group), fewer of large ones: 512 MiB of pixels, and the hidden states of all
         layers of the tower, are held at a time."""
         most = min(at_once, 2**29 // math.prod(shape[1:]))
-        step = max(most // self.together, 1) * self.together
+        step = max(most // self.unit, 1) * self.unit
         return [slice(i, min(i + step, at.stop)) for i in at[::step]]
 
     def encoder_hash(self) -> str:
         """Hash of everything that features depend on: weights of tower and projector, settings.
         Computed once: call forget_encoder() after training the tower."""
         if self._tower_hash is None:
-            settings = json.dumps(self.encoder_settings(), sort_keys=True)
+            settings = json.dumps(self.encoder_config(), sort_keys=True)
             digest = hashlib.sha256(settings.encode())
             for module in (self.tower, self.projector):
                 for name, tensor in sorted(module.state_dict().items()):
@@ -383,24 +403,24 @@ class MultiModal(nn.Module):
         with ExitStack() as stack:
             with mrsp.agreed(group), named_errors(medium, medium.kind, name):
                 frames = stack.enter_context(self.loader.open(medium, num_frames, name))
-                size = self.fit(medium.kind, *frames.shape[:3])
+                size = self.image_size(medium.kind, *frames.shape[:3])
 
             def encode(at: range) -> Tensor:
                 with mrsp.agreed(group):  # every rank encodes some frames, once
                     return self.encode(frames, size, at, kind=medium.kind)
 
             every = range(len(frames))
-            features = mrsp.encode_parallel(encode, every, group, self.together)
+            features = mrsp.encode_parallel(encode, every, group, self.unit)
             return {"features": features, "times": torch.as_tensor(frames.times)}
 
     def listen(self, medium: Medium, num_frames, name: str, group=None) -> dict:
         """Features of a sound, or of a video's audio track."""
         with mrsp.agreed(group), named_errors(medium, medium.kind, name):
             sound = self.loader.sound(medium, name=name)
-            self.heard(len(sound))  # an error if it is too short
+            self.audio_tokens(len(sound))  # an error if it is too short
         return {"features": self.hear(sound, group)}
 
-    def ahead(self, examples: list, num_frames=None, group=None) -> None:
+    def prefetch(self, examples: list, num_frames=None, group=None) -> None:
         """features() of these examples will be wanted, in this order: videos that are not in the
         cache may be opened."""
         num_frames = num_frames or self.recipe.frames
@@ -412,7 +432,7 @@ class MultiModal(nn.Module):
 
         def first(shape) -> slice:
             """What this rank decodes first, of frames of this shape."""
-            share, _, _ = mrsp.encoder_share(shape[0], group, self.together)
+            share, _, _ = mrsp.encoder_share(shape[0], group, self.unit)
             return self.passes(shape, range(shape[0])[share])[0]
 
         def plan():
@@ -471,8 +491,11 @@ class MultiModal(nn.Module):
         self.check_question(example)
         head, between, behind = self.turns(thinking)
         pieces = [Piece(self.tokenize(head))]
+        rows = []  # of features, of each medium
         for m in media:
-            pieces += self.place(m)
+            placed, features = self.place(m)
+            pieces += placed
+            rows.append(features)
         shared = sum(len(piece.ids) for piece in pieces)
         template = self.recipe.template if thinking else "{problem}"
         asked = template.replace("{problem}", example.problem)
@@ -481,9 +504,8 @@ class MultiModal(nn.Module):
         ids = [i for piece in pieces for i in piece.ids]
         places = torch.tensor([piece.places for piece in pieces for _ in piece.ids])
         media_at = places.nonzero()[:, 0]
-        device = self.llm.get_input_embeddings().weight.device
+        device = self.policy.model.get_input_embeddings().weight.device
         device = torch.device("cpu") if device.type == "meta" else device
-        rows = [self.rows(m) for m in media]
         if len(rows) > 1:  # one is not copied
             rows = [torch.cat(rows)]
         return Prompt(
@@ -499,10 +521,6 @@ class MultiModal(nn.Module):
         """Of the tokens of a prompt: (P,), or with M-RoPE (3, P)."""
         return torch.arange(sum(len(piece.ids) for piece in pieces))
 
-    def rows(self, m: Media) -> Tensor:
-        """The features of a medium as rows (n, W), in the order of their places."""
-        return m.features.flatten(0, -2)
-
     def idle(self) -> mrsp.Pack:
         """The smallest Pack: a rank that has nothing to train runs it beside the others, because
         gathering sharded parameters needs all ranks. Its loss is multiplied by zero."""
@@ -517,7 +535,7 @@ class MultiModal(nn.Module):
 
     def enable_gradient_checkpointing(self) -> None:
         """Keep only each layer's input for backward; layers run twice."""
-        self.llm.gradient_checkpointing_enable({"use_reentrant": False})
+        self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def add_adapters(self, rank: int, alpha: float, seed: int) -> None:
         """Freeze the model and give every linear layer of the decoder, but not the LM head, a LoRA
@@ -530,7 +548,7 @@ class MultiModal(nn.Module):
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError as error:
             raise ModelError(f"lora_rank needs peft ({error}): pip install peft") from None
-        body = self.llm.model
+        body = self.policy.model
         linear = [name for name, layer in body.named_modules() if isinstance(layer, nn.Linear)]
         self.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
@@ -544,7 +562,7 @@ class MultiModal(nn.Module):
     @contextmanager
     def without_adapters(self):
         """Within this block the decoder computes as if it had no adapters."""
-        adapted = [layer for layer in self.llm.modules() if hasattr(layer, "base_layer")]
+        adapted = [layer for layer in self.policy.modules() if hasattr(layer, "base_layer")]
         for layer in adapted:
             layer.enable_adapters(False)
         try:
@@ -557,7 +575,7 @@ class MultiModal(nn.Module):
     def merge_adapters(self) -> None:
         """Add what the adapters learned to the weights and remove them: the decoder is plain again,
         or stays so if there are none. No communication: each rank adds to its own share."""
-        body = self.llm.model
+        body = self.policy.model
         for name, layer in list(body.named_modules()):
             if hasattr(layer, "base_layer"):
                 weight = layer.base_layer.weight
@@ -576,10 +594,11 @@ class MultiModal(nn.Module):
         whole: small beside the decoder, frozen in RL (mrsp.join_gradients adds theirs up)."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        weight = next(self.llm.parameters())
-        mesh = init_device_mesh(weight.device.type, (dist.get_world_size(),))
-        precision = MixedPrecisionPolicy(dtype, torch.promote_types(weight.dtype, torch.float32))
-        for module in (*self.llm.model.layers, self.policy):
+        device = next(self.policy.buffers()).device
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        own = next(self.policy.parameters()).dtype
+        precision = MixedPrecisionPolicy(dtype, torch.promote_types(own, torch.float32))
+        for module in (*self.policy.model.layers, self.policy):
             # Freed after each forward, the root too: what a later optimizer step changes is never
             # read from an old copy.
             fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
@@ -587,25 +606,31 @@ class MultiModal(nn.Module):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has nothing but sums
         self.sharded = True
+        self.read_decoder()
         # At its first forward FSDP takes the precision of gradients from what is trainable then.
-        self.llm.requires_grad_(True)
+        self.policy.requires_grad_(True)
         with torch.no_grad():
             self(self.idle())
 
 
 class Policy(nn.Module):
-    """Decoder and log-probs as one module. It is the root of FSDP2: whatever touches a sharded
-    parameter has to happen inside its forward."""
+    """A decoder, its LM head, and log-probs. Parameters have the names of a causal language model
+    of transformers: model.layers.0 ..., lm_head.weight. It is the root of FSDP2: whatever touches a
+    sharded parameter has to happen inside its forward."""
 
-    def __init__(self, llm):
+    def __init__(self, body, head):
+        """body: a decoder of transformers, with layers and embedding; head: its LM head."""
         super().__init__()
-        self.llm = llm
+        self.model = body
+        self.lm_head = head
+        self.config = body.config
+        body.set_attn_implementation("mrsp")
 
     def inputs(self, ids: Tensor, media: Tensor | None = None, media_at=None) -> dict:
         """What the decoder's body is called with: token embeddings (B, L, D), with the media
         features (n, W) at flat positions media_at (n,). Wider ones than D (deepstack) are [D | D of
         level 1 | ...]: level i is added there to what layer i puts out."""
-        x = self.llm.get_input_embeddings()(ids)
+        x = self.model.get_input_embeddings()(ids)
         extra = {}
         # Also if n = 0 on this rank: backward of the features is a collective of all ranks.
         if media is not None:
@@ -628,12 +653,12 @@ class Policy(nn.Module):
         Pack (mrsp.shard); the result is that of the whole Pack, on every rank. chunk: targets
         whose logits exist at a time; default: 1 GB of them, in float32."""
         inputs = self.inputs(share.ids, share.media, share.media_at)  # (B, Ls, D)
-        hidden = self.llm.model(
+        hidden = self.model(
             **inputs, position_ids=share.positions, use_cache=False, mrsp=share.layout
         ).last_hidden_state  # (B, Ls, D)
         # DEVIATION 1: only the hidden states that predict a target reach the LM head.
         hidden = hidden.reshape(-1, hidden.shape[-1])[share.hidden_at]  # (m, D)
-        chunk = chunk or max(1, min(8192, 2**28 // self.llm.lm_head.weight.shape[0]))
+        chunk = chunk or max(1, min(8192, 2**28 // self.lm_head.weight.shape[0]))
         parts = []
         for h, t in zip(hidden.split(chunk), share.targets.split(chunk)):
             # Checkpointed: backward computes a chunk's logits again instead of keeping (m, V).
@@ -642,7 +667,7 @@ class Policy(nn.Module):
         return mrsp.collect(torch.cat(logps), share), mrsp.collect(torch.cat(entropies), share)
 
     def _log_probs(self, hidden: Tensor, targets: Tensor, temperature: float):
-        logits = self.llm.lm_head(hidden)
+        logits = self.lm_head(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         logp = logits.log_softmax(-1)  # (m, V)
         with torch.no_grad():

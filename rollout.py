@@ -4,7 +4,7 @@ Two engines behind one interface, in lock-step with the trainer: they get the sa
 embeddings that were computed once, and their log-probs are compared with the trainer's every step.
 
     generate(prompts, n, sampling, seeds) -> B lists of n Response
-    sync(policy)   take over new weights; what was cached with the old ones is dropped
+    sync(model)    take over new weights; what was cached with the old ones is dropped
     sleep()        give memory back, so that engine and trainer share a GPU; the next call wakes it
     close()        the end
 
@@ -17,16 +17,17 @@ mrsp.py says who sees whom, so no cache is ever copied G times:
     queries:            r_1 .. r_G   each sees the prompt and its own column
 
 Copied alone it needs mrsp.py, and AttentionInterface.register("mrsp", mrsp_attention) to be called.
-TorchEngine wants a policy, a torch.nn.Module (such as model.MultiModal) that has
+TorchEngine wants a model, a torch.nn.Module (such as model.MultiModal) that has
 
-    llm                  decoder of transformers, attention "mrsp"; its model, lm_head and config
-    policy.inputs(ids, media, media_at)   keywords of llm.model: inputs_embeds (B, L, D), or more
+    policy               .model, a decoder of transformers with attention "mrsp"; .lm_head, .config,
+                         and .inputs(ids, media, media_at), keywords of .model: inputs_embeds
+                         (B, L, D), or more
     tokenizer, eos       decode(ids) -> text; id of the token that ends an answer, or -1
     media_tokens         ids that are never sampled, or ()
     media_width          W, width of the features of prompts
     sharded              are the parameters sharded (FSDP2)? Then the engine needs a dtype
-    only with a dtype    decoder_weights(): (name, whole tensor) of all in llm.state_dict();
-                         tower, projector, cache, mesh: what the copy shares
+    only with a dtype    decoder_weights(): (name, whole tensor) of all in policy.state_dict();
+                         read_decoder(); tower, projector, cache, mesh: what the copy shares
 and prompts with ids (P,), positions (P,) or (3, P), media (N, W) or None, media_at (N,).
 
 DEVIATION 1: the log-prob that is kept is that of the full softmax at the given temperature, also
@@ -95,14 +96,14 @@ class Response:
     finished: bool
 
 
-def check_request(policy, prompts, n: int, sampling: Sampling, seeds) -> list[int]:
+def check_request(model, prompts, n: int, sampling: Sampling, seeds) -> list[int]:
     """The seeds of the prompts (default 0, 1, ...); ValueError for what no engine can sample."""
     if n < 1 or (n > 1 and sampling.temperature == 0):
         raise ValueError(f"n = {n}: greedy sampling gives one answer; use n = 1 or a temperature")
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
-    width = policy.media_width
+    width = model.media_width
     for i, prompt in enumerate(prompts):
         media = torch.empty(0, width) if prompt.media is None else prompt.media
         if media.shape != (len(prompt.media_at), width):
@@ -114,10 +115,10 @@ def check_request(policy, prompts, n: int, sampling: Sampling, seeds) -> list[in
     return seeds
 
 
-def response(policy, ids: Tensor, logps: Tensor, finished: bool) -> Response:
+def response(model, ids: Tensor, logps: Tensor, finished: bool) -> Response:
     """ids (R,) and logps (R,) with their text, without the end token."""
-    ended = len(ids) > 0 and ids[-1] == policy.eos
-    return Response(ids, logps, policy.tokenizer.decode(ids[:-1] if ended else ids), finished)
+    ended = len(ids) > 0 and ids[-1] == model.eos
+    return Response(ids, logps, model.tokenizer.decode(ids[:-1] if ended else ids), finished)
 
 
 def in_parts(sizes: list[int], limit: int, count: int | None = None) -> list[slice]:
@@ -151,32 +152,35 @@ def sample(engine, prompts, seeds, n: int, sampling: Sampling, mesh: Mesh) -> li
 
 
 class TorchEngine:
-    """Samples with the policy's own weights, see the opening. By inverse transform: ONE uniform
+    """Samples with the model's own weights, see the opening. By inverse transform: ONE uniform
     number a token, from a generator seeded for the prompt, so that an answer depends on its seed
     and not on batch, rank or order. (vLLM draws other numbers: other answers, as likely.)"""
 
     tp = 1  # ranks that share an engine
 
-    def __init__(self, policy, batch_prompts: int = 64, dtype=None, batch_tokens: int = 2**17):
+    def __init__(self, model, batch_prompts: int = 64, dtype=None, batch_tokens: int = 2**17):
         """At most batch_prompts prompts at a time, and batch_tokens tokens of them, padding too
         (their K/V: 57 KB each in a 7B). dtype: sample from a copy of the decoder in this precision,
-        made before the policy's parameters are sharded. None: from the policy's own weights."""
-        self.policy = policy if dtype is None else with_own_decoder(policy, dtype)
+        made before the model's parameters are sharded. None: from the model's own weights."""
+        self.model = model
         self.copied = dtype is not None
+        if self.copied:
+            self.model = copy_policy(model, dtype)
+            self.model.read_decoder()
         self.batch_prompts = batch_prompts
         self.batch_tokens = batch_tokens
         self.prefilled = 0  # prompt tokens computed so far
 
     @torch.no_grad()
-    def sync(self, policy) -> None:
+    def sync(self, model) -> None:
         if self.copied:
-            own = self.policy.llm.state_dict()
-            for name, new in policy.decoder_weights():  # one by one: two full copies never exist
+            own = self.model.policy.state_dict()
+            for name, new in model.decoder_weights():  # one by one: two full copies never exist
                 own[name].copy_(new)
-        elif policy.sharded:
+        elif model.sharded:
             raise ValueError("give TorchEngine a dtype: sharded weights are sampled from a copy")
         else:
-            self.policy = policy
+            self.model = model
 
     def sleep(self, *_) -> None:
         """Nothing: no memory is held between calls, and nothing else limits a prompt."""
@@ -186,10 +190,10 @@ class TorchEngine:
     @torch.inference_mode()
     def generate(self, prompts, n: int, sampling: Sampling, seeds=None) -> list[list[Response]]:
         """n answers to each prompt. seeds: one int a prompt (default 0, 1, ...)."""
-        seeds = check_request(self.policy, prompts, n, sampling, seeds)
+        seeds = check_request(self.model, prompts, n, sampling, seeds)
         self.prefilled += sum(len(prompt.ids) for prompt in prompts)
-        was_training = self.policy.training
-        self.policy.eval()
+        was_training = self.model.training
+        self.model.eval()
         try:
             out = []
             lengths = [len(prompt.ids) for prompt in prompts]
@@ -197,10 +201,10 @@ class TorchEngine:
                 out += self._generate(prompts[part], n, sampling, seeds[part])
             return out
         finally:
-            self.policy.train(was_training)
+            self.model.train(was_training)
 
     def _generate(self, prompts, n, sampling, seeds):
-        device = next(self.policy.parameters()).device
+        device = next(self.model.parameters()).device
         # Uniform numbers of all decode steps, (steps, G) of a prompt, by a generator of its own.
         rows = []
         for seed in seeds:
@@ -210,7 +214,7 @@ class TorchEngine:
 
         # Prefill (B, P). All answers of a prompt start from the state of its last token.
         alone = pack(prompts, [[] for _ in prompts])  # without answers
-        cache = DynamicCache(config=self.policy.llm.config)
+        cache = DynamicCache(config=self.model.policy.config)
         inputs = (alone.ids, alone.media, alone.media_at)
         states = self._states(cache, alone.layout, alone.positions, *inputs)  # (B, P, D)
         segment, order = alone.segment, alone.order
@@ -224,12 +228,12 @@ class TorchEngine:
         alive = torch.ones_like(columns, dtype=torch.bool)
         tokens, logps, lives = [], [], []
         for t in range(sampling.max_tokens):
-            logits = self.policy.llm.lm_head(hidden)  # (B, G, V)
+            logits = self.model.policy.lm_head(hidden)  # (B, G, V)
             token, logp = self._sample(logits, uniform[:, t], sampling)
             tokens.append(token)
             logps.append(logp)
             lives.append(alive)
-            alive = alive & (token != self.policy.eos)
+            alive = alive & (token != self.model.eos)
             if sampling.stop:
                 alive = alive & ~self._at_stop(torch.stack(tokens, -1), alive, sampling.stop)
             if not alive.any() or t + 1 == sampling.max_tokens:
@@ -247,21 +251,21 @@ class TorchEngine:
         out = [[] for _ in prompts]
         for i, g in itertools.product(range(len(prompts)), range(n)):
             own = real[i, g]  # what is behind the end was sampled, and is none of the answer
-            out[i].append(response(self.policy, ids[i, g, own], logps[i, g, own], bool(done[i, g])))
+            out[i].append(response(self.model, ids[i, g, own], logps[i, g, own], bool(done[i, g])))
         return out
 
     def _states(self, cache, layout: Layout, positions: Tensor, *tokens) -> Tensor:
         """Hidden states (B, L, D) of more tokens (ids, media, media_at); the cache takes them."""
-        inputs = self.policy.policy.inputs(*tokens)
+        inputs = self.model.policy.inputs(*tokens)
         known = dict(past_key_values=cache, use_cache=True, mrsp=layout)
-        return self.policy.llm.model(**inputs, position_ids=positions, **known).last_hidden_state
+        return self.model.policy.model(**inputs, position_ids=positions, **known).last_hidden_state
 
     def _at_stop(self, tokens: Tensor, alive: Tensor, stop: str) -> Tensor:
         """tokens (B, G, t) so far -> (B, G): those alive that have come to the stop text."""
         out = torch.zeros_like(alive)
         tail = 4 * len(stop) + 4  # bytes of it, if each is a token
         for i, g in alive.nonzero().tolist():
-            out[i, g] = stop in self.policy.tokenizer.decode(tokens[i, g, -tail:])
+            out[i, g] = stop in self.model.tokenizer.decode(tokens[i, g, -tail:])
         return out
 
     def _sample(self, logits: Tensor, uniform: Tensor, sampling: Sampling):
@@ -270,7 +274,7 @@ class TorchEngine:
         cooled = logits.to(wide) / (sampling.temperature or 1.0)
         logp = cooled.log_softmax(-1)
         allowed = cooled.clone()  # DEVIATION 2: no media tokens
-        allowed[..., list(self.policy.media_tokens)] = float("-inf")
+        allowed[..., list(self.model.media_tokens)] = float("-inf")
         if sampling.temperature == 0:
             token = allowed.argmax(-1)
         else:
@@ -287,14 +291,14 @@ class TorchEngine:
         return token, logp.gather(-1, token[..., None])[..., 0]
 
 
-def with_own_decoder(policy, dtype):
-    """The policy with a decoder of its own in this precision; what does not change is shared."""
-    shared = (policy.tower, policy.projector, policy.cache, policy.tokenizer, policy.mesh)
+def copy_policy(model, dtype):
+    """The model with a policy of its own in this precision; what does not change is shared."""
+    shared = (model.tower, model.projector, model.cache, model.tokenizer, model.mesh)
     known = {id(part): part for part in shared}  # deepcopy takes these as the copies
-    # Not llm.to(dtype): RoPE's frequencies, a buffer, stay float32, as they do under FSDP.
-    for p in policy.llm.parameters():  # in this precision at once, never a second float32
+    # Not policy.to(dtype): RoPE's frequencies, a buffer, stay float32, as they do under FSDP.
+    for p in model.policy.parameters():  # in this precision at once, never a second float32
         known[id(p)] = torch.nn.Parameter(p.detach().to(dtype, copy=True))
-    return copy.deepcopy(policy, known)
+    return copy.deepcopy(model, known)
 
 
 # ---------------------------------------------------------------------------------------- vLLM
@@ -360,12 +364,12 @@ def engine_kind(kind: str | None) -> str:
     return kind
 
 
-def make_engine(kind: str | None, policy, config=None, dtype=torch.float32, copied=False):
+def make_engine(kind: str | None, model, config=None, dtype=torch.float32, copied=False):
     """The engine of a rank, of this engine_kind. dtype: of its weights; copied: TorchEngine samples
-    from a copy (policy is going to be sharded)."""
+    from a copy (the model is going to be sharded)."""
     if engine_kind(kind) == "vllm":
-        return VLLMEngine(policy, config or RolloutConfig(), dtype)
-    return TorchEngine(policy, dtype=dtype if copied else None)
+        return VLLMEngine(model, config or RolloutConfig(), dtype)
+    return TorchEngine(model, dtype=dtype if copied else None)
 
 
 DEEPSTACK = "Qwen3DeepstackForCausalLM"  # what vLLM calls the class below
@@ -426,11 +430,12 @@ class VLLMEngine:
         start -> sync -> generate ... -> sleep -> (training) -> sync -> generate ...
 
     All ranks start, sync and sleep together; torch.distributed, if used, is there before.
-    The policy has save_config, mrope and levels (of deepstack) too."""
+    The model has save_config, mrope and levels (of deepstack) too."""
 
-    def __init__(self, policy, config: RolloutConfig = RolloutConfig(), dtype=torch.float32):
-        self.policy = policy
-        self.config, self.tp = config, config.tp
+    def __init__(self, model, config: RolloutConfig = RolloutConfig(), dtype=torch.float32):
+        self.model = model
+        self.config = config
+        self.tp = config.tp
         self.dtype = dtype
         self.llm = None
         self.cuda = torch.cuda.is_available()
@@ -438,17 +443,17 @@ class VLLMEngine:
         self.start()
 
     def start(self) -> None:
-        """Build the engine from the policy's config; sync() gives it weights."""
+        """Build the engine from the model's config; sync() gives it weights."""
         vllm = import_vllm()
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world % self.tp:
             raise RolloutError(f"--rollout.tp {self.tp} does not divide the {world} rank(s)")
-        if any(".experts." in name for name, _ in self.policy.llm.named_parameters()):
+        if any(".experts." in name for name, _ in self.model.policy.named_parameters()):
             raise RolloutError(
                 "vLLM 0.32 does not take over new weights of experts (mixture of experts): its "
                 "log-probs would be those of other weights; take --rollout torch"
             )
-        self.max_len = self.config.max_len or self.policy.llm.config.max_position_embeddings
+        self.max_len = self.config.max_len or self.model.policy.config.max_position_embeddings
         self.asleep = []  # parts of the memory that are given back
         self.fresh = False  # does it hold the weights of a policy?
         folder = self._save_config()
@@ -520,13 +525,13 @@ class VLLMEngine:
         root = Path(envs.VLLM_CACHE_ROOT, "policies")
         root.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(dir=root))
-        self.policy.save_config(new)
+        self.model.save_config(new)
         config = json.loads((new / "config.json").read_text())
         config["max_position_embeddings"] = max(self.max_len, config["max_position_embeddings"])
-        if self.policy.levels:
+        if self.model.levels:
             register_deepstack(self.config.eager or not self.cuda)
             # vLLM's name for inputs that are wider than the decoder.
-            config |= {"architectures": [DEEPSTACK], "projection_size": self.policy.media_width}
+            config |= {"architectures": [DEEPSTACK], "projection_size": self.model.media_width}
         (new / "config.json").write_text(json.dumps(config))
         digest = hashlib.sha256()
         for file in sorted(new.iterdir()):
@@ -565,14 +570,14 @@ class VLLMEngine:
         self.start()
 
     @torch.no_grad()
-    def sync(self, policy) -> None:
+    def sync(self, model) -> None:
         """All ranks together: sharded parameters are gathered one by one, and each goes into the
         engine before the next is asked for."""
         self._check_open()
-        self.policy = policy
+        self.model = model
         self.fresh = False  # until all of them are there
         self._wake("weights")  # the K/V cache only for sampling
-        weights = {"weights_iterator": policy.decoder_weights()}
+        weights = {"weights_iterator": model.decoder_weights()}
         self.llm.collective_rpc("reload_weights", kwargs=weights)
         # On CPUs vLLM multiplies with a packed copy of each weight. That of an LM head tied to the
         # embedding is not made anew by reload_weights (0.32): it would be that of old weights.
@@ -618,12 +623,12 @@ class VLLMEngine:
     def generate(self, prompts, n: int, sampling: Sampling, seeds=None) -> list[list[Response]]:
         """n answers to each prompt. seeds: one int a prompt (default 0, 1, ...). The ranks of one
         engine (tp) give the same prompts and get the same answers."""
-        seeds = check_request(self.policy, prompts, n, sampling, seeds)
+        seeds = check_request(self.model, prompts, n, sampling, seeds)
         if not prompts:
             return []
         self._check_open()
         if not self.fresh:
-            raise RolloutError("the engine has no weights, or only a part: call sync(policy)")
+            raise RolloutError("the engine has no weights, or only a part: call sync(model)")
         self._wake("weights", "kv_cache")
         for i, prompt in enumerate(prompts):
             self.check_fits(prompt, sampling, f"prompt {i}: ")
@@ -647,20 +652,20 @@ class VLLMEngine:
 
     def _response(self, output) -> Response:
         ids, logps = torch.tensor(output.token_ids), torch.tensor(output.logprobs.logprobs)
-        return response(self.policy, ids, logps, output.finish_reason == "stop")
+        return response(self.model, ids, logps, output.finish_reason == "stop")
 
     def _params(self, prompts, n: int, sampling: Sampling, seeds: list[int]) -> list:
         """vLLM's settings of each prompt."""
         from vllm import SamplingParams
 
-        ends = [self.policy.eos] if self.policy.eos >= 0 else []
+        ends = [self.model.eos] if self.model.eos >= 0 else []
         stop = [sampling.stop] if sampling.stop else []
         shared = dict(n=n, max_tokens=sampling.max_tokens, stop_token_ids=ends, ignore_eos=True)
         shared |= dict(top_p=sampling.top_p, top_k=sampling.top_k, stop=stop, detokenize=bool(stop))
         shared |= dict(skip_special_tokens=False)  # a stop text may be one, as in a Response's text
         shared |= dict(logprobs=0, flat_logprobs=True)  # those of the sampled tokens alone
         shared["temperature"] = 1.0 if sampling.temperature else 0.0  # it is in the logits already
-        shared["logit_bias"] = dict.fromkeys(self.policy.media_tokens, -torch.inf)  # DEVIATION 2
+        shared["logit_bias"] = dict.fromkeys(self.model.media_tokens, -torch.inf)  # DEVIATION 2
         found = []
         for prompt, seed in zip(prompts, seeds):
             own = {"seed": seed * n % 2**62}  # answer g has seed * n + g: no two share one
@@ -677,7 +682,7 @@ class VLLMEngine:
             )[0].cpu()
             rows.index_copy_(0, p.media_at.cpu(), p.media.cpu().to(self.dtype))
             request = {"prompt_embeds": rows}  # (P, W)
-        if self.policy.mrope:
+        if self.model.mrope:
             request["cache_salt"] = salt(p.positions.cpu())
         return request
 

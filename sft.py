@@ -137,14 +137,14 @@ def optimizers(model, config: SFTConfig, seed: int) -> list[torch.optim.Optimize
     """Freeze what is not trained; one or two optimizers (DEVIATION 2) for the rest."""
     if model.sharded and config.optimizer == "muon":
         raise ValueError("muon needs whole matrices: use optimizer adamw, or --fsdp false")
-    parts = {"all": model, "llm": model.llm, "projector": model.projector}
+    parts = {"all": model, "llm": model.policy, "projector": model.projector}
     model.requires_grad_(False)
     if config.lora_rank:
         model.add_adapters(config.lora_rank, config.lora_alpha, seed)
     else:
         parts[config.train].requires_grad_(True)
-    embedding = {id(p) for p in model.llm.get_input_embeddings().parameters()}
-    embedding |= {id(p) for p in model.llm.lm_head.parameters()}
+    embedding = {id(p) for p in model.policy.model.get_input_embeddings().parameters()}
+    embedding |= {id(p) for p in model.policy.lm_head.parameters()}
     matrices, rest = [], []
     for p in model.parameters():
         if p.requires_grad:
@@ -208,7 +208,7 @@ def train(model, rows, config: SFTConfig, seed=0, bar=iter, log=None, lost=None)
         mine = deal(model, plan[step])
         if config.train == "llm":
             soon = [group[0] for group in mine + deal(model, plan[step + 1])]
-            model.ahead(soon, model.recipe.frames, model.mesh.sp_group)
+            model.prefetch(soon, model.recipe.frames, model.mesh.sp_group)
         seen = look(model, mine, config, lost)
 
         # 2. Log-probs of the answers, their mean over all ranks, backward.

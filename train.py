@@ -150,7 +150,7 @@ def look(a: Actors, batch: list, soon: list, step: int, meter: Meter) -> list[Gr
         return [model.prompt(e, group=mesh.sp_group) for e in examples]
 
     dealt = deal(batch)
-    model.ahead([e for _, e in dealt + deal(soon)], group=mesh.sp_group)  # opened beforehand
+    model.prefetch([e for _, e in dealt + deal(soon)], group=mesh.sp_group)  # opened beforehand
     _, prompts = model.usable([e for _, e in dealt], see, a.lost)  # the others are in a.lost now
     kept = [(i, e) for i, e in dealt if not a.lost or e not in a.lost]
     meter.total("lost_rows", len(dealt) - len(kept))

@@ -3,21 +3,25 @@
 load() tells them apart by config.json and layout, never by name. A new family is a subclass of
 model.MultiModal, an entry of load(), and a tiny model in tests/zoo.py. It defines
 
-    takes mrope together levels decoder_kind     attributes, explained in MultiModal
+    takes mrope unit levels decoder_kind      attributes, explained in MultiModal
     tower, projector                          modules, empty if there are none
-    from_pretrained(folder, dtype, weights)   read the published layout, and recipe.json
+    from_pretrained(root, dtype, weights, decoder)   read the published layout, as load() says
     write(root, weights)                      write it: the decoder's tensors are given
+    published_name(name) -> name              of those, if it is another one there
+    encoder_config() -> list                  what features depend on, besides weights
 and, unless it takes no media,
-    encoder_settings() -> list                what features depend on, besides weights
-    fit(kind, F, height, width) -> size       (height, width) to which frames are resized
-    seen(size, kind) -> (h, w) or (K,)        tokens of a frame, or a group, of this size
+    image_size(kind, F, height, width)        (height, width) to which frames are resized
+    tokens_per_frame(size, kind)              (h, w) or (K,), of a frame, or a group, of this size
     see(frames, size, kind) -> features       (T, h, w, W) or (F, K, W), with scaled()
-    place(media) -> [Piece]                   its tokens in the prompt, and their positions
+    place(media) -> [Piece], rows             its tokens in the prompt with their positions, and
+                                              features (N, W) in the order of their places
 and, if it takes audio,
-    heard(samples) -> A                       tokens of a sound; an error if it is too short
+    audio_tokens(samples) -> A                of a sound; an error if it is too short
     hear(sound, group) -> features            (A, W)
-    rows(media) -> (N, W)                     if features stand in another order than they are in
+and, with positions of its own,
+    positions(pieces) -> (P,) or (3, P)       of a prompt's tokens
 
+tests/test_families.py has a small one: test_a_family_of_forty_lines.
 Check this file alone:  pytest tests/test_families.py -k checkpoint
 """
 
@@ -27,14 +31,16 @@ from families.files import folder_of, read_json
 from families.qwen import Omni, Qwen3VL, QwenVL
 from families.text import Text, text_class
 from families.vila import VILA
-from model import ModelError, MultiModal
+from model import ModelError, MultiModal, read_recipe
 
 FAMILIES = {"qwen2_5_vl": QwenVL, "qwen3_vl": Qwen3VL, "qwen2_5_omni": Omni}  # by model_type
 
 
-def load(name: str, dtype=torch.float32, weights: bool = True) -> MultiModal:
+def load(name: str, dtype=torch.float32, weights=True, decoder=True) -> MultiModal:
     """The model in a folder or on the hub, whatever its family. weights=False: without them, on the
-    device "meta", to look at shapes and prompts. ModelError if it is none, or not supported."""
+    device "meta", to look at shapes and prompts. decoder=False: those of the decoder come by
+    shard_parameters(), of which each rank reads its own part. ModelError if it is none, not
+    supported, or damaged."""
     root = folder_of(name, weights)
     if not (root / "config.json").exists():
         raise ModelError(
@@ -53,4 +59,11 @@ def load(name: str, dtype=torch.float32, weights: bool = True) -> MultiModal:
             f"llm, vision_tower, mm_projector), {', '.join(FAMILIES)}, and text decoders without "
             "remote code"
         )
-    return family.from_pretrained(root, dtype, weights)
+    try:
+        model = family.from_pretrained(root, dtype, weights, decoder)
+    except ModelError:
+        raise
+    except (OSError, ValueError) as error:  # of transformers
+        raise ModelError(f"{root}: {error}") from None
+    model.recipe = read_recipe(root) or model.recipe
+    return model

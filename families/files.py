@@ -1,4 +1,4 @@
-"""Reading a checkpoint folder in its published layout: JSON, weights, tokenizer; or the hub's copy.
+"""A checkpoint folder in its published layout: JSON, weights, tokenizer; or the hub's copy of one.
 
 Only safetensors are read, never a pickle, and no remote code runs. A tensor that is missing or left
 over is an error: it would be random, or a part of another model.
@@ -10,7 +10,9 @@ import json
 import re
 from pathlib import Path
 
-import torch
+from accelerate import init_empty_weights
+from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
 from transformers import PreTrainedTokenizerFast
 
 from model import ModelError
@@ -46,25 +48,48 @@ def read_json(root: Path, name: str) -> dict:
         raise ModelError(f"{root / name}: {error}") from None
 
 
-def load_part(kind, folder: Path, dtype, weights: bool = True, skip: str = ""):
+def load_part(kind, folder: Path, dtype, weights: bool = True, skip: str = "$"):
     """A transformers model of class `kind` from its folder; ModelError as check_tensors'. skip: a
-    pattern of tensors that are not needed. weights=False: shapes alone, on the device "meta"."""
-    try:
-        if not weights:
-            with torch.device("meta"):
-                return kind(kind.config_class.from_pretrained(folder))
-        part, info = kind.from_pretrained(
-            folder,
-            dtype=dtype,
-            output_loading_info=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: {error}") from None
-    extra = [name for name in info["unexpected_keys"] if not (skip and re.match(skip, name))]
+    pattern of tensors that are not needed. weights=False: parameters on the device "meta"."""
+    if not weights:
+        with init_empty_weights():  # buffers, such as RoPE's frequencies, have their values
+            part = kind._from_config(kind.config_class.from_pretrained(folder), dtype=dtype)
+        part.tie_weights()
+        return part
+    part, info = kind.from_pretrained(
+        folder,
+        dtype=dtype,
+        output_loading_info=True,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+    )
+    extra = [name for name in info["unexpected_keys"] if not re.match(skip, name)]
     check_tensors(folder, [*info["missing_keys"], *map(str, info["mismatched_keys"])], extra)
     return part
+
+
+def check_headers(folder: Path, wanted: dict, skip: str = "$") -> None:
+    """Do the safetensors files of a folder hold just these tensors, {name: a tensor of its shape}?
+    ModelError as check_tensors'. Nothing but their headers is read."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                if name in found:
+                    raise ModelError(f"{file}: {name} is in another file of the folder too")
+                found[name] = tuple(tensors.get_slice(name).get_shape())
+    bad = [name for name, tensor in wanted.items() if found.get(name) != tuple(tensor.shape)]
+    extra = [name for name in found if name not in wanted and not re.match(skip, name)]
+    check_tensors(folder, bad, extra)
+
+
+def write_part(folder: Path, weights: dict, config, generation_config, tokenizer) -> None:
+    """Weights {name: tensor}, config and tokenizer of a model of transformers."""
+    folder.mkdir(exist_ok=True)
+    save_torch_state_dict(weights, folder)
+    config.save_pretrained(folder)
+    generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def check_tensors(where: Path, bad: list[str], extra: list[str]) -> None:

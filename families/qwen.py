@@ -36,29 +36,8 @@ import transformers
 from torch import Tensor, nn
 
 import mrsp
-from families.files import folder_of, load_part, load_tokenizer, read_json
-from model import Media, ModelError, MultiModal, Piece, read_recipe
-
-
-def smart_resize(
-    height: int, width: int, factor: int, least: int, most: int, frames: int = 1, counted: int = 1
-) -> tuple[int, int]:
-    """The nearest multiples of factor with least..most pixels in all (the family's rule). frames,
-    counted: of a video whose frames share the limits (Qwen3-VL), as they are and rounded.
-
-    >>> smart_resize(360, 640, 28, 3136, 12845056), smart_resize(10, 10, 28, 3136, 12845056)
-    ((364, 644), (56, 56))
-    """
-    if max(height, width) > 200 * min(height, width):
-        raise ModelError(f"{height} x {width} pixels: one side is more than 200 times the other")
-    h, w = (round(side / factor) * factor for side in (height, width))
-    if counted * h * w > most:
-        shrink = math.sqrt(frames * height * width / most)
-        h, w = (max(factor, int(side / shrink / factor) * factor) for side in (height, width))
-    elif counted * h * w < least:
-        grow = math.sqrt(least / (frames * height * width))
-        h, w = (math.ceil(side * grow / factor) * factor for side in (height, width))
-    return h, w
+from families.files import check_headers, load_part, load_tokenizer, read_json, write_part
+from model import Media, ModelError, MultiModal, Piece, read_parameters
 
 
 def mrope_positions(pieces: list[Piece]) -> Tensor:
@@ -86,25 +65,6 @@ def grid(times, h: int, w: int) -> Tensor:
     """Positions (3, T h w) of T groups of frames at these times (in positions), in order."""
     cells = torch.cartesian_prod(torch.arange(len(times)), torch.arange(h), torch.arange(w)).T
     return torch.stack([torch.as_tensor(times)[cells[0]], *cells[1:]])
-
-
-class Decoder(nn.Module):
-    """Text model and LM head of a larger model, as one with the names of a Qwen2ForCausalLM."""
-
-    def __init__(self, model, lm_head):
-        super().__init__()
-        self.model = model
-        self.lm_head = lm_head
-        self.config = model.config
-
-    def get_input_embeddings(self):
-        return self.model.embed_tokens
-
-    def set_attn_implementation(self, name: str) -> None:
-        self.model.set_attn_implementation(name)
-
-    def gradient_checkpointing_enable(self, settings: dict) -> None:
-        self.model.gradient_checkpointing_enable(settings)
 
 
 def window_attention(
@@ -135,11 +95,11 @@ class QwenVL(MultiModal):
 
     takes = ("video", "image")
     mrope = True
-    together = 2
+    unit = 2
     kind = transformers.Qwen2_5_VLForConditionalGeneration
     decoder_kind = "Qwen2ForCausalLM", "qwen2"
     published = ("model.", "", "")  # prefixes of the decoder's, the towers' and the head's tensors
-    skip = ""  # a pattern: tensors of the checkpoint that are not needed
+    skip = "$"  # a pattern: tensors of the checkpoint that are not needed
     pads = {"video": "<|video_pad|>", "image": "<|image_pad|>"}
     marks = {"video": ("<|vision_start|>", "<|vision_end|>")}  # around features; images too
     towers = ("visual",)
@@ -148,18 +108,12 @@ class QwenVL(MultiModal):
 
     def __init__(self, whole, tokenizer, preprocess: dict, video: dict | None = None):
         """whole: transformers' model; preprocess, video: how images and videos are preprocessed."""
-        text = whole.get_decoder()
-        towers = {path.split(".")[-1]: part for path, part in whole.named_modules()}
-        super().__init__(
-            Decoder(text, whole.lm_head),
-            nn.ModuleDict({name: towers[name] for name in self.towers}),
-            tokenizer,
-            preprocess,
-            tuple(self.pads.values()),
-            [token for pair in self.marks.values() for token in pair],
-        )
+        parts = {path.split(".")[-1]: part for path, part in whole.named_modules()}
+        towers = nn.ModuleDict({name: parts[name] for name in self.towers})
+        controls = [token for pair in self.marks.values() for token in pair]
+        super().__init__(whole, towers, tokenizer, preprocess, tuple(self.pads.values()), controls)
         # Often at the root alone.
-        text.config.tie_word_embeddings = whole.config.tie_word_embeddings
+        self.policy.config.tie_word_embeddings = whole.config.tie_word_embeddings
         self.config = copy.deepcopy(whole.config)  # as published
         for part in self.tower.values():  # (its own method would look for a package of this name)
             part.config._attn_implementation = WINDOWS
@@ -187,32 +141,34 @@ class QwenVL(MultiModal):
         return self.visual.merger
 
     @classmethod
-    def from_pretrained(cls, folder: str, dtype=torch.float32, weights: bool = True) -> "QwenVL":
-        """Load a folder as published; ModelError if it is none or tensors are missing."""
-        root = folder_of(folder, weights)
+    def from_pretrained(cls, root: Path, dtype, weights: bool = True, decoder=True) -> "QwenVL":
+        """Load a folder as published; see load()."""
         preprocess = read_json(root, "preprocessor_config.json")
         video = None
         if (root / "video_preprocessor_config.json").exists():
             video = read_json(root, "video_preprocessor_config.json")
         tokenizer = load_tokenizer(root)
-        whole = load_part(cls.kind, root, dtype, weights, cls.skip)
+        whole = load_part(cls.kind, root, dtype, weights and decoder, cls.skip)
         model = cls(whole, tokenizer, preprocess, video)
-        model.recipe = read_recipe(root) or model.recipe
+        if weights and not decoder:
+            model.folder = root
+            parts = model.policy.named_parameters(), model.tower.named_parameters()
+            wanted = {model.published_name(name): p for part in parts for name, p in part}
+            check_headers(root, wanted, cls.skip)
+            read_parameters(model.tower, root, model.published_name)
         return model
 
-    def write(self, root: Path, weights: dict) -> None:
-        from huggingface_hub import save_torch_state_dict
-
+    def published_name(self, name: str) -> str:
+        """Of the policy's tensors, and of the towers'."""
         body, towers, head = self.published
-        state = {}
-        for name, value in weights.items():
-            inner = name.removeprefix("model.")
-            state[head + name if inner == name else body + inner] = value
-        for name, value in self.tower.state_dict().items():
-            state[towers + name] = value.cpu()
-        save_torch_state_dict(state, root)
-        self.outer_config().save_pretrained(root)
-        self.tokenizer.save_pretrained(root)
+        if name.startswith("model."):
+            return body + name.removeprefix("model.")
+        return (head if name.startswith("lm_head.") else towers) + name
+
+    def write(self, root: Path, weights: dict) -> None:
+        weights = weights | {name: x.cpu() for name, x in self.tower.state_dict().items()}
+        named = {self.published_name(name): x for name, x in weights.items()}
+        write_part(root, named, self.outer_config(), self.generation_config, self.tokenizer)
         (root / "preprocessor_config.json").write_text(json.dumps(self.preprocess, indent=2))
         if self.video is not self.preprocess:
             (root / "video_preprocessor_config.json").write_text(json.dumps(self.video, indent=2))
@@ -221,7 +177,7 @@ class QwenVL(MultiModal):
         self.config.architectures = [self.kind.__name__]
         return self.config
 
-    def encoder_settings(self) -> list:
+    def encoder_config(self) -> list:
         named = ("hidden_act", "num_heads", "patch_size", "window_size", "fullatt_block_indexes")
         named += ("deepstack_visual_indexes", "n_window", "encoder_attention_heads")
         towers = [{n: getattr(t.config, n, None) for n in named} for t in self.tower.values()]
@@ -236,13 +192,16 @@ class QwenVL(MultiModal):
         least = p.get("min_pixels") or size.get("shortest_edge", 56 * 56)
         return least, p.get("max_pixels") or size.get("longest_edge", 28 * 28 * 1280)
 
-    def fit(self, kind: str, frames: int, height: int, width: int) -> tuple[int, int]:
+    def image_size(self, kind: str, frames: int, height: int, width: int) -> tuple[int, int]:
+        """The nearest multiples of a token's sides, within the limits."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
         least, most = self.limits(kind)
         most = self.recipe.max_pixels or most
         factor = 2 * self.visual.config.patch_size
         return smart_resize(height, width, factor, min(least, most), most)
 
-    def seen(self, size, kind: str) -> tuple[int, int]:
+    def tokens_per_frame(self, size, kind: str) -> tuple[int, int]:
         """Tokens (h, w) of a group of frames of this size."""
         return tuple(side // (2 * self.visual.config.patch_size) for side in size)
 
@@ -250,7 +209,7 @@ class QwenVL(MultiModal):
         """(F, H, W, 3) uint8 -> patches (T h w, 3 * 2 * p * p) and (T, h, w), here in patches. The
         four patches that the merger joins follow each other."""
         side = self.visual.config.patch_size
-        height, width = size or self.fit("video", *frames.shape[:3])
+        height, width = size or self.image_size("video", *frames.shape[:3])
         x = self.scaled(frames, (height, width))
         if len(x) % 2:  # the last group lacks a frame: repeat it
             x = torch.cat([x, x[-1:]])
@@ -281,10 +240,10 @@ class QwenVL(MultiModal):
     def mark(self, kind: str) -> list[Piece]:
         return [Piece([self.ids[token]]) for token in self.marks[kind]]
 
-    def place(self, m: Media) -> list[Piece]:
+    def place(self, m: Media) -> tuple[list[Piece], Tensor]:
         start, end = self.mark("video")
         ids, cells = self.places(m)
-        return [start, Piece(ids, True, cells), end]
+        return [start, Piece(ids, True, cells), end], m.features.flatten(0, -2)
 
 
 class Qwen3VL(QwenVL):
@@ -303,21 +262,19 @@ class Qwen3VL(QwenVL):
     def projector(self):
         return nn.ModuleList([self.visual.merger, self.visual.deepstack_merger_list])
 
-    def fit(self, kind: str, frames: int, height: int, width: int) -> tuple[int, int]:
+    def image_size(self, kind: str, frames: int, height: int, width: int) -> tuple[int, int]:
         """The limits of a video are those of all its frames together."""
+        from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
+
         if kind != "video":
-            return super().fit(kind, frames, height, width)
+            return super().image_size(kind, frames, height, width)
         least, most = self.limits("video")
         if self.recipe.max_pixels:
             most = self.recipe.max_pixels * frames
         factor = 2 * self.visual.config.patch_size
-        if min(height, width) < factor:
-            grow = factor / min(height, width)
-            height, width = int(height * grow), int(width * grow)
-        counted = max(2, round(frames / 2) * 2)
-        return smart_resize(height, width, factor, min(least, most), most, frames, counted)
+        return smart_resize(max(frames, 2), height, width, 2, factor, min(least, most), most)
 
-    def place(self, m: Media) -> list[Piece]:
+    def place(self, m: Media) -> tuple[list[Piece], Tensor]:
         """For each group "<1.5 seconds>", the mean time of its frames, and its features in marks
         (DEVIATION 3)."""
         if m.kind != "video":
@@ -332,7 +289,7 @@ class Qwen3VL(QwenVL):
             places = [self.ids[self.pads["video"]]] * cells.shape[1]
             said = Piece(self.tokenize(f"<{seconds:.1f} seconds>"))
             pieces += [said, start, Piece(places, True, cells), end]
-        return pieces
+        return pieces, m.features.flatten(0, -2)
 
 
 class Omni(QwenVL):
@@ -369,7 +326,7 @@ class Omni(QwenVL):
         out = ear(wide, sampling_rate=16000, padding=True, truncation=False, return_tensors="pt")
         return out.input_features[0].T[: math.ceil(len(sound) / ear.hop_length)]
 
-    def heard(self, samples: int) -> int:
+    def audio_tokens(self, samples: int) -> int:
         """Audio tokens of so many samples: 25 a second."""
         if samples < 2 * 160 + 1:
             raise ModelError(f"a sound of {samples} samples at 16 kHz is too short to be heard")
@@ -380,7 +337,7 @@ class Omni(QwenVL):
         """(S,) -> (A, D). The tower's attention stays in units of 2 s, which the ranks of a group
         share, and which go through it 64 at a time."""
         tower = self.tower["audio_tower"]
-        tokens = self.heard(len(sound))
+        tokens = self.audio_tokens(len(sound))
         unit = 2 * tower.n_window  # frames of the spectrogram, four a token
 
         def encode(mel: Tensor) -> Tensor:  # (t, 128) -> (ceil(t / unit), unit / 4, D)
@@ -394,32 +351,25 @@ class Omni(QwenVL):
 
         return mrsp.encode_parallel(encode, self.mel(sound), group, unit).flatten(0, 1)[:tokens]
 
-    def side_by_side(self, m: Media) -> tuple[list[int], Tensor, Tensor]:
-        """A video and its audio track: ids, positions and order of their tokens, 2 s of video and
-        2 s of audio in turn (DEVIATION 4)."""
-        seen, cells = self.places(m)
-        heard = [self.ids[self.pads["audio"]]] * len(m.track)
-        sound = torch.arange(len(m.track)).expand(3, -1)
-        chunk = self.config.seconds_per_chunk * self.positions_per_second
-        turn = torch.cat([cells[0] // chunk * 2, sound[0] // chunk * 2 + 1])
-        order = turn.argsort(stable=True)
-        ids = torch.tensor(seen + heard)[order].tolist()
-        return ids, torch.cat([cells, sound], 1)[:, order], order
-
-    def rows(self, m: Media) -> Tensor:
-        if m.track is None:
-            return super().rows(m)
-        rows = torch.cat([m.features.flatten(0, -2), m.track])
-        return rows[self.side_by_side(m)[2].to(rows.device)]
-
-    def place(self, m: Media) -> list[Piece]:
+    def place(self, m: Media) -> tuple[list[Piece], Tensor]:
         first, last = self.mark("audio")
+        token = self.ids[self.pads["audio"]]
         if m.kind == "audio":
-            return [first, Piece([self.ids[self.pads["audio"]]] * len(m.features), True), last]
+            return [first, Piece([token] * len(m.features), True), last], m.features
         if m.track is None:
             return super().place(m)
-        ids, cells, _ = self.side_by_side(m)
+        # 2 s of video and 2 s of its sound in turn (DEVIATION 4): video has the even turns.
+        seen, seen_at = self.places(m)
+        heard_at = torch.arange(len(m.track)).expand(3, -1)
+        chunk = self.config.seconds_per_chunk * self.positions_per_second
+        turn = torch.cat([seen_at[0] // chunk * 2, heard_at[0] // chunk * 2 + 1])
+        order = turn.argsort(stable=True)
+        ids = torch.tensor(seen + [token] * len(m.track))[order]
+        cells = torch.cat([seen_at, heard_at], 1)[:, order]
+        rows = torch.cat([m.features.flatten(0, -2), m.track])
+        rows = rows[order.to(rows.device)]
         start, end = self.mark("video")
         one = torch.zeros(3, 2, dtype=torch.long)  # the marks of both share a position
         before = Piece(start.ids + first.ids, cells=one)
-        return [before, Piece(ids, True, cells), Piece(last.ids + end.ids, cells=one)]
+        behind = Piece(last.ids + end.ids, cells=one)
+        return [before, Piece(ids.tolist(), True, cells), behind], rows

@@ -16,8 +16,8 @@ import transformers
 from torch import nn
 
 import mrsp
-from families.files import folder_of, load_part, load_tokenizer
-from model import ModelError, MultiModal, Prompt, read_recipe
+from families.files import load_part, load_tokenizer, write_part
+from model import ModelError, MultiModal, Prompt
 
 
 def text_class(root: Path):
@@ -49,44 +49,43 @@ class Text(MultiModal):
                 )
         super().__init__(llm, nn.Module(), tokenizer, {})
         self.projector = nn.Module()
+        self.decoder_kind = type(llm).__name__, llm.config.model_type
 
     @classmethod
-    def from_pretrained(cls, folder: str, dtype=torch.float32, weights: bool = True) -> "Text":
-        root = folder_of(folder, weights)
+    def from_pretrained(cls, root: Path, dtype, weights: bool = True, decoder=True) -> "Text":
+        """decoder=False is not heeded: packing is tried with all weights, on every rank."""
         llm = load_part(text_class(root), root, dtype, weights)
         model = cls(llm, load_tokenizer(root))
-        model.recipe = read_recipe(root) or model.recipe
         if weights:
-            model.try_packing()
+            model.try_packing(llm)
         return model
 
     @torch.no_grad()
-    def try_packing(self) -> None:
-        """ModelError unless the log-probs of two answers behind one prompt are those of the model's
-        own forward on two sequences. They are not, for instance, where logits are scaled or capped,
-        or positions are no rotary ones."""
+    def try_packing(self, llm) -> None:
+        """ModelError unless the log-probs of two answers behind one prompt are those of llm's own
+        forward on two sequences. They are not, for instance, where logits are scaled or capped, or
+        positions are no rotary ones."""
         g = torch.Generator().manual_seed(0)
-        ids = torch.randint(self.llm.config.vocab_size, (24,), generator=g)
-        ids = ids.to(self.llm.get_input_embeddings().weight.device)
-        first, *answers = ids.split(8)
-        prompt = Prompt(first, torch.arange(8, device=ids.device), None, ids[:0], "", 8)
+        first, *answers = torch.randint(llm.config.vocab_size, (24,), generator=g).split(8)
+        prompt = Prompt(first, torch.arange(8), None, first[:0], "", 8)
         self.eval()
         ours = self(mrsp.pack([prompt], [answers]))[0]
-        self.llm.set_attn_implementation("sdpa")
+        llm.set_attn_implementation("sdpa")
         both = torch.stack([torch.cat([first, a]) for a in answers])  # (2, 16)
-        theirs = self.llm(input_ids=both).logits[:, 7:-1].float().log_softmax(-1)
+        theirs = llm(input_ids=both).logits[:, 7:-1].float().log_softmax(-1)
         theirs = theirs.gather(-1, both[:, 8:, None]).flatten()
-        self.llm.set_attn_implementation("mrsp")
+        llm.set_attn_implementation("mrsp")
         gap = (ours - theirs).abs().mean().item()
-        if not gap < (1e-3 if self.llm.dtype == torch.float32 else 0.1):
+        if not gap < (1e-3 if llm.dtype == torch.float32 else 0.1):
             raise ModelError(
-                f"{type(self.llm).__name__}: log-probs behind a shared prompt differ by {gap:.2g} "
-                "from those of the model's own forward: this family cannot be trained here"
+                f"{type(llm).__name__}: log-probs behind a shared prompt differ by {gap:.2g} from "
+                "those of the model's own forward: this family cannot be trained here"
             )
 
     def write(self, root: Path, weights: dict) -> None:
-        self.llm.save_pretrained(root, state_dict=weights)
-        self.tokenizer.save_pretrained(root)
+        config = self.policy.config
+        config.architectures = [self.decoder_kind[0]]
+        write_part(root, weights, config, self.generation_config, self.tokenizer)
 
-    def encoder_settings(self) -> list:
+    def encoder_config(self) -> list:
         return []

@@ -30,8 +30,15 @@ from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
 import mrsp
-from families.files import check_tensors, folder_of, load_part, load_tokenizer, read_json
-from model import Media, ModelError, MultiModal, Piece, Recipe, read_recipe
+from families.files import (
+    check_headers,
+    check_tensors,
+    load_part,
+    load_tokenizer,
+    read_json,
+    write_part,
+)
+from model import Media, ModelError, MultiModal, Piece, Recipe
 
 
 class BlockDownsample(nn.Module):
@@ -94,6 +101,7 @@ class VILA(MultiModal):
     """SigLIP, a projector that joins n x n patches, Qwen2."""
 
     takes = ("video", "image")
+    decoder_kind = "Qwen2ForCausalLM", "qwen2"
 
     def __init__(self, config: dict, llm, tower, projector, tokenizer, preprocess: dict):
         """config: config.json of the folder."""
@@ -109,7 +117,7 @@ class VILA(MultiModal):
                 raise ModelError(f"config.json: {name} is {config[name]!r}; only {only!r} is known")
         self.layer = config.get("mm_vision_select_layer", -2)
         self.encoders = {kind: self.read_encoder(kind) for kind in ("image", "video")}
-        self.together = self.encoders["video"][0]
+        self.unit = self.encoders["video"][0]
 
     def read_encoder(self, kind: str) -> tuple:
         """(t, h, w, before, behind) of config.json: so many frames, rows and columns of tokens are
@@ -138,13 +146,12 @@ class VILA(MultiModal):
         return cls(config, llm, tower, projector, tokenizer, preprocess)
 
     @classmethod
-    def from_pretrained(cls, folder: str, dtype=torch.float32, weights: bool = True) -> "VILA":
-        """Load a folder in VILA's layout; ModelError if it is none or tensors are missing."""
-        root = folder_of(folder, weights)
+    def from_pretrained(cls, root: Path, dtype, weights: bool = True, decoder=True) -> "VILA":
+        """Load a folder in VILA's layout; see load()."""
         config = read_json(root, "config.json")
         config["mm_projector_cfg"] = read_json(root, "mm_projector/config.json")
         preprocess = read_json(root, "vision_tower/preprocessor_config.json")
-        llm = load_part(Qwen2ForCausalLM, root / "llm", dtype, weights)
+        llm = load_part(Qwen2ForCausalLM, root / "llm", dtype, weights and decoder)
         tower = load_part(transformers.SiglipVisionModel, root / "vision_tower", dtype, weights)
         kind = config["mm_projector_cfg"].get("mm_projector_type")
         with torch.device("cpu" if weights else "meta"):
@@ -156,18 +163,21 @@ class VILA(MultiModal):
         if "<vila/video>" not in tokenizer.get_vocab():
             tokenizer.add_tokens(["<image>", "<vila/video>"], special_tokens=True)
         if max(tokenizer.get_vocab().values()) >= llm.config.vocab_size:
-            raise ModelError(f"{folder}: the embedding has no room for VILA's media tokens")
+            raise ModelError(f"{root}: the embedding has no room for VILA's media tokens")
         model = cls(config, llm, tower, projector.to(dtype), tokenizer, preprocess)
-        frames = config.get("num_video_frames") or Recipe.num_frames
-        model.recipe = read_recipe(root) or Recipe(num_frames=frames)
+        model.recipe = Recipe(num_frames=config.get("num_video_frames") or Recipe.num_frames)
+        if weights and not decoder:
+            model.folder = root / "llm"
+            check_headers(model.folder, dict(model.policy.named_parameters()))
         return model
 
     def write(self, root: Path, weights: dict) -> None:
         """llm/ alone is a Qwen2 checkpoint that vLLM can serve."""
         (root / "mm_projector").mkdir(exist_ok=True)
         (root / "config.json").write_text(json.dumps(self.config, indent=2))
-        self.llm.save_pretrained(root / "llm", state_dict=weights)
-        self.tokenizer.save_pretrained(root / "llm")
+        llm = self.policy.config
+        llm.architectures = [self.decoder_kind[0]]
+        write_part(root / "llm", weights, llm, self.generation_config, self.tokenizer)
         tower = {f"vision_model.{name}": value for name, value in self.tower.state_dict().items()}
         self.tower.save_pretrained(root / "vision_tower", state_dict=tower)  # as published
         (root / "vision_tower/preprocessor_config.json").write_text(json.dumps(self.preprocess))
@@ -176,16 +186,16 @@ class VILA(MultiModal):
         tensors = {k: v.contiguous() for k, v in self.projector.state_dict().items()}
         save_file(tensors, root / "mm_projector/model.safetensors")
 
-    def encoder_settings(self) -> list:
+    def encoder_config(self) -> list:
         named = ("hidden_act", "num_attention_heads", "layer_norm_eps", "image_size")
         tower = {name: getattr(self.tower.config, name) for name in named}
         return [self.config, self.preprocess, tower]
 
-    def fit(self, kind: str, frames: int, height: int, width: int) -> tuple[int, int]:
+    def image_size(self, kind: str, frames: int, height: int, width: int) -> tuple[int, int]:
         side = self.tower.config.image_size  # DEVIATION 2
         return side, side
 
-    def seen(self, size, kind: str) -> tuple[int]:
+    def tokens_per_frame(self, size, kind: str) -> tuple[int]:
         """Tokens of a (pooled) frame of this size."""
         patches = size[0] // self.tower.config.patch_size
         side = math.ceil(patches / self.projector.layers[0].n)
@@ -217,7 +227,7 @@ class VILA(MultiModal):
         of frames: many small images a pass."""
         if max(self.encoders["video"][:3]) > 1 or not any(e.media for e in examples):
             return super().features_trainable(examples, num_frames)
-        size = self.fit("video", 0, 0, 0)  # that of all frames and images
+        size = self.image_size("video", 0, 0, 0)  # that of all frames and images
         pixels = []  # of each medium, (F, 3, S, S): whole, on every rank
         times = []
         for e in examples:
@@ -232,10 +242,10 @@ class VILA(MultiModal):
         found = iter(zip(joined.split([len(frames) for frames in pixels]), times))
         return [[Media(m.kind, *next(found)) for m in e.media] for e in examples]
 
-    def place(self, m: Media) -> list[Piece]:
+    def place(self, m: Media) -> tuple[list[Piece], Tensor]:
         """Each frame's features with the tokens before and behind."""
         *_, before, behind = self.encoders[m.kind]
         own = m.kind == "image" and "<image>" in self.ids
         token = self.ids["<image>" if own else "<vila/video>"]
         frame = [Piece(before), Piece([token] * m.features.shape[1], True), Piece(behind)]
-        return frame * len(m.features)
+        return frame * len(m.features), m.features.flatten(0, 1)

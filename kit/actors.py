@@ -1,9 +1,9 @@
 """Actors: the models of a run, in the order in which they have to be made.
 
-    load            the whole decoder, on every rank
+    load            whole on every rank; of what is going to be sharded, no weights of the decoder
     copies          the PyTorch sampler and the reference, while it is whole (LoRA needs no copy:
                     the reference is the policy with its adapters switched off)
-    shard           FSDP2: policy and reference
+    shard           FSDP2: policy and reference, of which each rank reads its own part
     vLLM            last: it takes of a GPU what sharding leaves
 
     policy --sync--> sampler          the policy as it is now, after every step
@@ -21,7 +21,7 @@ import grpo
 from kit.method import Method
 from kit.run import Run
 from model import MultiModal
-from rollout import Sampling, TorchEngine, make_engine
+from rollout import Sampling, copy_policy, make_engine
 
 
 @dataclass
@@ -56,14 +56,14 @@ class Actors:
 def make_actors(run: Run, method: Method, kind: str) -> Actors:
     """Policy, reference and sampler (of this kind, see rollout.engine_kind); all ranks."""
     s, dtype = run.settings, getattr(torch, run.settings.ranks.dtype)
-    model = run.load_policy(s.run.model)
+    model = run.load_policy(s.run.model, whole=not s.ranks.fsdp)
     if dtype != torch.float32 and (s.sft.train == "llm" or not s.run.sft_data):
         model.cast_encoder(dtype)  # it is not trained
     engine, reference = None, None
     if kind == "torch":
         engine = make_engine(kind, model, dtype=dtype, copied=s.ranks.fsdp)
     if s.grpo.kl_coef and not s.grpo.lora_rank:
-        reference = TorchEngine(model, dtype=dtype).policy  # a copy of the decoder
+        reference = copy_policy(model, dtype)
     if s.ranks.fsdp:
         model.shard_parameters(dtype)
         if reference is not None:
@@ -80,11 +80,11 @@ def begin_grpo(a: Actors) -> None:
     adapters to it: tower and projector are frozen in RL, as for VILA in the paper."""
     a.engine.sync(a.model)
     a.model.requires_grad_(False)
-    a.model.llm.requires_grad_(True)
+    a.model.policy.requires_grad_(True)
     if a.reference is not None:
         a.reference.requires_grad_(False)
         with torch.no_grad():
-            for own, new in zip(a.reference.llm.parameters(), a.model.llm.parameters()):
+            for own, new in zip(a.reference.policy.parameters(), a.model.policy.parameters()):
                 own.copy_(new)  # sharded alike: each rank copies its own share
     if a.config.lora_rank:
         a.model.add_adapters(a.config.lora_rank, a.config.lora_alpha, a.seed)

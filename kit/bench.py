@@ -65,7 +65,15 @@ from kit.ranks import find_ranks, reported
 from kit.run import Meter
 from kit.toy import write_mp4
 from model import Media, Policy, Prompt
-from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, VLLMEngine, sample
+from rollout import (
+    RolloutConfig,
+    RolloutError,
+    Sampling,
+    TorchEngine,
+    VLLMEngine,
+    copy_policy,
+    sample,
+)
 
 QUESTION = Example("", "user", (), "", "", (), "video", "")
 WORDS = 512  # in the vocabulary of the small models
@@ -201,7 +209,7 @@ def small_vila(hidden: int, layers: int) -> VILA:
         preprocess={"image_mean": [0.5] * 3, "image_std": [0.5] * 3},
     )
     model.eos = -1  # no token has this id
-    model.requires_grad_(False).llm.requires_grad_(True)  # RL trains the decoder
+    model.requires_grad_(False).policy.requires_grad_(True)  # RL trains the decoder
     return model
 
 
@@ -243,8 +251,8 @@ class Trainer:
         self.model = small_vila(options.hidden, options.layers)
         self.engine = TorchEngine(self.model)
         # The reference is a frozen copy of the decoder.
-        self.reference = TorchEngine(self.model, dtype=torch.float32).policy if kl else None
-        self.optimizer = torch.optim.AdamW(self.model.llm.parameters(), lr=0.0, weight_decay=0.0)
+        self.reference = copy_policy(self.model, torch.float32) if kl else None
+        self.optimizer = torch.optim.AdamW(self.model.policy.parameters(), lr=0.0, weight_decay=0.0)
         # Without and with sequence parallelism.
         self.meshes = [mrsp.make_mesh(sp, "auto", 4, 2) for sp in (1, world)]
         self.is_first = self.meshes[0].rank == 0
@@ -348,7 +356,7 @@ class Mrsp(Small):
             out.mkdir(parents=True, exist_ok=True)
             (out / "mrsp.json").write_text(json.dumps(rows, indent=2) + "\n")
             plot_mrsp(rows, out / "mrsp.png")
-            for name, part in (("decoder", trainer.model.llm), ("tower", trainer.model.tower)):
+            for name, part in (("decoder", trainer.model.policy), ("tower", trainer.model.tower)):
                 print(f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters")
             ours = [row for row in rows if row["bar"] == "ours"]
             for row in (asdict(self), *ours):
@@ -493,7 +501,7 @@ class Decode(Options):
         model.cache = mrsp.EmbeddingCache()
         rows = [replace(QUESTION, media=(video,)) for video in videos]
         if ahead:
-            model.ahead(rows, self.frames)
+            model.prefetch(rows, self.frames)
         for row in rows:
             model.features(row, self.frames)
 
@@ -607,13 +615,13 @@ def decoder(shape: dict, dtype=torch.float32, device="cpu") -> Policy:
     with torch.device(device):
         llm = Qwen2ForCausalLM._from_config(config, dtype=dtype, attn_implementation="mrsp")
     llm.gradient_checkpointing_enable({"use_reentrant": False})
-    return Policy(llm).train()
+    return Policy(llm.model, llm.lm_head).train()
 
 
-def tile_mlps(llm, tile: int) -> None:
+def tile_mlps(policy, tile: int) -> None:
     """Run MLPs of long sequences tile by tile, each checkpointed by itself: in a 7B their
     activations are 220 KiB a token. It costs a third run of the MLP, so: above 10 tiles only."""
-    for layer in llm.model.layers:
+    for layer in policy.model.layers:
         layer.mlp.forward = partial(tiled, layer.mlp.forward, tile)
 
 
@@ -632,7 +640,7 @@ def gpu_rows(shape, prompts, group, tokens, device, dtype, side=8192, tile=16384
     product = partial(timed, torch.matmul, square, square)
     rate = 2 * side**3 / measure({"": product}, 10)[""]["seconds"]
     policy = decoder(shape, dtype, device)
-    tile_mlps(policy.llm, tile)
+    tile_mlps(policy, tile)
     d, _, v, q, _ = widths(shape)
     layers = shape["num_hidden_layers"]
     answer = torch.ones(tokens, dtype=torch.long)

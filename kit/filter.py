@@ -86,7 +86,7 @@ def sample_rates(job: Job, folder: Folder) -> dict[str, dict]:
     def work(ids: list[str]) -> list[dict]:
         rows = [job.examples[places[i]] for i in ids]
         seeds = [config.seed * 10**6 + places[i] for i in ids]
-        model.ahead(rows, frames)
+        model.prefetch(rows, frames)
         found = ask(
             model, engine, rows, frames, sampling, config.answers, seeds, rewrite=job.rewrite
         )

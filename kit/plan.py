@@ -235,7 +235,7 @@ def make_plan(s: Settings, world: int, sampler: str, dry: bool = False) -> Plan:
         model = load(checkpoint(s, found) if dry else s.run.model, weights=False)
         model.recipe = s.recipe
         model.loader = Loader(min(s.media.decode_ahead, 1), s.media.decode_seconds)
-        found.lines.append(describe_ranks(s, model.llm.config, world, sampler))
+        found.lines.append(describe_ranks(s, model.policy.config, world, sampler))
         check_memory(s, model, world, sampler, found)
         for e in rows:
             model.check_question(e)
@@ -309,14 +309,16 @@ def describe_ranks(s: Settings, config, world: int, sampler: str) -> str:
 def check_memory(s: Settings, model, world: int, sampler: str, found: Plan) -> None:
     """memory() of a GRPO step on a 640 x 360 video of 2 seconds a frame (with its sound, where that
     is heard; or 1,000 words of text), and whether this machine has it."""
-    config, recipe = model.llm.config, s.recipe
+    config, recipe = model.policy.config, s.recipe
     question, media = data.stand_in(""), []
     frames = recipe.max_frames if recipe.fps else recipe.num_frames
     if "video" in model.takes:
         question = replace(question, problem="why " * 100)
         media = [model.blank("video", frames, 360, 640, 2.0 * np.arange(frames))]
         if "audio" in model.takes:
-            sound = torch.empty(model.heard(2 * frames * 16000), model.media_width, device="meta")
+            sound = torch.empty(
+                model.audio_tokens(2 * frames * 16000), model.media_width, device="meta"
+            )
             media = [media[0]._replace(track=sound)]
     else:
         question = replace(question, problem="why " * 1000)

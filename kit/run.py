@@ -210,14 +210,16 @@ class Run:
             self.say(f"left out: {message}")
         return rows
 
-    def load_policy(self, folder: str | Path) -> MultiModal:
-        """The model of a checkpoint on this rank's device, as the settings say. All ranks."""
+    def load_policy(self, folder: str | Path, whole: bool = True) -> MultiModal:
+        """The model of a checkpoint on this rank's device, as the settings say. All ranks. whole:
+        with its decoder, which else is read when it is sharded."""
         s = self.settings
-        model = load(folder).to(self.ranks.device)
+        model = load(folder, decoder=whole)
+        model._apply(lambda x: x if x.is_meta else x.to(self.ranks.device))
         model.recipe, model.loader = s.recipe, self.loader
         limit = int(s.media.cache_gb * 2**30)
         model.cache = mrsp.EmbeddingCache(s.media.cache_dir, max_disk_bytes=limit)
-        heads = model.llm.config.num_attention_heads, model.llm.config.num_key_value_heads
+        heads = model.policy.config.num_attention_heads, model.policy.config.num_key_value_heads
         model.mesh = mrsp.make_mesh(s.ranks.sp, s.ranks.sp_attention, *heads)
         if s.ranks.checkpointing:
             model.enable_gradient_checkpointing()

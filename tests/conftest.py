@@ -22,7 +22,7 @@ from torch.multiprocessing import set_forkserver_preload, start_processes  # noq
 from zoo import RECIPE, answers, deepstack, texts_of, tiny_qwen, wide_prompt  # noqa: E402, F401
 
 import data  # noqa: E402
-from families.vila import VILA  # noqa: E402
+from families import load
 from kit.toy import SIZE, ToyConfig, toy_build, toy_checkpoint  # noqa: E402
 from rollout import Response  # noqa: E402
 
@@ -42,7 +42,7 @@ def toy(tmp_path_factory):
 @pytest.fixture
 def model(toy):
     """The toy's VILA with random weights, float32, fresh for each test."""
-    return VILA.from_pretrained(toy / "init")
+    return load(toy / "init")
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def prompts(toy, model):
 def saved(toy, tmp_path_factory):
     """A checkpoint whose recipe names the toy's 20 test rows."""
     folder = tmp_path_factory.mktemp("saved") / "m"
-    model = VILA.from_pretrained(toy / "init")
+    model = load(toy / "init")
     model.recipe = replace(model.recipe, data=str(toy / "test.jsonl"))
     model.save_pretrained(folder)
     return folder

@@ -21,7 +21,7 @@ def test_bars_encode_as_often_as_they_say_and_have_the_same_gradient(bars, monke
     options = bench.Mrsp(hidden=32, layers=1, group=3, response_tokens=4, ranks=1)
     trainer = bench.Trainer(options, kl=True)
     with torch.no_grad():  # a reference that differs, so that its part of the loss counts
-        for p in trainer.reference.llm.parameters():
+        for p in trainer.reference.policy.parameters():
             p.mul_(1.1)
     videos = torch.randint(0, 256, (2, 5, 48, 48, 3), dtype=torch.uint8)
     encoded, encode = [], trainer.model.encode
@@ -31,7 +31,7 @@ def test_bars_encode_as_often_as_they_say_and_have_the_same_gradient(bars, monke
     frames, grads = {}, {}
 
     def keep(*_):
-        grads[bar] = {n: p.grad.clone() for n, p in trainer.model.llm.named_parameters()}
+        grads[bar] = {n: p.grad.clone() for n, p in trainer.model.policy.named_parameters()}
 
     trainer.optimizer.register_step_pre_hook(keep)
     for bar in bars:
@@ -158,7 +158,7 @@ def test_tiled_mlps_change_nothing():
     for tile in (1000, 3):
         torch.manual_seed(0)
         policy = bench.decoder(shape())
-        bench.tile_mlps(policy.llm, tile)
+        bench.tile_mlps(policy, tile)
         policy(mrsp.shard(pack, mrsp.Mesh()))[0].sum().backward()
         found.append([p.grad for p in policy.parameters()])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)

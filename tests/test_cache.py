@@ -233,7 +233,7 @@ def test_the_key_changes_with_all_that_the_embedding_depends_on(toy, model, tmp_
         model.forget_encoder()
         fresh = model.encode(data.load_media(row.media[0], 6)[0])
         assert torch.equal(look(6, 3, 5 + n), fresh)
-    model.llm.model.norm.weight.data.mul_(2.0)  # not a part of the encoder
+    model.policy.model.norm.weight.data.mul_(2.0)  # not a part of the encoder
     model.forget_encoder()
     look(6, 4, 8)
 

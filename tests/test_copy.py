@@ -64,21 +64,21 @@ from transformers import AttentionInterface, PreTrainedTokenizerFast, Qwen2Confi
 from mrsp import mrsp_attention
 from rollout import Sampling, TorchEngine
 
-class Policy(torch.nn.Module):
+class Model(torch.nn.Module):
     media_tokens, media_width, sharded = (), 0, False
     def __init__(self, llm, tokenizer):
         super().__init__()
-        self.llm, self.tokenizer, self.eos = llm, tokenizer, tokenizer.eos_token_id
-        self.policy = SimpleNamespace(inputs=self.inputs)
+        self.policy, self.tokenizer, self.eos = llm, tokenizer, tokenizer.eos_token_id
+        llm.inputs = self.inputs
     def inputs(self, ids, media=None, media_at=None):
-        return {"inputs_embeds": self.llm.get_input_embeddings()(ids)}
+        return {"inputs_embeds": self.policy.get_input_embeddings()(ids)}
 
 AttentionInterface.register("mrsp", mrsp_attention)
 tokenizer = PreTrainedTokenizerFast.from_pretrained(".")
 llm = Qwen2ForCausalLM(Qwen2Config.from_pretrained(".", attn_implementation="mrsp"))
 ids = torch.tensor(tokenizer("Which came first?").input_ids)
 prompt = SimpleNamespace(ids=ids, positions=torch.arange(len(ids)), media=None, media_at=ids[:0])
-(answers,) = TorchEngine(Policy(llm, tokenizer)).generate([prompt], 3, Sampling(0.7, max_tokens=5))
+(answers,) = TorchEngine(Model(llm, tokenizer)).generate([prompt], 3, Sampling(0.7, max_tokens=5))
 """
 SAMPLED = """
 llm.set_attn_implementation("sdpa")
@@ -126,7 +126,7 @@ def test_copied_into_an_empty_folder_it_works(files, tmp_path):
         shutil.copy(ROOT / f"{name}.py", tmp_path)
     model = zoo.build("qwen2")  # the scripts read its tokenizer and config
     model.tokenizer.save_pretrained(tmp_path)
-    model.llm.config.save_pretrained(tmp_path)
+    model.policy.config.save_pretrained(tmp_path)
     (tmp_path / "script.py").write_text(SCRIPTS[files])
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "script.py"]

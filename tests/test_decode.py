@@ -394,7 +394,7 @@ def test_a_disk_that_fails_costs_the_row(directory, toy, model, monkeypatch):
     row = data.load_rows(str(toy / "rl.jsonl"))[0]
     monkeypatch.setattr(mrsp, "file_hash", lambda path: open("/proc/self/mem").read(1))
     model.loader = decode.Loader(1)
-    model.ahead([row])
+    model.prefetch([row])
     with pytest.raises(DataError, match=f"{row.media[0].path}.*{row.id}.*Input/output") as error:
         model.features(row, 4)
     assert error.value.question == row.id
@@ -404,7 +404,7 @@ def test_media_that_a_family_cannot_take_cost_the_row(tmp_path):
     write_wav(tmp_path / "short.wav", 0.01)
     Image.fromarray(np.zeros((1, 300, 3), np.uint8)).save(tmp_path / "line.png")
     model = zoo.build("omni")
-    for file, said in (("short.wav", "too short to be heard"), ("line.png", "than 200 times")):
+    for file, said in (("short.wav", "too short to be heard"), ("line.png", "ratio must be smaller than 200")):
         m = medium(tmp_path / file, "audio" if file == "short.wav" else "image")
         with pytest.raises(DataError, match=f"{file}.*question q7.*{said}") as error:
             model.features(question(m), 4)

@@ -18,6 +18,7 @@ from torch.multiprocessing import ProcessExitedException, start_processes
 import data
 import eval as evaluation
 from data import DataError, Medium
+from families import load
 from families.vila import VILA
 from kit import ask, chat, filter
 from kit.chat import ReplyError, ServerError
@@ -215,7 +216,7 @@ def test_the_command_prints_the_accuracy_of_the_saved_model(
     command, saved, rows, tmp_path, capsys, monkeypatch
 ):
     """And prints the same again without loading weights; the report is beside it."""
-    model = VILA.from_pretrained(saved)
+    model = load(saved)
     here = evaluation.evaluate(model, TorchEngine(model), rows)
     there = command("--report_mb", 30)
     said = capsys.readouterr().out

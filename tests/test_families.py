@@ -109,7 +109,7 @@ def seen_apart(model, root, example, num_frames=5) -> tuple[str, dict]:
             words += f"<|audio_bos|>{'<|AUDIO|>' * heard}<|audio_eos|>"
             continue
         frames, times = data.load_media(m, num_frames)
-        patches, (t, h, w) = model.patches(frames, model.fit(m.kind, *frames.shape[:3]))
+        patches, (t, h, w) = model.patches(frames, model.image_size(m.kind, *frames.shape[:3]))
         pixels = "pixel_values" if m.kind == "image" else "pixel_values_videos"
         given.setdefault(pixels, []).append(patches)
         given.setdefault(f"{m.kind}_grid_thw", []).append((t, h, w))
@@ -158,7 +158,9 @@ def whole_of(model, root):
     if isinstance(model, VILA):
         kind, root = transformers.Qwen2ForCausalLM, root / "llm"
     else:
-        kind = type(model.llm) if isinstance(model, Text) else model.kind
+        kind = (
+            model.kind if hasattr(model, "kind") else getattr(transformers, model.decoder_kind[0])
+        )
     return kind.from_pretrained(root, attn_implementation="sdpa").eval()
 
 
@@ -195,7 +197,7 @@ def test_log_probs_equal_transformers_on_the_same_pixels_and_sound(
 
         assert torch.allclose(ours(), logps, atol=1e-5, rtol=2e-6)
         if example.media:  # the check can fail: without media, without deepstack
-            width, where = model.llm.config.hidden_size, torch.arange(prompt.media.shape[1])
+            width, where = model.policy.config.hidden_size, torch.arange(prompt.media.shape[1])
             assert (ours(0) - logps).abs().max() > 1e-2
             for level in range(model.levels):
                 factor = (where // width != level + 1).float()
@@ -211,7 +213,7 @@ def test_packed_log_probs_and_gradients_equal_separate_ones(ask):
         model.zero_grad()
         logps, _ = model(mrsp.pack(*batch))
         (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
-        found.append((logps, [p.grad for p in model.llm.parameters()]))
+        found.append((logps, [p.grad for p in model.policy.parameters()]))
     (a, ga), (b, gb) = found
     assert torch.allclose(a, b, atol=1e-5, rtol=0)
     assert all(torch.allclose(x, y, atol=1e-4 * float(y.abs().max())) for x, y in zip(ga, gb))
@@ -227,7 +229,7 @@ SIGHTED = [f for f in FAMILIES if zoo.build(f).takes]
 @pytest.mark.parametrize("f, h, w", [(1, 56, 84), (2, 61, 97), (3, 56, 84), (7, 200, 90)])
 def test_groups_of_frames_are_encoded_independently(family, f, h, w):
     model, frames = zoo.build(family), zoo.frames(f, h, w)
-    group, size = model.together, model.fit("video", f, h, w)
+    group, size = model.unit, model.image_size("video", f, h, w)
     with torch.no_grad():
         whole = model.encode(frames)
         parts = [model.encode(frames[i : i + group], size) for i in range(0, f, group)]
@@ -392,7 +394,7 @@ def test_a_checkpoint_is_as_published_and_loads_again(ask, tmp_path, family, tie
     again.loader = shapes.loader = model.loader
     assert type(again) is type(shapes) is type(model) and again.recipe == model.recipe
     assert same(model.state_dict(), again.state_dict())
-    assert (again.llm.lm_head.weight is again.llm.get_input_embeddings().weight) == tie
+    assert (again.policy.lm_head.weight is again.policy.model.get_input_embeddings().weight) == tie
     assert again.encoder_hash() == model.encoder_hash()
     packs = [mrsp.pack([m.prompt(example)], answers(m, [[5, 3]])) for m in (model, again)]
     with torch.no_grad():
@@ -495,14 +497,14 @@ def test_vila_s_config_says_what_stands_around_a_frame(
     video = frame.replace("<vila/video>", "<vila/video>" * 4) * count
     expected = model.tokenize(spelled(model, f"{video}{before}{'<image>' * 4}\n", "Why?"))
     assert model.prompt(ask("vi", "Why?")).ids.tolist() == expected
-    assert model.together == together
+    assert model.unit == together
 
 
 def test_tokens_that_a_tokenizer_lacks_are_added_for_vila_or_named(tmp_path):
     zoo.build("vila").save_pretrained(tmp_path)
     zoo.tokenizer(zoo.SPECIAL, None).save_pretrained(tmp_path / "llm")
     model = load(tmp_path)
-    last = model.llm.config.vocab_size - 1
+    last = model.policy.config.vocab_size - 1
     assert model.ids == {"<image>": last - 1, "<vila/video>": last}
     zoo.tokenizer([*zoo.SPECIAL, "<more>"], None).save_pretrained(tmp_path / "llm")
     with pytest.raises(ModelError, match="no room for VILA's media tokens"):
@@ -613,7 +615,7 @@ def _ranks_shard(rank, root):
     for m in (model, alone):
         (m(pack)[0].sum() / (2 if m is model else 1)).backward()
     assert torch.allclose(model(pack)[0], alone(pack)[0], atol=1e-5)
-    for (name, p), q in zip(model.llm.named_parameters(), alone.llm.parameters()):
+    for (name, p), q in zip(model.policy.named_parameters(), alone.policy.parameters()):
         gap = (mrsp.whole(p.grad) - q.grad).abs().max()
         assert gap < 1e-5 * float(q.grad.abs().max()), name
     model.save_pretrained(root / "b", write=rank == 0)
@@ -713,7 +715,7 @@ def test_the_sampler_agrees_with_the_trainer_and_samples_no_media(ask, family, d
     model = zoo.build(family, tie=False).eval()
     engine = TorchEngine(model, dtype=dtype)  # the model's own weights, or a copy
     with torch.no_grad():  # the model would like to
-        model.llm.lm_head.weight[list(model.media_tokens)] *= 8
+        model.policy.lm_head.weight[list(model.media_tokens)] *= 8
     engine.sync(model)
     prompts = [model.prompt(ask(letters)) for letters in cases(family).values()]
     out = engine.generate(prompts, 3, Sampling(max_tokens=6))

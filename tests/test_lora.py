@@ -14,7 +14,6 @@ import mrsp
 import sft
 import train
 from families import load
-from families.vila import VILA
 from grpo import Config
 from kit.actors import Actors
 from kit.method import Method
@@ -41,7 +40,7 @@ class Graded(TorchEngine):
 def fresh(kind, toy):
     """A model with the weights that each of this kind has at first."""
     if kind == "vila":
-        return VILA.from_pretrained(toy / "init")
+        return load(toy / "init")
     return tiny_qwen(texts_of(toy), kind == "qwen")
 
 
@@ -102,7 +101,10 @@ def check_only_adapters_moved(model, start: dict) -> None:
 
 def check_merged(model, start: dict, plain) -> None:
     """After a stage: the tree of a model that was just made; linear layers of the decoder moved."""
-    assert str(model) == str(plain) and vars(model.llm.model).keys() == vars(plain.llm.model).keys()
+    assert (
+        str(model) == str(plain)
+        and vars(model.policy.model).keys() == vars(plain.policy.model).keys()
+    )
     assert model.state_dict().keys() == plain.state_dict().keys()
     for name, value in model.state_dict().items():
         assert torch.equal(value, start[name]) != is_linear(name), name
@@ -127,14 +129,16 @@ def test_sft_trains_adapters_alone_and_ends_with_a_plain_model(toy, kind, checkp
 
 
 def test_the_optimizer_holds_adapters_alone_and_they_are_float32(toy):
-    model = VILA.from_pretrained(toy / "init", torch.bfloat16)
+    model = load(toy / "init", torch.bfloat16)
     (optimizer,) = sft.optimizers(model, SFT, seed=0)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     adapters = [p for n, p in model.named_parameters() if ".lora_" in n]
     assert held == {id(p) for p in adapters} and {p.dtype for p in adapters} == {torch.float32}
-    assert sum(p.numel() for p in adapters) < 0.2 * sum(p.numel() for p in model.llm.parameters())
+    assert sum(p.numel() for p in adapters) < 0.2 * sum(
+        p.numel() for p in model.policy.parameters()
+    )
     model.merge_adapters()
-    assert {p.dtype for p in model.llm.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.policy.parameters()} == {torch.bfloat16}
 
 
 def test_the_reference_is_the_policy_as_it_was_before_its_adapters(toy, model):
@@ -171,7 +175,7 @@ def test_what_is_saved_handed_over_and_merged_is_what_was_trained(toy, tmp_path,
     engine = TorchEngine(fresh(kind, toy).double(), dtype=torch.float64)
     engine.sync(model)
     model.merge_adapters()
-    for m in (model, engine.policy, load(tmp_path, torch.float64).double()):
+    for m in (model, engine.model, load(tmp_path, torch.float64).double()):
         assert (log_probs(m, toy) - before).abs().max() < 1e-9
     merged = copy_of(model.decoder_weights())
     assert merged.keys() == weights.keys()
@@ -190,7 +194,7 @@ def test_grpo_with_adapters_samples_from_them_and_refers_to_the_policy_without_t
     metrics = read_jsonl(tmp_path / "metrics.jsonl")
     assert all(m["mismatch_max"] < 1e-4 and m["grad_norm"] > 1e-3 for m in metrics)
     assert all(m["kl"] > 1e-3 for m in metrics)
-    assert (log_probs(engine.policy, toy) - log_probs(model, toy)).abs().max() < 1e-5
+    assert (log_probs(engine.model, toy) - log_probs(model, toy)).abs().max() < 1e-5
 
 
 def _train(rank, world, toy, out, dtype, sp=1, fsdp=False):
@@ -216,7 +220,7 @@ def _train(rank, world, toy, out, dtype, sp=1, fsdp=False):
     run = watched(out / f"{world}_{rank}", check)
     sft.train(model, data.load_rows(f"{toy}/sft.jsonl"), SFT, log=log)
     run_grpo(run, model, engine, toy)
-    assert all(isinstance(p, DTensor) == fsdp for p in model.llm.parameters())
+    assert all(isinstance(p, DTensor) == fsdp for p in model.policy.parameters())
     for name, value in copy_of(model.state_dict().items()).items():
         assert torch.equal(value, start[name]) != is_linear(name), name
     model.save_pretrained(f"{out}/{world}_end", write=rank == 0)
@@ -246,8 +250,8 @@ def test_two_ranks_train_adapters_like_one(toy, one_rank, tmp_path, sp, fsdp, dt
             for name in {"loss", "grad_norm", "reward", "kl"} & a.keys():
                 assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance), name
     for name in ("middle", "end"):
-        a = VILA.from_pretrained(one_rank[dtype] / f"1_{name}", dtype).state_dict()
-        b = VILA.from_pretrained(tmp_path / f"2_{name}", dtype).state_dict()
+        a = load(one_rank[dtype] / f"1_{name}", dtype).state_dict()
+        b = load(tmp_path / f"2_{name}", dtype).state_dict()
         assert all((a[n] - b[n]).abs().max() < tolerance for n in a), name
 
 
@@ -258,7 +262,7 @@ def _in_bfloat16(rank, toy):
     for kind, seen in zip((model, plain), losses):
         sft.train(kind, rows, SFT, log=lambda step, m, seen=seen: seen.append(m["loss"]))
     assert losses[0] == pytest.approx(losses[1], rel=0.01) and losses[0] != losses[1]
-    assert {p.dtype for p in model.llm.parameters()} == {torch.float32}  # the masters
+    assert {p.dtype for p in model.policy.parameters()} == {torch.float32}  # the masters
 
 
 @SLOW

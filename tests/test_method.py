@@ -10,7 +10,7 @@ from test_train import CONFIG, FixedEngine, step_of
 import data
 import grpo
 from data import DataError
-from families.vila import VILA
+from families import load
 from kit.method import Method
 from kit.presets import read_settings
 
@@ -118,8 +118,8 @@ def test_a_step_by_a_method_of_ones_own_logs_all_parts(toy, model, tmp_path):
     text += "    return {'reward': share, 'accuracy': share, 'third': 1 / 3}\n"
     rows = data.load_rows(str(toy / "rl.jsonl"))[:3]
     gold = {int(model.prompt(row).ids.sum()): row.answer for row in rows}
-    engine = FixedEngine(VILA.from_pretrained(toy / "init"), gold)
-    optimizer = torch.optim.SGD(model.llm.parameters(), lr=0.0)
+    engine = FixedEngine(load(toy / "init"), gold)
+    optimizer = torch.optim.SGD(model.policy.parameters(), lr=0.0)
     method = Method(write(tmp_path, text))
     metrics = step_of(model, model, engine, optimizer, rows, 0, CONFIG, method=method)
     assert metrics["third"] == pytest.approx(1 / 3) and "format" not in metrics

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import data
-from families.vila import VILA
+from families import load
 from model import THINKING, Media, ModelError, Recipe, read_recipe
 
 
@@ -65,7 +65,7 @@ def test_the_video_stands_before_the_text_and_nothing_between(model, question):
     # the features stand at their tokens, and text has the policy's own embeddings
     x = model.policy.inputs(p.ids[None], p.media, p.media_at)["inputs_embeds"][0]
     assert torch.equal(x[7:12], video.features[:, 0])
-    assert torch.equal(x[12:], model.llm.get_input_embeddings()(p.ids[12:]))
+    assert torch.equal(x[12:], model.policy.model.get_input_embeddings()(p.ids[12:]))
 
 
 def test_end_tokens_follow_every_frame(model, question):
@@ -84,7 +84,7 @@ def test_a_template_may_contain_braces_and_the_default_asks_for_both_spans(model
 
 def test_a_tokenizer_of_words_loses_none_in_a_checkpoint(model, tmp_path):
     model.save_pretrained(tmp_path)
-    again = VILA.from_pretrained(tmp_path)
+    again = load(tmp_path)
     assert again.recipe == model.recipe and again.encoder_hash() == model.encoder_hash()
     text = "<|im_start|>user Which color came first? A. red<|im_end|>"
     assert again.tokenizer(text).input_ids == model.tokenizer(text).input_ids
@@ -93,12 +93,12 @@ def test_a_tokenizer_of_words_loses_none_in_a_checkpoint(model, tmp_path):
 
 def test_broken_checkpoints_are_refused_by_name(toy, tmp_path):
     with pytest.raises(ModelError, match="config.json is missing"):
-        VILA.from_pretrained(tmp_path)
+        load(tmp_path)
     folder = tmp_path / "c"
     shutil.copytree(toy / "init", folder)
     (folder / "recipe.json").write_text('{"frames": 8}')
     with pytest.raises(ModelError, match="recipe.json.*frames"):
-        VILA.from_pretrained(folder)
+        load(folder)
     (folder / "llm/tokenizer.json").unlink()
     with pytest.raises(ModelError, match="tokenizer.json is missing"):
-        VILA.from_pretrained(folder)
+        load(folder)

@@ -12,18 +12,18 @@ LENGTHS = [[5, 1, 3], [1], [2, 7, 2, 1]]  # ragged groups, with answers of one t
 @pytest.fixture
 def policy(model):
     """The toy VILA in float64, everywhere."""
-    torch_norms(model.double().llm)
+    torch_norms(model.double().policy)
     return model
 
 
-def torch_norms(llm):
+def torch_norms(policy):
     """transformers' RMSNorm computes in float32 whatever it is given, which would limit what a test
     can see to 1e-7; torch's own replaces it, in float64."""
-    for name, norm in list(llm.named_modules()):
+    for name, norm in list(policy.named_modules()):
         if hasattr(norm, "variance_epsilon"):
             size, eps = norm.weight.shape[0], norm.variance_epsilon
-            llm.set_submodule(name, torch.nn.RMSNorm(size, eps, dtype=torch.float64))
-            llm.get_submodule(name).weight.data.copy_(norm.weight)
+            policy.set_submodule(name, torch.nn.RMSNorm(size, eps, dtype=torch.float64))
+            policy.get_submodule(name).weight.data.copy_(norm.weight)
 
 
 def random_grads(model, logp, seed=3):
@@ -36,17 +36,19 @@ def random_grads(model, logp, seed=3):
 
 def separate_logp(model, prompts, branches):
     """NAIVE, independent of mrsp.py: each prompt + answer alone, by unmodified sdpa."""
-    model.llm.set_attn_implementation("sdpa")
+    body = model.policy.model
+    body.set_attn_implementation("sdpa")
     out = []
     for prompt, group in zip(prompts, branches, strict=True):
         for ids in group:
             both = torch.cat([prompt.ids, ids])[None]
-            x = model.llm.get_input_embeddings()(both)
+            x = body.get_input_embeddings()(both)
             if prompt.media is not None:
                 x = x.index_copy(1, prompt.media_at, prompt.media[None].to(x.dtype))
-            logits = model.llm(inputs_embeds=x, use_cache=False).logits[0, len(prompt.ids) - 1 : -1]
+            hidden = body(inputs_embeds=x, use_cache=False).last_hidden_state[0]
+            logits = model.policy.lm_head(hidden[len(prompt.ids) - 1 : -1])
             out.append(logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0])
-    model.llm.set_attn_implementation("mrsp")
+    body.set_attn_implementation("mrsp")
     return torch.cat(out)
 
 
@@ -132,7 +134,7 @@ def test_bad_input_is_refused(model, prompts):
     with pytest.raises(ValueError, match="groups"):
         mrsp.pack(prompts[:2], [[torch.tensor([1])]])
     with pytest.raises(ValueError, match="mrsp=Layout"):
-        model.llm(input_ids=torch.tensor([[1, 2]]))
+        model.policy.model(input_ids=torch.tensor([[1, 2]]))
     packed = mrsp.pack(prompts[:1], answers(model, [[2]]))
     with pytest.raises(ValueError, match="no attention_mask"):
         q = torch.zeros(1, 4, 3, 8)

@@ -38,12 +38,12 @@ def test_packed_logprobs_and_gradients_equal_those_of_prefix_grouper():
     grads = random_grads(policy, logp)
 
     AttentionInterface.register("prefix_grouper", grouped)
-    policy.llm.set_attn_implementation("prefix_grouper")
+    policy.model.set_attn_implementation("prefix_grouper")
     grouper = peer.PrefixGrouper([[p, *answers] for p, answers in lengths])
-    hidden = policy.llm.model(  # its grouped sequence is laid out as our packed one
+    hidden = policy.model(  # its grouped sequence is laid out as our packed one
         input_ids=pack.ids, position_ids=pack.positions, use_cache=False, grouper=grouper
     ).last_hidden_state
-    logits = policy.llm.lm_head(hidden.flatten(0, 1)[pack.hidden_at])
+    logits = policy.lm_head(hidden.flatten(0, 1)[pack.hidden_at])
     theirs = logits.log_softmax(-1).gather(-1, pack.targets[:, None])[:, 0]
     assert (logp - theirs).abs().max() < 1e-9
     assert_same_grads(grads, random_grads(policy, theirs), 1e-9)

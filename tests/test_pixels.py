@@ -17,7 +17,7 @@ from test_families import seen_apart, spelled
 
 import data
 from families import load
-from families.qwen import grid, mrope_positions, smart_resize
+from families.qwen import grid, mrope_positions
 from families.vila import VILA, BlockDownsample
 from model import Media, ModelError, Piece
 
@@ -37,7 +37,7 @@ def test_pixels_follow_the_preprocessor_config(model):
     pixels = model.scaled(frames, (32, 32))
     assert torch.allclose(pixels, frames.permute(0, 3, 1, 2) / 255 * 2 - 1, atol=1e-6)
     large = torch.as_tensor(zoo.frames(1, 50, 70)) // 2 + 64
-    ours = model.scaled(large, model.fit("video", *large.shape[:3]))
+    ours = model.scaled(large, model.image_size("video", *large.shape[:3]))
     theirs = Image.fromarray(large[0].numpy()).resize((32, 32), Image.Resampling.BICUBIC)
     assert ours.shape == (1, 3, 32, 32)
     gap = ours[0].permute(1, 2, 0) - torch.tensor(np.array(theirs) / 127.5 - 1)
@@ -84,7 +84,7 @@ def test_vila_has_the_published_projectors_tokens_a_frame_and_a_newline_behind(
     config = {"mm_projector_cfg": {"mm_projector_type": kind}}
     config["video_encoder"] = {"_target_": "TSPVideoEncoder", "pool_sizes": [[8, 1, 1]]}
     with torch.device("meta"):
-        model = VILA.create(config, small.llm.config.to_dict(), tower, small.tokenizer, zoo.HALF)
+        model = VILA.create(config, small.policy.config.to_dict(), tower, small.tokenizer, zoo.HALF)
         frame = model.project(torch.zeros(1, 3, side, side))
         pooled = model.pool(torch.zeros(11, tokens, 8), "video")  # a last group of 3 frames
     shapes = {name: value.shape for name, value in model.projector.state_dict().items()}
@@ -93,7 +93,7 @@ def test_vila_has_the_published_projectors_tokens_a_frame_and_a_newline_behind(
     measured = model.measure(media["w"], 64)
     assert frame.shape[1] == tokens and measured.features.shape[:2] == (2, tokens)
     assert pooled.shape == (2, tokens, 8)
-    pieces = model.place(measured)
+    pieces, _ = model.place(measured)
     assert [len(piece.ids) for piece in pieces] == [0, tokens, 1] * 2
     assert pieces[2].ids == model.tokenize("\n")
 
@@ -118,9 +118,10 @@ def test_vila_pools_frames_rows_and_columns_of_a_video_alone(ask, tmp_path, pool
 
 def test_tsp_pools_eight_frames_if_the_config_does_not_say(model):
     config = model.config | {"video_encoder": {"_target_": "llava.TSPVideoEncoder"}}
-    parts = model.llm, model.tower, model.projector, model.tokenizer, model.preprocess
+    llm = transformers.Qwen2ForCausalLM(model.policy.config)
+    parts = llm, model.tower, model.projector, model.tokenizer, model.preprocess
     tsp = VILA(config, *parts)
-    assert tsp.together == 8 and VILA(model.config | {"video_encoder": None}, *parts).together == 1
+    assert tsp.unit == 8 and VILA(model.config | {"video_encoder": None}, *parts).unit == 1
     frames = zoo.frames(11, 32, 32)
     whole, groups = model.encode(frames), tsp.encode(frames)
     assert torch.allclose(groups, torch.stack([whole[:8].mean(0), whole[8:].mean(0)]), atol=1e-6)
@@ -145,21 +146,19 @@ def test_patches_equal_loops_and_an_odd_last_frame_is_repeated():
     assert np.allclose(patches.numpy(), np.array(expected), atol=1e-5)
 
 
-def test_sizes_of_images_equal_transformers():
-    theirs = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
-    for h, w in np.random.default_rng(0).integers(1, 2000, (300, 2)).tolist():
-        if max(h, w) < 200 * min(h, w):
-            limits = h, w, 28, 3136, 501760
-            assert smart_resize(*limits) == theirs.smart_resize(*limits)
-
-
-def test_sizes_of_qwen3_vl_s_videos_equal_transformers():
-    theirs = pytest.importorskip("transformers.models.qwen3_vl.video_processing_qwen3_vl")
-    model, rng = zoo.build("qwen3-vl"), np.random.default_rng(0)
-    least, most = model.limits("video")
-    for f, h, w in rng.integers((2, 5, 5), (30, 300, 300), (300, 3)).tolist():
-        expected = theirs.smart_resize(f, h, w, 2, 32, least, most)
-        assert model.fit("video", f, h, w) == expected
+@pytest.mark.parametrize(
+    "family, kind, frames, size, expected",
+    [
+        ("qwen2.5-vl", "image", 1, (61, 97), (56, 84)),
+        ("qwen2.5-vl", "video", 8, (300, 200), (112, 56)),  # each frame by itself
+        ("qwen3-vl", "image", 1, (20, 70), (64, 128)),
+        ("qwen3-vl", "video", 4, (96, 128), (96, 128)),
+        ("qwen3-vl", "video", 16, (96, 128), (64, 64)),  # the limits are those of all frames
+        ("qwen3-vl", "video", 1, (96, 128), (96, 128)),  # as of two: the last is repeated
+    ],
+)
+def test_sizes_of_frames(family, kind, frames, size, expected):
+    assert zoo.build(family).image_size(kind, frames, *size) == expected
 
 
 SIZES = [(1, 64, 96), (3, 56, 84), (4, 61, 97), (2, 300, 200), (3, 20, 70), (5, 9, 9), (4, 640, 30)]
@@ -180,7 +179,7 @@ def test_patches_equal_the_family_s_processor(family, f, h, w, kind):
     model.recipe = zoo.RECIPE
     # They resize in bytes, and cut off overshoot between the two directions: leave it room.
     frames = zoo.frames(1 if kind == "image" else f, h, w) // 2 + 64
-    size = model.fit(kind, *frames.shape[:3])
+    size = model.image_size(kind, *frames.shape[:3])
     ours, patches = model.patches(frames, size)
     limits = dict(zip(("shortest_edge", "longest_edge"), model.limits(kind)))
     means = {name: model.preprocess[name] for name in ("image_mean", "image_std")}
@@ -230,7 +229,7 @@ def test_tokens_of_a_sound_for_every_length():
     model = zoo.build("omni")
     lengths = torch.arange(640, 70000, 37)
     theirs = model.tower["audio_tower"]._get_feat_extract_output_lengths((lengths + 159) // 160)[1]
-    assert [model.heard(int(n)) for n in lengths] == theirs.tolist()
+    assert [model.audio_tokens(int(n)) for n in lengths] == theirs.tolist()
 
 
 # --------------------------------------------------------------------------------------- positions
@@ -267,7 +266,7 @@ STEPS = {0: [0, 0, 0], 1: [0, 4, 8], 0.3: [0, 1, 2], 0.999: [0, 3, 7], 0.1249999
 @pytest.mark.parametrize("seconds", STEPS)
 def test_a_group_s_position_is_its_seconds_times_two_cut_off(seconds):
     m = Media("video", torch.zeros(3, 2, 4, 128), np.arange(5) * seconds)
-    start, piece, end = zoo.build("qwen2.5-vl").place(m)
+    (start, piece, end), _ = zoo.build("qwen2.5-vl").place(m)
     assert piece.cells[0].tolist() == [t for t in STEPS[seconds] for _ in range(8)]
     assert len(start.ids) == len(end.ids) == 1 and start.cells is end.cells is None
 
@@ -345,7 +344,7 @@ def test_a_video_s_prompt_equals_that_of_qwen3_vl_s_processor(ask, media):
         given = {"video_grid_thw": torch.tensor([[t, 2 * h, 2 * w]])}
         given["video_metadata"] = [S(fps=4.0, frames_indices=frames.indices)]
         text = kind.replace_video_token(me, given, 0)
-        ids = [i for piece in model.place(found) for i in piece.ids]
+        ids = [i for piece in model.place(found)[0] for i in piece.ids]
         assert ids == model.tokenize(text)
 
 
@@ -363,7 +362,7 @@ def test_a_video_and_its_sound_take_turns_as_in_omni_s_processor(ask):
     text = me.vision_bos_token + me.video_token + me.vision_eos_token
     sizes = [len(found.track)], [], [np.array([t, 2 * h, 2 * w])], [each]
     (text,) = kind.replace_multimodal_special_tokens(me, [text], *map(iter, sizes), True, 25, 2)
-    ids = [i for piece in model.place(found) for i in piece.ids]
+    ids = [i for piece in model.place(found)[0] for i in piece.ids]
     assert ids == model.tokenize(text) and text.count(me.audio_token) == len(found.track)
 
 
@@ -374,8 +373,9 @@ def test_a_video_beside_its_sound_keeps_groups_whole_and_times_in_order(sound):
     m = Media("video", torch.zeros(4, 2, 3, 128), np.arange(7) * 1.7, torch.ones(sound, 128))
     m.features[..., 0] = torch.arange(24).view(4, 2, 3)
     m.track[:, 0] = torch.arange(sound)
-    ids = torch.tensor([i for piece in model.place(m) for i in piece.ids])
-    cells, rows = mrope_positions(model.place(m)), model.rows(m)
+    pieces, rows = model.place(m)
+    ids = torch.tensor([i for piece in pieces for i in piece.ids])
+    cells = mrope_positions(pieces)
     assert len(ids) == 24 + sound + 4
     seen, heard = ids == model.ids["<|VIDEO|>"], ids == model.ids["<|AUDIO|>"]
     assert torch.equal(rows[seen[2:-2], 0], torch.arange(24.0))

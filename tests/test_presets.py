@@ -187,8 +187,8 @@ def test_a_dry_run_needs_nothing_but_this_folder(preset, capsys, monkeypatch):
 def test_the_settings_that_come_along_are_those_of_7b_models():
     for name in ("qwen2.5-vl-7b", "longvila-7b", "omni", "text"):
         model = load(plan.CONFIGS / name, weights=False)
-        assert sum(p.numel() for p in model.llm.parameters()) > 7.6e9
-        assert (model.eos, model.llm.config.hidden_size) == (151645, 3584)
+        assert sum(p.numel() for p in model.policy.parameters()) > 7.6e9
+        assert (model.eos, model.policy.config.hidden_size) == (151645, 3584)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import grpo
 import mrsp
 import rollout
 import train
-from families.vila import VILA
+from families import load
 from kit.actors import Actors
 from kit.method import Method
 from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, VLLMEngine, make_engine
@@ -60,7 +60,7 @@ class Stand:
 
     @property
     def table(self):
-        return self.model.llm.get_input_embeddings().weight
+        return self.model.policy.model.get_input_embeddings().weight
 
 
 @torch.no_grad()
@@ -80,9 +80,9 @@ def allowed(model, prompts, answers, temperature=1.0):
     forward pass over whole sequences; media tokens may not."""
     pack = mrsp.pack(prompts, answers)
     inputs = model.policy.inputs(pack.ids, pack.media, pack.media_at)
-    body, at = model.llm.model, {"position_ids": pack.positions, "mrsp": pack.layout}
+    body, at = model.policy.model, {"position_ids": pack.positions, "mrsp": pack.layout}
     hidden = body(**inputs, **at, use_cache=False).last_hidden_state.flatten(0, 1)
-    logits = model.llm.lm_head(hidden[pack.hidden_at]).double() / temperature
+    logits = model.policy.lm_head(hidden[pack.hidden_at]).double() / temperature
     logits[:, list(model.media_tokens)] = -torch.inf
     return logits.softmax(-1)
 
@@ -106,16 +106,16 @@ def build(toy, kind):
     text = next(r for r in data.load_rows(str(toy / "base.jsonl")) if r.data_type == "text")
     long = replace(text, problem=" ".join([text.problem] * 6))
     if kind.startswith("vila"):
-        model = VILA.from_pretrained(toy / "init")
+        model = load(toy / "init")
         if "untied" in kind:
             torch.manual_seed(1)
-            model.llm.config.tie_word_embeddings = False
-            head = torch.randn_like(model.llm.lm_head.weight) / 20
-            model.llm.lm_head.weight = torch.nn.Parameter(head)
+            model.policy.config.tie_word_embeddings = False
+            head = torch.randn_like(model.policy.lm_head.weight) / 20
+            model.policy.lm_head.weight = torch.nn.Parameter(head)
             # Words without spaces between: a stop text can be longer than a token.
             model.tokenizer.backend_tokenizer.decoder = decoders.Fuse()
         with torch.no_grad():  # answers that the model is neither sure of nor indifferent to
-            model.llm.model.norm.weight.mul_(2)
+            model.policy.model.norm.weight.mul_(2)
         media = [model.prompt(rows[0], 9), model.prompt(rows[7], 40)]
     elif kind.startswith("deep"):
         model = deepstack(tiny_qwen(texts_of(toy)), "untied" not in kind)
@@ -196,7 +196,7 @@ def test_log_probs_equal_the_trainers(stand):
 
 @on("vila", "vila untied", "qwen", "deep")
 def test_greedy_is_the_argmax_of_a_forward_pass_over_whole_sequences(stand):
-    stand.scale(stand.model.llm.model.norm.weight, 3)  # no two tokens are within rounding
+    stand.scale(stand.model.policy.model.norm.weight, 3)  # no two tokens are within rounding
     prompts = stand.prompts * 6
     out = stand.engine.generate(prompts, 1, Sampling(0.0, max_tokens=12))
     best = allowed(stand.model, prompts, [[r.ids for r in group] for group in out]).argmax(-1)
@@ -298,7 +298,7 @@ def test_an_answer_stops_at_its_end_token(stand, monkeypatch):
 def test_a_stop_text_ends_an_answer_and_stays_in_its_text(stand, temperature):
     """An answer is what it is without the stop, cut behind the token that completes it."""
     if temperature == 0:
-        stand.scale(stand.model.llm.model.norm.weight, 3)  # no two tokens are within rounding
+        stand.scale(stand.model.policy.model.norm.weight, 3)  # no two tokens are within rounding
     n, decode = 4 if temperature else 1, stand.model.tokenizer.decode
     free = flat(stand.out(n, Sampling(temperature, max_tokens=12)))
     # A token, the last possible one, a part of one, several.
@@ -338,7 +338,7 @@ def test_deepstack_reaches_the_sampler_and_matters(stand):
     for n, order in ((4, (0, 1, 2, 3, 4)), (3, (3, 1, 4, 0)), (1, (4, 3))):
         some = [prompts[i] for i in order]
         assert gap(model, some, stand.engine.generate(some, n, SAMPLINGS[1]), 0.7) < 1e-4
-    out, d = stand.out(4), model.llm.config.hidden_size
+    out, d = stand.out(4), model.policy.config.hidden_size
     for level in range(1, model.levels + 1):
         less = [replace(p, media=p.media.clone()) for p in prompts[:3]]
         for p in less:
@@ -382,7 +382,7 @@ def test_what_cannot_be_sampled_is_refused_before_anything_runs(stand, monkeypat
 
 
 def _sample_rank(rank, folder):
-    model, sampling = VILA.from_pretrained(f"{folder}/init"), Sampling(max_tokens=4)
+    model, sampling = load(f"{folder}/init"), Sampling(max_tokens=4)
     prompts = [model.prompt(row, num_frames=3) for row in data.load_rows(f"{folder}/rl.jsonl")[:3]]
     lengths = [len(p.ids) for p in prompts]
     expected = TorchEngine(model).generate(prompts, 2, sampling, [7, 8, 9])
@@ -445,11 +445,12 @@ def test_prompt_tokens_are_counted_once_for_all_answers_and_the_mode_is_put_back
 def test_a_copy_in_bfloat16_keeps_positions_in_float32_and_follows_the_policy(model, prompts):
     """RoPE's frequencies are a buffer: in 8 bits, positions beyond 1,000 would be others."""
     engine = TorchEngine(model, dtype=torch.bfloat16)
-    own, new = engine.policy.llm, model.llm
-    assert own.dtype == torch.bfloat16 and own.lm_head.weight is own.get_input_embeddings().weight
+    own, new = engine.model.policy, model.policy
+    embedding = own.model.get_input_embeddings().weight
+    assert own.lm_head.weight is embedding and embedding.dtype == torch.bfloat16
     assert own.model.rotary_emb.inv_freq.equal(new.model.rotary_emb.inv_freq)
     for name in ("tower", "projector", "cache", "tokenizer"):  # not copied
-        assert getattr(engine.policy, name) is getattr(model, name)
+        assert getattr(engine.model, name) is getattr(model, name)
     with torch.no_grad():
         new.model.norm.weight.mul_(1.5)
     assert not own.model.norm.weight.equal(new.model.norm.weight.bfloat16())
@@ -503,9 +504,9 @@ def test_a_salt_tells_positions_apart_and_leaves_text_at_the_end_out(model):
 
 
 def test_the_engine_is_chosen_by_name(model, monkeypatch):
-    assert make_engine("torch", model).policy is model
+    assert make_engine("torch", model).model is model
     copied = make_engine("torch", model, dtype=torch.bfloat16, copied=True)
-    assert copied.policy is not model and copied.policy.llm.dtype == torch.bfloat16
+    assert copied.model is not model and copied.model.policy.model.dtype == torch.bfloat16
     with pytest.raises(RolloutError, match="--rollout must be vllm or torch, not fast"):
         make_engine("fast", model)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -536,8 +537,8 @@ def step(model, engine, rows, lr=0.0, reference=None, at=0, **settings):
     method = Method()
     method.names["reward"] = length_reward
     model.requires_grad_(False)
-    model.llm.requires_grad_(True)
-    optimizer = torch.optim.SGD(model.llm.parameters(), lr)
+    model.policy.requires_grad_(True)
+    optimizer = torch.optim.SGD(model.policy.parameters(), lr)
     actors = Actors(model, reference, engine, optimizer, method, grpo.Config(**settings))
     return train.grpo_step(actors, rows, at)
 

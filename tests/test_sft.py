@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 import data
 import mrsp
 import sft
-from families.vila import VILA
+from families import load
 from model import ModelError
 from sft import SFTConfig
 
@@ -69,11 +69,11 @@ def test_only_what_is_named_is_trained(toy, model, part):
 
 
 def _train(rank, world, folder, out, part="all", sp=1, fsdp=False):
-    model = VILA.from_pretrained(f"{folder}/init").double()
+    model = load(f"{folder}/init").double()
     model.mesh = mrsp.make_mesh(sp, "auto", 4, 2)
     if fsdp:
         model.shard_parameters(torch.float64)
-        assert all(isinstance(p, DTensor) for p in model.llm.parameters())
+        assert all(isinstance(p, DTensor) for p in model.policy.parameters())
     see, encoded = model.see, []
     model.see = lambda frames, *how: encoded.append(len(frames)) or see(frames, *how)
     config = SFTConfig(steps=3, groups=3, texts=3, train=part, micro_batches=2, lr=1e-3, warmup=0.0)
@@ -104,7 +104,7 @@ def test_two_ranks_train_like_one(toy, tmp_path, part, sp, fsdp):
     for rank in (0, 1):
         for a, b in zip(one, torch.load(tmp_path / f"2_{rank}.pt")):
             assert a == pytest.approx(b, rel=1e-9)
-    states = [VILA.from_pretrained(tmp_path / n, torch.float64).state_dict() for n in ("1", "2")]
+    states = [load(tmp_path / n, torch.float64).state_dict() for n in ("1", "2")]
     stored = load_file(tmp_path / "2" / "llm" / "model.safetensors")
     assert "lm_head.weight" not in stored  # tied: written once, as the embedding
     for name, value in states[0].items():
@@ -121,7 +121,7 @@ def test_text_rows_are_skipped_where_only_the_projector_is_trained(toy, model):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_loss_falls(toy, model, optimizer):
-    del model.llm.model.layers[1:]
+    del model.policy.model.layers[1:]
     config = SFTConfig(steps=6, groups=1, train="llm", optimizer=optimizer, lr=5e-3)
     losses = [m["loss"] for m in run(model, rows_of(toy)[:2], config)]
     assert losses[-1] < 0.5 * losses[0]
@@ -164,10 +164,10 @@ def test_a_template_whose_beginning_depends_on_thinking_is_refused(toy, model):
 def test_a_row_without_reasoning_is_refused(toy, model):
     rows = rows_of(toy)
     rows[3] = replace(rows[3], response="")
-    before = model.llm.lm_head.weight.clone()
+    before = model.policy.lm_head.weight.clone()
     with pytest.raises(data.DataError, match=f"question {rows[3].id}: field 'reasoning' is empty"):
         run(model, rows, SFTConfig(steps=1, groups=1, train="llm"))
-    assert torch.equal(before, model.llm.lm_head.weight)
+    assert torch.equal(before, model.policy.lm_head.weight)
 
 
 def test_groups_whose_media_do_not_decode_are_left_out_and_all_their_rows_listed(toy, model):
@@ -196,7 +196,7 @@ def test_groups_whose_media_do_not_decode_are_left_out_and_all_their_rows_listed
 
 def one_rank_loses_all(rank, toy, state):
     """Two groups, a rank each; that of one rank does not decode: both step on the other's."""
-    model = VILA.from_pretrained(toy / "init")
+    model = load(toy / "init")
     groups = sft.group_rows(rows_of(toy), 99)
     gone = (data.Medium("video", str(toy / "gone.mp4")),)
     rows = groups[0] + [replace(e, media=gone) for e in groups[1]]
@@ -207,7 +207,7 @@ def one_rank_loses_all(rank, toy, state):
     assert torch.equal(model.state_dict()[KEY], state)
 
 
-KEY = "policy.llm.model.layers.0.mlp.up_proj.weight"
+KEY = "policy.model.layers.0.mlp.up_proj.weight"
 
 
 @SLOW

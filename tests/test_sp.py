@@ -22,18 +22,6 @@ SIZES = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_lay
 SIZES |= dict(head_dim=8, initializer_range=0.2, attn_implementation="mrsp")
 
 
-class TextModel(torch.nn.Module):
-    """The decoder of a Qwen-VL, whose positions have three rows (M-RoPE), with an LM head."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-        self.lm_head = torch.nn.Linear(SIZES["hidden_size"], SIZES["vocab_size"], bias=False)
-
-    def get_input_embeddings(self):
-        return self.model.embed_tokens
-
-
 def make_policy(heads, kv_heads, mrope=False, dtype=torch.float64, checkpointing=False, levels=0):
     """A decoder with random weights, norms in full float64, under attention "mrsp"."""
     torch.manual_seed(0)
@@ -41,19 +29,20 @@ def make_policy(heads, kv_heads, mrope=False, dtype=torch.float64, checkpointing
     rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
     if levels:
         rope["mrope_interleaved"] = True
-        llm = TextModel(hf.Qwen3VLTextModel(hf.Qwen3VLTextConfig(**sizes, rope_parameters=rope)))
+        body = hf.Qwen3VLTextModel(hf.Qwen3VLTextConfig(**sizes, rope_parameters=rope))
     elif mrope:
-        llm = TextModel(
-            hf.Qwen2_5_VLTextModel(hf.Qwen2_5_VLTextConfig(**sizes, rope_parameters=rope))
-        )
+        body = hf.Qwen2_5_VLTextModel(hf.Qwen2_5_VLTextConfig(**sizes, rope_parameters=rope))
     else:
-        llm = hf.Qwen2ForCausalLM(hf.Qwen2Config(**sizes, tie_word_embeddings=True))
-    llm = llm.to(dtype).train()
+        body = hf.Qwen2Model(hf.Qwen2Config(**sizes))
+    head = torch.nn.Linear(SIZES["hidden_size"], SIZES["vocab_size"], bias=False)
+    if not mrope and not levels:  # tied
+        head.weight = body.embed_tokens.weight
+    policy = Policy(body, head).to(dtype).train()
     if dtype == torch.float64:
-        torch_norms(llm)
+        torch_norms(policy)
     if checkpointing:
-        llm.gradient_checkpointing_enable({"use_reentrant": False})
-    return Policy(llm)
+        body.gradient_checkpointing_enable({"use_reentrant": False})
+    return policy
 
 
 def make_batch(prompts, mrope=False, dtype=torch.float64, levels=0, checkpointing=False):

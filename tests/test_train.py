@@ -16,6 +16,7 @@ import grpo
 import mrsp
 import sft
 import train
+from families import load
 from families.vila import VILA
 from grpo import Config
 from kit.actors import Actors
@@ -49,7 +50,7 @@ class FixedEngine:
                 right = self.gold[key] if i % 3 == key % 2 else "Z"
                 group.append(Response(ids, torch.zeros(length), says(right), True))
             packed = mrsp.pack([prompt], [[r.ids for r in group]])
-            own = self.policy.policy if isinstance(self.policy, TorchEngine) else self.policy
+            own = self.policy.model if isinstance(self.policy, TorchEngine) else self.policy
             with torch.no_grad():  # by this rank alone: the others sample for other prompts
                 logps, _ = own.policy(mrsp.shard(packed, mrsp.Mesh()), sampling.temperature)
             logps = logps.split([len(r.ids) for r in group])
@@ -83,7 +84,7 @@ def rows_of(folder, count: int) -> list:
 
 
 def untrained(folder, dtype=torch.float64) -> VILA:
-    return VILA.from_pretrained(f"{folder}/init").to(dtype)
+    return load(f"{folder}/init").to(dtype)
 
 
 def at_most(count: int, **more) -> Config:
@@ -92,7 +93,7 @@ def at_most(count: int, **more) -> Config:
 
 
 def sgd(model, lr=0.0):
-    return torch.optim.SGD(model.llm.parameters(), lr)
+    return torch.optim.SGD(model.policy.parameters(), lr)
 
 
 CONFIG = Config(
@@ -106,7 +107,7 @@ def three_steps(folder, dtype, average, sp=1, fsdp=False):
     rows = rows_of(folder, 15)
     model, reference = untrained(folder, dtype), untrained(folder, dtype).requires_grad_(False)
     with torch.no_grad():  # so that the KL term is not zero
-        reference.llm.model.norm.weight.mul_(0.7)
+        reference.policy.model.norm.weight.mul_(0.7)
     model.tower.requires_grad_(False)
     model.projector.requires_grad_(False)
     model.mesh = reference.mesh = mrsp.make_mesh(sp, "auto", 4, 2)
@@ -117,14 +118,14 @@ def three_steps(folder, dtype, average, sp=1, fsdp=False):
         model.shard_parameters(dtype)
         reference.shard_parameters(dtype)
     engine = FixedEngine(sampler, gold_of(model, rows))
-    optimizer = torch.optim.AdamW(model.llm.parameters(), lr=CONFIG.lr)
+    optimizer = torch.optim.AdamW(model.policy.parameters(), lr=CONFIG.lr)
     seen = []
     for step in range(3):
         batch = rows[step * 5 : step * 5 + (5, 5, 1)[step]]
         config = replace(CONFIG, average=average)
         metrics = step_of(model, reference, engine, optimizer, batch, step, config)
         seen.append({k: v for k, v in metrics.items() if not k.startswith("seconds")})
-    return seen, {k: mrsp.whole(v).detach().clone() for k, v in model.llm.state_dict().items()}
+    return seen, {k: mrsp.whole(v).detach().clone() for k, v in model.policy.state_dict().items()}
 
 
 def _rank(rank, folder, dtype, average, sp, fsdp, out):
@@ -194,7 +195,7 @@ def test_groups_of_equal_reward_are_skipped_and_counted_and_change_nothing(toy):
         config = at_most(4, micro_prompts=8, kl_coef=kl_coef)
         metrics = step_of(model, untrained(toy), engine, sgd(model, 1.0), rows, 0, config)
         assert metrics["skipped_groups"] == 2 and metrics["grad_norm"] > 1e-3
-        after.append({k: v.detach().clone() for k, v in model.llm.state_dict().items()})
+        after.append({k: v.detach().clone() for k, v in model.policy.state_dict().items()})
     assert packed == [2, 4]  # one pass each: none for the old log-probs
     for name, value in after[0].items():
         assert (value - after[1][name]).abs().max() < 1e-9, name
@@ -205,7 +206,7 @@ def test_two_updates_with_kl_equal_the_loss_written_out(toy):
     against the reference: the same by hand, from G copies of each prompt."""
     rows, config = rows_of(toy, 4), at_most(4, update_prompts=2, kl_coef=0.5, grad_clip=1e9)
     ours, ref, hand, start = (untrained(toy) for _ in range(4))
-    ref.llm.model.norm.weight.data.mul_(0.7)
+    ref.policy.model.norm.weight.data.mul_(0.7)
     engine = FixedEngine(start, gold_of(ours, rows))
     prompts = [hand.prompt(r) for r in rows]
     answers = engine.generate(prompts, 4, Sampling(config.temperature), None)
@@ -233,9 +234,9 @@ def test_two_updates_with_kl_equal_the_loss_written_out(toy):
         optimizer.zero_grad()
         torch.cat(losses).mean().backward()
         optimizer.step()
-    for name, value in ours.llm.state_dict().items():
-        assert (value - hand.llm.state_dict()[name]).abs().max() < 1e-6, name
-    moved = ours.llm.model.norm.weight - start.llm.model.norm.weight
+    for name, value in ours.policy.state_dict().items():
+        assert (value - hand.policy.state_dict()[name]).abs().max() < 1e-6, name
+    moved = ours.policy.model.norm.weight - start.policy.model.norm.weight
     assert moved.abs().max() > 1e-3
 
 
@@ -261,8 +262,8 @@ def test_a_sampler_that_sees_other_weights_stops_training(toy, model):
     engine = TorchEngine(untrained(toy, torch.float32))
     config = at_most(4, kl_coef=1e-3, max_mismatch=0.1)  # with KL, no group is left out
     for norm, factor, message in (
-        (engine.policy.llm.model.norm, 3.0, "sampler and trainer.*--grpo.max_mismatch 0.1"),
-        (model.llm.model.norm, torch.nan, "trainer by nan"),  # nan is no agreement either
+        (engine.model.policy.model.norm, 3.0, "sampler and trainer.*--grpo.max_mismatch 0.1"),
+        (model.policy.model.norm, torch.nan, "trainer by nan"),  # nan is no agreement either
     ):
         norm.weight.data.mul_(factor)
         with pytest.raises(ModelError, match=message):
@@ -285,7 +286,7 @@ def test_a_reward_that_differs_from_prompt_to_prompt_rises(toy, model):
 
     method, config = Method(), all_at_once(len(rows))
     method.names["reward"] = reward
-    optimizer, engine = torch.optim.AdamW(model.llm.parameters(), lr=3e-3), TorchEngine(model)
+    optimizer, engine = torch.optim.AdamW(model.policy.parameters(), lr=3e-3), TorchEngine(model)
     history = []
     while len(history) < 40 and (not history or history[-1] < 0.95):
         found = step_of(model, None, engine, optimizer, rows, len(history), config, method=method)
@@ -305,7 +306,7 @@ def test_overfitting_24_fixed_prompts_drives_the_reward_to_one(toy, model):
     )
     sft.train(model, guesses, config)
     config = replace(all_at_once(24), scale_std=False)
-    optimizer, engine = torch.optim.AdamW(model.llm.parameters(), lr=3e-4), TorchEngine(model)
+    optimizer, engine = torch.optim.AdamW(model.policy.parameters(), lr=3e-4), TorchEngine(model)
     history = []
     for step in range(100):
         metrics = step_of(model, None, engine, optimizer, rows, step, config)

@@ -30,8 +30,8 @@ from test_train import ROOT, SMALLEST
 
 import data
 import rollout
+from families import load
 from families.text import Text
-from families.vila import VILA
 from rollout import RolloutConfig, RolloutError, Sampling, VLLMEngine, make_engine
 
 pytest.importorskip("vllm")
@@ -47,7 +47,7 @@ def on(*kinds):
 
 @torch.no_grad()
 def change(model, factor=1.1, only=""):
-    for name, p in model.llm.named_parameters():
+    for name, p in model.policy.named_parameters():
         if only in name:
             p.mul_(factor)
 
@@ -176,7 +176,7 @@ def test_after_each_sync_log_probs_equal_the_trainers(stand):
         assert stand.gap() > 1e-2  # not taken over yet: the check can fail
         stand.engine.sync(stand.model)
         assert stand.gap() < 1e-4
-    for name, p in stand.model.llm.named_parameters():  # each by itself: none is forgotten
+    for name, p in stand.model.policy.named_parameters():  # each by itself: none is forgotten
         stand.model.load_state_dict(stand.start)
         with torch.no_grad():
             p.add_(0.5 * p.abs().mean() * torch.randn_like(p))
@@ -413,7 +413,7 @@ def test_the_longest_prompt_that_fits_is_sampled_to_its_end(stand, rows):
 def test_a_prompt_may_be_longer_than_the_checkpoint_says(stand, rows):
     """max_len widens the table of positions."""
     model, long = stand.model, stand.prompts[-1]
-    limit = model.llm.config.max_position_embeddings
+    limit = model.policy.config.max_position_embeddings
     more = limit + 60 - len(long.ids)  # the question repeated, then the prompt as it is
     ids = torch.cat([long.ids.repeat(more // len(long.ids) + 1)[:more], long.ids])
     positions = torch.arange(len(ids)).expand(*long.positions.shape[:-1], -1)
@@ -462,7 +462,7 @@ def _both_are_here():
 def _one_engine_a_rank(rank, folder):
     """Rank 1 has no prompts at first; the policy is sharded."""
     _environment(rank)
-    model, whole = (VILA.from_pretrained(f"{folder}/init") for _ in range(2))
+    model, whole = (load(f"{folder}/init") for _ in range(2))
     rows = data.load_rows(f"{folder}/rl.jsonl")
     engine = VLLMEngine(model, CONFIG)
     model.shard_parameters(torch.float32)
@@ -525,7 +525,7 @@ def test_a_grpo_step_samples_with_vllm_and_hands_the_new_weights_over(stand, row
     model.recipe = replace(model.recipe, num_frames=60)  # prompts of several blocks
     lengths = sum(len(model.prompt(row).ids) for row in rows)
     for changes in ({}, {"tis_cap": 2.0}, {"temperature": 0.7, "top_p": 0.9, "top_k": 20}):
-        before = model.llm.model.norm.weight.detach().clone()
+        before = model.policy.model.norm.weight.detach().clone()
         stand.engine.sleep()  # the step wakes it, and hands the GPU to training
         metrics, groups = step(model, stand.engine, rows, 0.1, micro_prompts=2, **changes)
         assert metrics["mismatch_max"] < 1e-4 and metrics["mismatch_mean"] < 1e-4
@@ -533,7 +533,7 @@ def test_a_grpo_step_samples_with_vllm_and_hands_the_new_weights_over(stand, row
         assert metrics["prompt_tokens"] == 4 * lengths
         assert metrics["grad_norm"] > 1e-3 and len(groups[0].answers) == 4
         assert metrics["tis_weight"] == pytest.approx(1, abs=1e-3)
-        assert not before.equal(model.llm.model.norm.weight)
+        assert not before.equal(model.policy.model.norm.weight)
         assert stand.gap() < 1e-4  # the step ended with a sync
 
 

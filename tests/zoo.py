@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 import data
-from families.qwen import Decoder, Omni, Qwen3VL, QwenVL
+from families.qwen import Omni, Qwen3VL, QwenVL
 from families.text import Text
 from families.vila import VILA
 from kit.decode import Loader
@@ -131,7 +131,7 @@ def vila(cubed: bool, tie: bool, image_size: int) -> VILA:
     del llm["head_dim"]
     model = VILA.create(config, llm, tower, tok, HALF)
     with torch.no_grad():
-        for p in model.llm.model.parameters():
+        for p in model.policy.model.parameters():
             if p.ndim == 2:
                 p.normal_(0, 0.2)
     return model
@@ -185,7 +185,7 @@ def tiny_qwen(texts: list[str], tie=True, seed=0) -> QwenVL:
 
 def deepstack(model, tie=True, seed=0):
     """The model with the decoder of a Qwen3-VL of the same vocabulary, random weights."""
-    vocabulary = range(model.llm.config.vocab_size)
+    vocabulary = range(model.policy.config.vocab_size)
     torch.manual_seed(seed)
     rope = MROPE | {"mrope_interleaved": True, "mrope_section": [6, 5, 5]}
     sizes = decoder(vocabulary, 3, initializer_range=0.1, rope_parameters=rope)
@@ -193,11 +193,10 @@ def deepstack(model, tie=True, seed=0):
     body = transformers.Qwen3VLTextModel(config)
     head = torch.nn.Linear(128, len(vocabulary), bias=False)
     head.weight = body.embed_tokens.weight if tie else torch.nn.Parameter(head.weight * 2)
-    model.policy = Policy(Decoder(body, head))
+    model.policy = Policy(body, head)
     model.mrope = True
     model.levels = LEVELS
     model.decoder_kind = "Qwen3ForCausalLM", "qwen3"
-    model.llm.set_attn_implementation("mrsp")
     return model.eval()
 
 
@@ -223,7 +222,7 @@ def wide_prompt(model, before, n, after, ahead=0, seed=0) -> Prompt:
     positions = torch.arange(length).expand(3, -1).clone()
     positions[:, at] = before + torch.randint(0, max(n, 1), (3, n), generator=g)
     positions[:, before + n :] += ahead
-    ids = torch.randint(8, model.llm.config.vocab_size, (length,), generator=g)
+    ids = torch.randint(8, model.policy.config.vocab_size, (length,), generator=g)
     ids[at] = model.media_tokens[0]
     media = torch.randn(n, model.media_width, generator=g) if n else None
     return Prompt(ids, positions, media, at, "", before + n)
@@ -232,5 +231,5 @@ def wide_prompt(model, before, n, after, ahead=0, seed=0) -> Prompt:
 def answers(model, lengths, seed=0) -> list[list[torch.Tensor]]:
     """Random answers of the given lengths: a list of id tensors for each inner list."""
     g = torch.Generator().manual_seed(seed)
-    vocab = model.llm.config.vocab_size
+    vocab = model.policy.config.vocab_size
     return [[torch.randint(8, vocab, (r,), generator=g) for r in group] for group in lengths]
