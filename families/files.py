@@ -78,6 +78,8 @@ def check_headers(folder: Path, wanted: dict, skip: str = "$") -> None:
                 if name in found:
                     raise ModelError(f"{file}: {name} is in another file of the folder too")
                 found[name] = tuple(tensors.get_slice(name).get_shape())
+    if not found:
+        raise ModelError(f"{folder} has no weights as safetensors")
     bad = [name for name, tensor in wanted.items() if found.get(name) != tuple(tensor.shape)]
     extra = [name for name in found if name not in wanted and not re.match(skip, name)]
     check_tensors(folder, bad, extra)

@@ -404,7 +404,8 @@ def test_media_that_a_family_cannot_take_cost_the_row(tmp_path):
     write_wav(tmp_path / "short.wav", 0.01)
     Image.fromarray(np.zeros((1, 300, 3), np.uint8)).save(tmp_path / "line.png")
     model = zoo.build("omni")
-    for file, said in (("short.wav", "too short to be heard"), ("line.png", "ratio must be smaller than 200")):
+    ratio = "ratio must be smaller than 200"
+    for file, said in (("short.wav", "too short to be heard"), ("line.png", ratio)):
         m = medium(tmp_path / file, "audio" if file == "short.wav" else "image")
         with pytest.raises(DataError, match=f"{file}.*question q7.*{said}") as error:
             model.features(question(m), 4)

@@ -7,7 +7,10 @@ sound and positions: test_pixels.py.
 import json
 import math
 import re
+import threading
+import unittest.mock
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,12 +26,13 @@ import data
 import mrsp
 from data import Example, Medium
 from families import load
+from families.qwen import QwenVL
 from families.text import Text
 from families.vila import VILA, BlockDownsample
 from kit.decode import Loader
 from kit.sound import load_audio
 from model import Media, ModelError
-from rollout import Sampling, TorchEngine
+from rollout import Sampling, TorchEngine, copy_policy
 
 FAMILIES = zoo.FAMILIES
 CASES = {"text": "", "video": "v", "frame": "o", "image": "i", "several": "vijs"}
@@ -432,8 +436,10 @@ def test_the_decoder_s_config_alone_fits_its_weights(tmp_path, family, tie):
     assert (found.pop("lm_head.weight", None) is None) == tie and found == expected
 
 
+@pytest.mark.parametrize("decoder", [True, False])
 @pytest.mark.parametrize("family", SOME)
-def test_a_missing_further_or_misshapen_tensor_is_refused_by_name(tmp_path, family):
+def test_a_missing_further_or_misshapen_tensor_is_refused_by_name(tmp_path, family, decoder):
+    """Also if the decoder is to be read later: its files' headers tell."""
     zoo.build(family, tie=False).save_pretrained(tmp_path)
     for name in PUBLISHED[family].split():
         path, name = located(tmp_path, name)
@@ -446,11 +452,11 @@ def test_a_missing_further_or_misshapen_tensor_is_refused_by_name(tmp_path, fami
             others = {k: v for k, v in whole.items() if k != name}
             save_file(others | change, path, {"format": "pt"})
             with pytest.raises(ModelError, match=said):
-                load(tmp_path)
+                load(tmp_path, decoder=decoder)
             save_file(whole, path, {"format": "pt"})
         path.rename(path.with_suffix(".bin"))
         with pytest.raises(ModelError, match="safetensors"):
-            load(tmp_path)
+            load(tmp_path, decoder=decoder)
         path.with_suffix(".bin").rename(path)
     load(tmp_path)
 
@@ -603,8 +609,15 @@ def test_a_tokenizer_of_another_checkpoint_is_refused(tmp_path):
 
 def _ranks_shard(rank, root):
     """FSDP2 on two ranks: log-probs, gradients and what is saved are those of one process."""
-    model, alone = load(root / "a"), load(root / "a")
+    model, alone = load(root / "a", decoder=False), load(root / "a")
+    assert next(model.policy.parameters()).is_meta == (not isinstance(model, Text))
+    reference = copy_policy(model, torch.bfloat16)  # of a decoder without values
     model.shard_parameters(torch.float32)
+    assert same(dict(model.decoder_weights()), dict(alone.decoder_weights()))
+    assert same(model.tower.state_dict(), alone.tower.state_dict())
+    reference.shard_parameters(torch.bfloat16)
+    for (_, x), (_, y) in zip(reference.decoder_weights(), alone.decoder_weights()):
+        assert torch.equal(x, y.bfloat16())
     model.enable_gradient_checkpointing()
     features = torch.linspace(-1, 1, 24 * 128).view(3, 2, 4, 128)
     features = features.repeat(1, 1, 1, 1 + model.levels)
@@ -613,7 +626,7 @@ def _ranks_shard(rank, root):
     question = Example("v", "Which came first?", (), "A", "temporal", (), "video", "")
     pack = mrsp.pack([model.build_prompt(question, media)], answers(alone, [[5, 3]]))
     for m in (model, alone):
-        (m(pack)[0].sum() / (2 if m is model else 1)).backward()
+        (m(pack)[0].sum() / (dist.get_world_size() if m is model else 1)).backward()
     assert torch.allclose(model(pack)[0], alone(pack)[0], atol=1e-5)
     for (name, p), q in zip(model.policy.named_parameters(), alone.policy.parameters()):
         gap = (mrsp.whole(p.grad) - q.grad).abs().max()
@@ -622,14 +635,66 @@ def _ranks_shard(rank, root):
 
 
 @SLOW
-@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("world, tie", [(2, True), (2, False), (1, True)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_sharded_decoder_trains_and_saves_like_a_whole_one(tmp_path, family, tie):
+def test_a_sharded_decoder_trains_and_saves_like_a_whole_one(tmp_path, family, world, tie):
     zoo.build(family, tie).save_pretrained(tmp_path / "a")
-    run_ranks(_ranks_shard, 2, tmp_path)
+    run_ranks(_ranks_shard, world, tmp_path)
     for path in (tmp_path / "a").rglob("*.safetensors"):
         written = tmp_path / "b" / path.relative_to(tmp_path / "a")
         assert same(load_file(path), load_file(written)), path
+
+
+class Read(Exception):
+    """The decoder is there."""
+
+
+def _rank_reads(rank, root):
+    """The anonymous memory of this process while it loads its share (pages of files, which all
+    ranks share and the system takes back, do not count)."""
+
+    def held() -> float:
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 1024
+
+    def watch():
+        while not done.wait(0.0005):
+            seen.append(held())
+
+    load(root / "small", decoder=False)  # what is imported and made once
+    before, seen, done = held(), [], threading.Event()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with pytest.raises(Read):
+        model = load(root / "large", decoder=False)
+        model.idle = unittest.mock.Mock(side_effect=Read)  # the first forward gathers layers
+        model.shard_parameters()
+    done.set()
+    watcher.join()
+    assert {p.dtype for p in model.policy.parameters()} == {torch.float32}
+    sizes = [p.to_local().nbytes / 2**20 for p in model.policy.parameters()]
+    largest = max(p.numel() * 2 / 2**20 for p in model.policy.parameters())  # in the file
+    share = sum(sizes)
+    print(f"rank {rank}: {max(seen) - before:.0f} MiB at most, of which its share is {share:.0f}")
+    assert 0.8 * share < max(seen) - before < 1.3 * share + largest
+
+
+@SLOW
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_a_rank_reads_its_share_of_a_decoder_and_no_more(tmp_path):
+    """Of 180 MB in bfloat16: 364 MB of float32 in all, 182 on each of two ranks."""
+    small = zoo.build("qwen2.5-vl", tie=False)
+    small.save_pretrained(tmp_path / "small")
+    config = small.config
+    sizes = dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=24, vocab_size=20_000)
+    sizes |= dict(num_attention_heads=16, num_key_value_heads=8)
+    for name, size in sizes.items():
+        setattr(config.text_config, name, size)
+    config.text_config.layer_types = ["full_attention"] * 24
+    config.vision_config.out_hidden_size = 512
+    large = QwenVL(QwenVL.kind(config), small.tokenizer, small.preprocess)
+    large.bfloat16().save_pretrained(tmp_path / "large")
+    run_ranks(_rank_reads, 2, tmp_path)
 
 
 # --------------------------------------------------------------------------------------- prompts
