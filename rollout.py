@@ -352,11 +352,21 @@ def import_vllm():
     return vllm
 
 
-def engine_kind(kind: str | None) -> str:
-    """vllm or torch, as asked; None: vllm where there is a GPU and the package. RolloutError."""
+def engine_kind(kind: str | None, sharded: bool = False) -> str:
+    """vllm or torch, as asked; None: vllm where there is a GPU and the package, else torch, but not
+    for a model so large that it is sharded. RolloutError."""
     if kind is None:
-        found = torch.cuda.is_available() and importlib.util.find_spec("vllm")
-        kind = "vllm" if found else "torch"
+        lacks = None
+        if not torch.cuda.is_available():
+            lacks = "torch finds no GPU: see nvidia-smi, and torch.cuda.init() for the reason"
+        elif not importlib.util.find_spec("vllm"):
+            lacks = "vllm is not installed: pip install -r requirements-gpu.txt"
+        if lacks and sharded:
+            raise RolloutError(
+                f"these settings are for GPUs and vLLM (parameters are sharded), but {lacks}; to "
+                "run them all the same, without vLLM and on what there is: --rollout torch"
+            )
+        kind = "torch" if lacks else "vllm"
     if kind not in ("vllm", "torch"):
         raise RolloutError(f"--rollout must be vllm or torch, not {kind}")
     if kind == "vllm":
@@ -405,6 +415,20 @@ def use_positions(request) -> None:
     positions = request.sampling_params.extra_args["positions"]
     request.mrope_positions = positions
     request.mrope_position_delta = int(positions.max()) + 1 - positions.shape[1]
+
+
+def hash_prompts_once(block_hashes):
+    """vLLM's function that gives the hashes of a request's blocks, by which it finds their K/V; but
+    embeddings are hashed once for all n answers of a prompt, whose requests have the same tensor.
+    (One by one, 8 answers to each of 32 prompts of 256k tokens hash 480 GB a step.)"""
+
+    def of_request(request) -> list:
+        if request.prompt_embeds is not None:
+            known = vars(request.prompt_embeds).setdefault("hashes", {})  # by block
+            request._prompt_embeds_per_block_hashes = known
+        return block_hashes(request)
+
+    return of_request
 
 
 def salt(positions: Tensor) -> str:
@@ -471,6 +495,8 @@ class VLLMEngine:
             random.setstate(states[0])
             np.random.set_state(states[1])
         self.llm.llm_engine.engine_core._finalizer.detach()  # its shutdown; see close()
+        core = self.llm.llm_engine.engine_core.engine_core
+        core.request_block_hasher = hash_prompts_once(core.request_block_hasher)
         self.llm.collective_rpc(
             lambda worker: setattr(worker.model_runner, "_init_mrope_positions", use_positions)
         )

@@ -310,7 +310,7 @@ def main(argv=None) -> dict | None:
         ranks = find_ranks()
         if settings.run.dry_run:
             return plan.show(settings, notes, ranks)
-        kind = engine_kind(settings.run.rollout)
+        kind = engine_kind(settings.run.rollout, settings.for_gpus)
         lines = plan.check(settings, ranks)  # before anything large is loaded or written
         ranks.join(alone=settings.ranks.fsdp or kind == "vllm")
         with Run(settings, ranks) as run:

@@ -178,7 +178,8 @@ class Plan:
 def check(settings: Settings, ranks: Ranks) -> list[str]:
     """Looks at all that a run needs before anything large is loaded; returns lines to show first:
     ranks and memory. Raises DataError with a line for each thing that is wrong or missing."""
-    found = make_plan(settings, ranks.world, engine_kind(settings.run.rollout))
+    kind = engine_kind(settings.run.rollout, settings.for_gpus)
+    found = make_plan(settings, ranks.world, kind)
     if found.wrong or found.lacking:
         raise DataError("missing for this run:\n  " + "\n  ".join(found.wrong + found.lacking))
     return found.lines

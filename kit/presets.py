@@ -130,6 +130,11 @@ class Settings:
         """Does the run make its own data and checkpoint first?"""
         return self.run.preset == "toy" and self.run.model is None
 
+    @property
+    def for_gpus(self) -> bool:
+        """Is the model so large that GPUs share it?"""
+        return self.ranks.fsdp and self.run.preset != "toy"
+
     def __post_init__(self):
         if self.ranks.sp % self.rollout.tp:
             raise ValueError(

@@ -513,6 +513,24 @@ def test_the_engine_is_chosen_by_name(model, monkeypatch):
     assert isinstance(make_engine(None, model), TorchEngine)
 
 
+@pytest.mark.parametrize("gpu, said", [(False, "finds no GPU.*"), (True, "vllm.*requirements-gpu")])
+def test_what_is_meant_for_gpus_never_starts_without_them_by_itself(
+    gpu, said, monkeypatch, tmp_path
+):
+    """A 7B would start on the CPUs, or sample for hours: unless --rollout torch asks for it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(rollout.importlib.util, "find_spec", lambda name: None)
+    line = ["--preset", "hour", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(
+        SystemExit, match=f"error: these settings are for GPUs.*{said}.*--rollout torch"
+    ):
+        train.main(line)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match="missing for this run"):  # rows, for instance
+        train.main([*line, "--rollout", "torch"])
+    assert rollout.engine_kind(None) == "torch" == rollout.engine_kind("torch", sharded=True)
+
+
 def test_without_the_package_vllm_says_what_to_install(model, monkeypatch, tmp_path):
     """Before anything is made: a run ends with one line."""
     for name in list(sys.modules):

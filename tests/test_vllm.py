@@ -83,6 +83,20 @@ def test_prompts_given_in_parts_get_the_same_answers(stand, monkeypatch):
     assert not core.model_executor.driver_worker.worker.model_runner.requests  # nor embeddings
 
 
+@on("vila", "qwen")
+def test_embeddings_are_hashed_once_for_all_answers_of_a_prompt(stand, monkeypatch):
+    from vllm.v1.core import kv_cache_utils
+
+    hashed, plain = [], kv_cache_utils.tensor_data
+    monkeypatch.setattr(kv_cache_utils, "tensor_data", lambda x: hashed.append(len(x)) or plain(x))
+    prompt = next(p for p in stand.prompts if p.media is not None and len(p.ids) >= BLOCK)
+    for n in (1, 8):
+        hashed.clear()
+        stand.engine.generate([prompt], n, Sampling(max_tokens=2), [3])
+        assert hashed[: len(prompt.ids) // BLOCK] == [BLOCK] * (len(prompt.ids) // BLOCK)
+        assert sum(hashed) <= len(prompt.ids)
+
+
 def cost(length: int, n: int) -> int:
     """Tokens computed for n answers to a prompt: all, then for each other one what is behind the
     last whole block (the prompt's last token always: it predicts)."""
