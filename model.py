@@ -588,23 +588,9 @@ class MultiModal(nn.Module):
         vars(body).pop("peft_config", None)
 
     def shard_parameters(self, dtype=torch.bfloat16) -> None:
-        """FSDP2 over all ranks: each keeps its share of every decoder layer, in the precision the
-        model has now (float32: the master weights, which the optimizer steps); a layer is gathered
-        in `dtype` when it runs, its gradients are added up in float32. Tower and projector stay
-        whole: small beside the decoder, frozen in RL (mrsp.join_gradients adds theirs up)."""
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        device = next(self.policy.buffers()).device
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        own = next(self.policy.parameters()).dtype
-        precision = MixedPrecisionPolicy(dtype, torch.promote_types(own, torch.float32))
-        for module in (*self.policy.model.layers, self.policy):
-            # Freed after each forward, the root too: what a later optimizer step changes is never
-            # read from an old copy.
-            fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
-            # FSDP averages over ranks; ours is a sum (each rank's loss is divided by global counts)
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has nothing but sums
+        """Policy.shard(), and values for what was loaded without. Tower and projector stay whole:
+        small beside the decoder, frozen in RL (mrsp.join_gradients adds theirs up)."""
+        self.policy.shard(dtype)
         self.sharded = True
         self.read_decoder()
         # At its first forward FSDP takes the precision of gradients from what is trainable then.
@@ -625,6 +611,24 @@ class Policy(nn.Module):
         self.lm_head = head
         self.config = body.config
         body.set_attn_implementation("mrsp")
+
+    def shard(self, dtype) -> None:
+        """FSDP2 over all ranks: each keeps its share of every layer, in the precision it has now
+        (float32: the master weights, which the optimizer steps); a layer is gathered in `dtype`
+        when it runs, its gradients are added up in float32."""
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        device = next(self.buffers()).device  # parameters may be on "meta"
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        own = next(self.parameters()).dtype
+        precision = MixedPrecisionPolicy(dtype, torch.promote_types(own, torch.float32))
+        for module in (*self.model.layers, self):
+            # Freed after each forward, the root too: what a later optimizer step changes is never
+            # read from an old copy.
+            fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+            # FSDP averages over ranks; ours is a sum (each rank's loss is divided by global counts)
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has nothing but sums
 
     def inputs(self, ids: Tensor, media: Tensor | None = None, media_at=None) -> dict:
         """What the decoder's body is called with: token embeddings (B, L, D), with the media

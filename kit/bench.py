@@ -5,7 +5,7 @@
     python -m kit.bench step        one GRPO step on text: seconds of each phase, as one JSON line
     python -m kit.bench decode      videos decoded ahead of the tower; memory over 2,000 of them
     python -m kit.bench attention   block attention against plain softmax and torch's own kernel
-    python -m kit.bench gpu         a 7B decoder, prompts of 16k to 256k tokens, on a CUDA GPU
+    python -m kit.bench gpu         kernels, sharding, packed steps of 16k and 64k, on a CUDA GPU
 
 A command's options are the fields of its class (--help lists them), its work is run().
 
@@ -51,16 +51,16 @@ import torch.distributed as dist
 from tokenizers import Tokenizer, models
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as torch_kernel
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import grpo
 import mrsp
 from data import Example, Medium
+from families import load
 from families.vila import VILA
 from kit.decode import Loader
 from kit.options import OptionError, parse
-from kit.plan import QWEN_7B, parameters, widths
+from kit.plan import CONFIGS, QWEN_7B, memory, parameters, widths
 from kit.ranks import find_ranks, reported
 from kit.run import Meter
 from kit.toy import write_mp4
@@ -592,21 +592,58 @@ def attention_row(length, group, heads, plain=False, repeats=3, **where) -> dict
 
 @dataclass(frozen=True)
 class Gpu(Options):
-    """a 7B decoder in bfloat16 on one CUDA GPU, and its attention beside torch's flash kernel"""
+    """12 minutes of one CUDA GPU of 80 GB: what only a GPU can tell, and a table at the end"""
 
-    prompts: tuple[int, ...] = (16384, 65536, 131072, 262144)  # tokens of the prompts
+    prompts: tuple[int, ...] = (16384, 65536)  # tokens of the prompts
     group: int = 8  # answers to a prompt
     response_tokens: int = 512  # of each answer
+    layers: int = 8  # of a 7B decoder: those of 28 that fit beside their optimizer
 
     def run(self) -> None:
         if not torch.cuda.is_available():
             raise OptionError("kit.bench gpu needs a CUDA GPU, and torch finds none")
+        find_ranks().join(alone=True)
         heads = QWEN_7B["num_attention_heads"], QWEN_7B["num_key_value_heads"], QWEN_7B["head_dim"]
         where = {"device": "cuda", "dtype": torch.bfloat16}
-        for length in self.prompts:
-            show(attention_row(length, self.group, heads, **where))
-        for row in gpu_rows(QWEN_7B, self.prompts, self.group, self.response_tokens, **where):
-            show(row)
+        shape = QWEN_7B | {"num_hidden_layers": self.layers}
+        answers = self.group, self.response_tokens
+        parts = {}  # in this order: what can be wrong before what is slow
+        for n in self.prompts:
+            parts[f"attention, {n:,} tokens"] = partial(
+                attention_row, n, self.group, heads, **where
+            )
+        parts["sharded against whole"] = partial(sharded_row, "cuda")
+        for n in self.prompts:
+            parts[f"packed step, {n:,} tokens"] = partial(packed_row, shape, n, *answers, "cuda")
+        parts["tower of a 7B"] = partial(
+            tower_row, CONFIGS / "qwen2.5-vl-7b", (64, 360, 640), **where
+        )
+        for chunk in (512, 2048, 8192):
+            parts[f"LM head, {chunk:,} at once"] = partial(head_row, QWEN_7B, chunk, 8192, **where)
+        print_table({name: gpu_row(name, part) for name, part in parts.items()})
+
+
+def gpu_row(name: str, part) -> dict:
+    """What a part finds; its time in all and peak memory; or that it does not fit."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    begin = time.perf_counter()
+    try:
+        row = part()
+    except torch.OutOfMemoryError:
+        row = {"why": "out of memory"}
+    row |= {"all_seconds": time.perf_counter() - begin}
+    row |= {"peak_bytes": torch.cuda.max_memory_allocated()}
+    show({"part": name} | row)
+    return row
+
+
+def print_table(rows: dict[str, dict]) -> None:
+    for name, row in rows.items():
+        numbers = [
+            f"{key} {x:,.4g}" if isinstance(x, float) else f"{key} {x}" for key, x in row.items()
+        ]
+        print(f"{name:28s} {', '.join(numbers)}")
 
 
 def decoder(shape: dict, dtype=torch.float32, device="cpu") -> Policy:
@@ -618,55 +655,74 @@ def decoder(shape: dict, dtype=torch.float32, device="cpu") -> Policy:
     return Policy(llm.model, llm.lm_head).train()
 
 
-def tile_mlps(policy, tile: int) -> None:
-    """Run MLPs of long sequences tile by tile, each checkpointed by itself: in a 7B their
-    activations are 220 KiB a token. It costs a third run of the MLP, so: above 10 tiles only."""
-    for layer in policy.model.layers:
-        layer.mlp.forward = partial(tiled, layer.mlp.forward, tile)
+def train_pass(policy, pack, chunk=None) -> None:
+    policy(mrsp.shard(pack, mrsp.Mesh()), chunk=chunk)[0].sum().backward()
 
 
-def tiled(mlp, tile: int, x):
-    """mlp(x), x (1, L, D)"""
-    if x.shape[1] <= 10 * tile:
-        return mlp(x)
-    return torch.cat([checkpoint(mlp, part, use_reentrant=False) for part in x.split(tile, 1)], 1)
+def sharded_row(device: str) -> dict:
+    """A small VILA under FSDP2 in bfloat16, by blocks, checkpointed, against a plain one in
+    float32: the largest difference of log-probs, and of a gradient beside its largest value."""
+    videos, dense = random_videos(1, 16), mrsp.DENSE_LIMIT
+    mrsp.DENSE_LIMIT = 0  # by blocks, as long sequences are
+    models = [small_vila(128, 4).to(device) for _ in range(2)]
+    models[1].enable_gradient_checkpointing()
+    models[1].shard_parameters()
+    found = []
+    for model in models:
+        answers = [torch.arange(9, 9 + n) for n in (40, 30, 20)]
+        logp, _ = model(mrsp.pack([embed(model, videos[0])], [answers]))
+        logp.sum().backward()
+        found.append((logp.detach(), [mrsp.whole(p.grad) for p in model.policy.parameters()]))
+    mrsp.DENSE_LIMIT = dense
+    (logp, grads), (other, others) = found
+    gaps = [((a - b).abs().max() / a.abs().max()).item() for a, b in zip(grads, others)]
+    return {"logp_gap": (logp - other).abs().max().item(), "gradient_gap": max(gaps)}
 
 
-def gpu_rows(shape, prompts, group, tokens, device, dtype, side=8192, tile=16384):
-    """Yield, for each prompt length, forward + backward of one pack of prompt and answers, and of
-    the G copies: one copy is timed, times G, since they are alike. FLOPs are the useful ones,
-    without what checkpointing computes again; peak_bytes includes the weights."""
-    square = torch.randn(side, side, device=device, dtype=dtype)
-    product = partial(timed, torch.matmul, square, square)
-    rate = 2 * side**3 / measure({"": product}, 10)[""]["seconds"]
-    policy = decoder(shape, dtype, device)
-    tile_mlps(policy, tile)
+def packed_row(shape: dict, length: int, group: int, tokens: int, device: str) -> dict:
+    """A step, AdamW's too, on one pack of a prompt and its answers: float32 masters under FSDP2 in
+    bfloat16. FLOPs are the useful ones, without what checkpointing computes again; peak_to_plan:
+    the most memory, beside what kit/plan.py predicts."""
+    policy = decoder(shape, device=device)
+    policy.shard(torch.bfloat16)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)
     d, _, v, q, _ = widths(shape)
     layers = shape["num_hidden_layers"]
     answer = torch.ones(tokens, dtype=torch.long)
-    for length in prompts:
-        for way, n, times in (("shared prefix", group, 1), ("G copies", 1, group)):
-            pack = mrsp.pack([text_prompt(length, v, device)], [[answer] * n])
-            flops = 6 * (pack.ids.numel() * parameters(shape)[0] * layers + n * tokens * v * d)
-            flops += 14 * pairs(pack.layout) * q * layers
-            row = {"prompt": length, "way": way, "seconds": None}
-            if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            try:
-                work = partial(timed, train_pass, policy, pack)
-                seconds = measure({way: work}, 1)[way]["seconds"]
-                row |= {"seconds": times * seconds, "tflops": flops / seconds / 1e12}
-                row |= {"share_of_matmul": flops / seconds / rate, "matmul_tflops": rate / 1e12}
-                row["peak_bytes"] = torch.cuda.max_memory_allocated()
-            except torch.OutOfMemoryError:
-                row["why"] = "out of memory"
-            policy.zero_grad()
-            torch.cuda.empty_cache()
-            yield row
+    pack = mrsp.pack([text_prompt(length, v, device)], [[answer] * group])
+
+    def step() -> None:
+        train_pass(policy, pack)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds = measure({"": partial(timed, step)}, 1)[""]["seconds"]
+    flops = 6 * (pack.ids.numel() * parameters(shape)[0] * layers + group * tokens * v * d)
+    flops += 14 * pairs(pack.layout) * q * layers
+    row = {"seconds": seconds, "tflops": flops / seconds / 1e12}
+    if device == "cuda":
+        need = memory(shape, length, group * tokens, sampler=None, reference=False)["total"]
+        row["peak_to_plan"] = torch.cuda.max_memory_allocated() / need
+    return row
 
 
-def train_pass(policy, pack) -> None:
-    policy(mrsp.shard(pack, mrsp.Mesh()), chunk=2048)[0].sum().backward()
+@torch.no_grad()
+def tower_row(folder, shape: tuple[int, int, int], device: str, dtype) -> dict:
+    """Frames (F, height, width) of a second through the tower of a checkpoint's shape."""
+    model = load(folder, dtype, weights=False)
+    model.tower._apply(lambda x: torch.randn_like(x, device=device) / 50 if x.is_meta else x)
+    model.tower.to(device)
+    frames = np.zeros((*shape, 3), np.uint8)
+    seconds = measure({"": partial(timed, model.encode, frames)}, 3)[""]["seconds"]
+    return {"frames_per_second": shape[0] / seconds}
+
+
+def head_row(shape: dict, chunk: int, tokens: int, device: str, dtype) -> dict:
+    """Forward and backward of one layer and the LM head for so many tokens, `chunk` at a time."""
+    policy = decoder(shape | {"num_hidden_layers": 1}, dtype, device)
+    answer = torch.ones(tokens, dtype=torch.long)
+    pack = mrsp.pack([text_prompt(8, shape["vocab_size"], device)], [[answer]])
+    return measure({"": partial(timed, train_pass, policy, pack, chunk)}, 1)[""]
 
 
 # --------------------------------------------------------------------------------------- main

@@ -28,10 +28,10 @@ in a real step of small decoders: the prediction is within a fifth of the count.
 Check this file alone:  pytest tests/test_plan.py
 """
 
+import math
 import os
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
-from math import gcd
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,7 +49,7 @@ from kit.decode import Loader
 from kit.presets import PRESETS, Settings
 from kit.ranks import Ranks
 from model import ModelError
-from rollout import RolloutError, engine_kind
+from rollout import AT_ONCE, RolloutError, engine_kind
 
 # -------------------------------------------------------------------------- memory of a step
 
@@ -92,7 +92,7 @@ def parameters(shape: dict) -> tuple[int, int]:
 def travelling(shape: dict, length: int, sp: int, c: int) -> float:
     """Bytes of the queries, keys and values that one layer exchanges or gathers, on a GPU."""
     *_, q, k = widths(shape)
-    ulysses = gcd(shape["num_attention_heads"], shape["num_key_value_heads"], sp)
+    ulysses = math.gcd(shape["num_attention_heads"], shape["num_key_value_heads"], sp)
     found = 0.0
     if ulysses > 1:
         found += 2 * c * length / sp * (q + 2 * k)
@@ -326,12 +326,15 @@ def check_memory(s: Settings, model, world: int, sampler: str, found: Plan) -> N
     tokens = len(model.build_prompt(question, media, recipe.thinking).ids)
     wide = 4 if s.ranks.dtype == "float32" else 2
     where = f"without a GPU, a share of the memory for {world} ranks"
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    have = host // world
     reserved = 0.0
     if torch.cuda.is_available():
         where = "a GPU"
         have = torch.cuda.get_device_properties(0).total_memory
         reserved = s.rollout.memory * have if sampler == "vllm" else 0.0
+    if s.for_gpus:
+        check_host_memory(s, model, world, sampler, tokens * wide * model.media_width, host, found)
     part = memory(
         shape_of(config),
         tokens,
@@ -356,6 +359,32 @@ def check_memory(s: Settings, model, world: int, sampler: str, found: Plan) -> N
             f"memory: a rank needs {need}, and has {here}: start on 8 GPUs of 80 GB with torchrun "
             "--nproc_per_node 8, or take fewer --recipe.num_frames, more ranks a sequence (--sp) "
             "or a smaller --model"
+        )
+
+
+def check_host_memory(s, model, world: int, sampler: str, each: int, have: int, found) -> None:
+    """What a step keeps beside the GPUs, if `world` ranks are on this machine: the embeddings of
+    its prompts, `each` bytes one; vLLM's requests of them, and its weights where they sleep there.
+    With --cache_dir all ranks map one copy, which the system may drop and read again."""
+    dp = world // s.ranks.sp
+    prompts = math.ceil(s.grpo.prompts / dp)  # of a sequence
+    engines = s.ranks.sp // s.rollout.tp  # that sample for them
+    held, how = world * prompts * each, "on each rank of a sequence: --cache_dir makes it one copy"
+    if s.media.cache_dir:
+        held, how = 0, f"mapped from --cache_dir, {dp * prompts * each / GIB:.1f} GiB in all"
+    vllm = 0
+    if sampler == "vllm":
+        vllm = world * max(min(math.ceil(prompts / engines) * each, AT_ONCE), each)
+        if s.rollout.sleep_level == 1:
+            vllm += world * 2 * sum(p.numel() for p in model.policy.parameters()) // s.rollout.tp
+    found.lines.append(
+        f"host memory: embeddings of a step's {dp * prompts} prompts {held / GIB:.1f} GiB ({how}); "
+        f"vLLM's requests {vllm / GIB:.1f} GiB; this machine has {have / GIB:.1f} GiB"
+    )
+    if held + vllm >= 0.92 * have:
+        found.lacking.append(
+            "host memory: more than there is, see above: take --cache_dir FOLDER, fewer "
+            "--grpo.prompts a step, or fewer --recipe.num_frames"
         )
 
 

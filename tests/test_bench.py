@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo
+from conftest import run_ranks
 from test_plan import shape
 
 import mrsp
@@ -146,22 +148,21 @@ def test_commands_print_json_lines(command, names, tmp_path, capsys):
         assert [line["decodes"] for line in lines[1:]] == [0, 1, 2]
 
 
-def test_gpu_rows_run_on_the_cpu_in_small():
-    rows = list(bench.gpu_rows(shape(), [60], 3, 4, "cpu", torch.float32, side=64))
-    assert [r["way"] for r in rows] == ["shared prefix", "G copies"]
-    assert all(r["seconds"] > 0 and r["tflops"] > 0 for r in rows)
+def _gpu_parts(rank, folder):
+    found = bench.sharded_row("cpu")
+    assert 0 < found["logp_gap"] < 0.1 and 0 < found["gradient_gap"] < 0.1
+    row = bench.packed_row(shape(), 60, 3, 4, "cpu")
+    assert row["seconds"] > 0 and row["tflops"] > 0
+    assert bench.tower_row(folder, (4, 56, 84), "cpu", torch.float32)["frames_per_second"] > 0
+    assert bench.head_row(shape(), 16, 50, "cpu", torch.float32)["seconds"] > 0
 
 
-def test_tiled_mlps_change_nothing():
-    pack = mrsp.pack([bench.text_prompt(50, 512)], [[torch.ones(5, dtype=torch.long)] * 2])
-    found = []
-    for tile in (1000, 3):
-        torch.manual_seed(0)
-        policy = bench.decoder(shape())
-        bench.tile_mlps(policy, tile)
-        policy(mrsp.shard(pack, mrsp.Mesh()))[0].sum().backward()
-        found.append([p.grad for p in policy.parameters()])
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+@pytest.mark.slow
+def test_the_parts_of_gpu_run_on_the_cpu_in_small(tmp_path, capsys):
+    zoo.build("qwen2.5-vl").save_pretrained(tmp_path)
+    run_ranks(_gpu_parts, 1, tmp_path)
+    bench.print_table({"a": {"seconds": 1234.5, "why": "out of memory"}})
+    assert capsys.readouterr().out == f"{'a':28s} seconds 1,234, why out of memory\n"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """The plan of a run predicts the memory that a step takes."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import torch
 from pytest import mark, param
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -8,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import mrsp
 from kit import bench, plan
+from kit.presets import PRESETS
 
 
 def shape(layers=2, hidden=64, mlp=192, vocab=512, tied=True):
@@ -93,3 +97,30 @@ def test_a_sampler_that_sleeps_counts_in_rollouts_alone():
     assert most["total"] == held + 5e10
     alone = plan.memory(plan.QWEN_7B, 259_363, 16_384, sampler="vllm", reference=False, **hour)
     assert alone["total"] == held - sleeps["reference"] + rollout
+
+
+def test_host_memory_is_that_of_a_step_s_embeddings_and_of_vllm(monkeypatch):
+    """32 prompts of an hour, 259,363 tokens of 3,584 numbers in bfloat16, on 8 ranks of a node."""
+    hour = PRESETS["hour"]
+    each = 259_363 * 3584 * 2
+    model = SimpleNamespace(policy=torch.nn.Linear(100, 2**20, bias=False, device="meta"))
+
+    def lines(sampler="vllm", have=2**50, **media):
+        s = replace(hour, media=replace(hour.media, **media))
+        found = plan.Plan()
+        plan.check_host_memory(s, model, 8, sampler, each, have, found)
+        return found.lines[0], found.lacking
+
+    requests = 8 * 4 * each / 2**30  # each rank samples for 4 of them
+    mapped, lacking = lines()
+    assert f"32 prompts 0.0 GiB (mapped from --cache_dir, {32 * each / 2**30:.1f} GiB" in mapped
+    assert f"vLLM's requests {requests:.1f} GiB" in mapped and not lacking
+    held, lacking = lines("torch", cache_dir=None)  # all of them on each rank
+    assert f"32 prompts {8 * 32 * each / 2**30:.1f} GiB (on each" in held and "s 0.0 GiB" in held
+    assert lines(have=int(1.2 * requests * 2**30))[1] == []
+    assert "--cache_dir FOLDER" in lines(have=int(requests * 2**30))[1][0]
+    monkeypatch.setattr(plan, "AT_ONCE", each // 2)  # at least one prompt at a time
+    assert f"requests {8 * each / 2**30:.1f} GiB" in lines()[0]
+    hour = replace(hour, rollout=replace(hour.rollout, sleep_level=1))
+    weights = 8 * 2 * 100 * 2**20
+    assert f"requests {(8 * each + weights) / 2**30:.1f} GiB" in lines()[0]
