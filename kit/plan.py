@@ -366,7 +366,7 @@ def check_host_memory(s, model, world: int, sampler: str, each: int, have: int, 
     """What a step keeps beside the GPUs, if `world` ranks are on this machine: the embeddings of
     its prompts, `each` bytes one; vLLM's requests of them, and its weights where they sleep there.
     With --cache_dir all ranks map one copy, which the system may drop and read again."""
-    dp = world // s.ranks.sp
+    dp = max(1, world // s.ranks.sp)
     prompts = math.ceil(s.grpo.prompts / dp)  # of a sequence
     engines = s.ranks.sp // s.rollout.tp  # that sample for them
     held, how = world * prompts * each, "on each rank of a sequence: --cache_dir makes it one copy"

@@ -23,15 +23,18 @@ from conftest import answers, run_ranks
 from safetensors.torch import load_file, save_file
 
 import data
+import families
 import mrsp
+import sft
 from data import Example, Medium
 from families import load
+from families.files import load_part, load_tokenizer, write_part
 from families.qwen import QwenVL
 from families.text import Text
 from families.vila import VILA, BlockDownsample
 from kit.decode import Loader
 from kit.sound import load_audio
-from model import Media, ModelError
+from model import Media, ModelError, MultiModal, Piece
 from rollout import Sampling, TorchEngine, copy_policy
 
 FAMILIES = zoo.FAMILIES
@@ -813,3 +816,71 @@ def test_windows_of_a_tower_as_a_batch_equal_one_after_the_other(family, monkeyp
     for ours, theirs in zip(*found):
         assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-4)
     assert calls.index(0) * 2 <= len(calls) - calls.index(0) - 2
+
+
+# ---------------------------------------------------------------------------------- a new family
+
+
+class Colours(MultiModal):
+    """A frame is one token: the colours of its quarters, through a linear layer."""
+
+    takes = ("video", "image")
+    decoder_kind = "Qwen2ForCausalLM", "qwen2"
+
+    def __init__(self, llm, tokenizer):
+        preprocess = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        super().__init__(llm, torch.nn.Module(), tokenizer, preprocess, ["<frame>"])
+        self.projector = torch.nn.Linear(12, llm.config.hidden_size)
+
+    @classmethod
+    def from_pretrained(cls, root, dtype, weights=True, decoder=True):
+        llm = load_part(transformers.Qwen2ForCausalLM, root, dtype, weights)
+        model = cls(llm, load_tokenizer(root))
+        if weights:
+            model.projector.load_state_dict(load_file(root / "eyes/model.safetensors"))
+        return model
+
+    def write(self, root, weights):
+        write_part(root, weights, self.policy.config, self.generation_config, self.tokenizer)
+        (root / "eyes").mkdir()
+        save_file(self.projector.state_dict(), root / "eyes/model.safetensors")
+
+    def encoder_config(self):
+        return [self.preprocess]
+
+    def image_size(self, kind, frames, height, width):
+        return 2, 2
+
+    def tokens_per_frame(self, size, kind):
+        return (1,)
+
+    def see(self, frames, size, kind):
+        return self.projector(self.scaled(frames, size).flatten(1))[:, None]  # (F, 1, D)
+
+    def place(self, m):
+        return [Piece([self.ids["<frame>"]] * len(m.features), True)], m.features.flatten(0, 1)
+
+
+def test_a_family_of_forty_lines(ask, tmp_path, monkeypatch):
+    """What families/__init__.py lists is all that a family has to define: it is loaded, sees,
+    samples, is trained, saved and found again."""
+    monkeypatch.setitem(families.FAMILIES, "qwen2", Colours)
+    tokens = zoo.tokenizer([*zoo.SPECIAL, "<frame>"])
+    llm = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**zoo.decoder(tokens)))
+    Colours(llm, tokens).save_pretrained(tmp_path / "a")
+    model, rows = load(tmp_path / "a"), [ask("v"), ask("i"), ask("vi")]
+    assert isinstance(model, Colours)
+    prompts = [model.prompt(row, 5) for row in rows]
+    assert [len(prompt.media_at) for prompt in prompts] == [5, 1, 6]
+    engine = TorchEngine(model)
+    sampled = engine.generate(prompts, 2, Sampling(max_tokens=4))
+    logps, _ = model(mrsp.pack(prompts, [[r.ids for r in group] for group in sampled]))
+    theirs = torch.cat([r.logps for group in sampled for r in group])
+    assert torch.allclose(logps, theirs, atol=1e-5)
+    key = model.encoder_hash()
+    sft.train(model, rows, sft.SFTConfig(steps=2, groups=2, texts=1, train="all", warmup=0.0))
+    assert model.encoder_hash() != key  # it sees otherwise now
+    model.save_pretrained(tmp_path / "b")
+    again = load(tmp_path / "b")
+    assert same(again.state_dict(), model.state_dict())
+    assert again.recipe == model.recipe and again.encoder_hash() == model.encoder_hash()
