@@ -39,7 +39,8 @@ FAMILIES = {"qwen2_5_vl": QwenVL, "qwen3_vl": Qwen3VL, "qwen2_5_omni": Omni}  # 
 def load(name: str, dtype=torch.float32, weights=True, decoder=True) -> MultiModal:
     """The model in a folder or on the hub, whatever its family. weights=False: without them, on the
     device "meta", to look at shapes and prompts. decoder=False: those of the decoder come by
-    shard_parameters(), of which each rank reads its own part. ModelError if it is none, not
+    shard_parameters(), of which each rank reads its own part (if the files have the published
+    names). ModelError if it is none, not
     supported, or damaged."""
     root = folder_of(name, weights)
     if not (root / "config.json").exists():

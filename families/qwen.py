@@ -36,7 +36,7 @@ import transformers
 from torch import Tensor, nn
 
 import mrsp
-from families.files import check_headers, load_part, load_tokenizer, read_json, write_part
+from families.files import holds, load_part, load_tokenizer, read_json, write_part
 from model import Media, ModelError, MultiModal, Piece, read_parameters
 
 
@@ -154,7 +154,8 @@ class QwenVL(MultiModal):
             model.folder = root
             parts = model.policy.named_parameters(), model.tower.named_parameters()
             wanted = {model.published_name(name): p for part in parts for name, p in part}
-            check_headers(root, wanted, cls.skip)
+            if not holds(root, wanted, cls.skip):
+                return cls.from_pretrained(root, dtype)  # transformers knows further names
             read_parameters(model.tower, root, model.published_name)
         return model
 

@@ -30,14 +30,7 @@ from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
 import mrsp
-from families.files import (
-    check_headers,
-    check_tensors,
-    load_part,
-    load_tokenizer,
-    read_json,
-    write_part,
-)
+from families.files import check_tensors, holds, load_part, load_tokenizer, read_json, write_part
 from model import Media, ModelError, MultiModal, Piece, Recipe
 
 
@@ -168,7 +161,8 @@ class VILA(MultiModal):
         model.recipe = Recipe(num_frames=config.get("num_video_frames") or Recipe.num_frames)
         if weights and not decoder:
             model.folder = root / "llm"
-            check_headers(model.folder, dict(model.policy.named_parameters()))
+            if not holds(model.folder, dict(model.policy.named_parameters())):
+                return cls.from_pretrained(root, dtype)  # which says what is wrong
         return model
 
     def write(self, root: Path, weights: dict) -> None:
