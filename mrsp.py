@@ -49,6 +49,7 @@ import functools
 import hashlib
 import math
 import os
+import pickle
 import time
 import uuid
 import zlib
@@ -869,6 +870,10 @@ def agreed(group=None):
         flag = torch.tensor(error is not None, dtype=torch.uint8)
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
         if flag:
+            try:
+                pickle.loads(pickle.dumps(error))
+            except Exception:  # it does not travel as it is
+                error = RuntimeError(f"{type(error).__name__}: {error}")
             found = [None] * dist.get_world_size(group)
             dist.all_gather_object(found, error, group=group)
             error = next(e for e in found if e is not None)

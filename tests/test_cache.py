@@ -329,6 +329,32 @@ def test_frames_encoded_in_parallel_equal_frames_encoded_alone(world):
     run_ranks(_encode_rank, world)
 
 
+class Travels(Exception):
+    """One that pickle takes; the next one it does not make again: it wants two arguments."""
+
+
+class Stays(Exception):
+    def __init__(self, one, two):
+        super().__init__(f"{one} {two}")
+
+
+def _fail_rank(rank):
+    for kind, arguments, raised, said in (
+        (Travels, ("this way",), Travels, "^this way$"),
+        (Stays, ("that", "way"), RuntimeError, "^Stays: that way$"),
+    ):
+        with pytest.raises(raised, match=said):  # on both ranks
+            with mrsp.agreed(dist.group.WORLD):
+                if rank == 1:
+                    raise kind(*arguments)
+    with mrsp.agreed(dist.group.WORLD):
+        pass
+
+
+def test_what_one_rank_fails_with_is_raised_on_all():
+    run_ranks(_fail_rank, 2)
+
+
 def test_ranks_agree_whether_an_entry_is_there(tmp_path):
     run_ranks(_agree_rank, 2, str(tmp_path))
 
