@@ -88,8 +88,10 @@ def check_rows(rows: list) -> None:
     """DataError for a row that there is nothing to learn from."""
     for e in rows:
         if not e.response:
-            said = f"question {e.id}: field 'reasoning' is empty, so SFT has nothing to learn"
-            raise DataError(f"{said}: leave such rows out, or give them a reasoning or a response")
+            raise DataError(
+                f"question {e.id}: field 'reasoning' is empty, so SFT has nothing to learn: leave "
+                "such rows out, or give them a reasoning or a response"
+            )
 
 
 def batches(items: list, size: int, steps: int, seed: int):
@@ -174,7 +176,8 @@ def look(model, groups: list, config: SFTConfig, lost: dict | None) -> list[tupl
     for group in groups:
         if group[0] not in seen:
             lost.update(dict.fromkeys(group, lost[group[0]]))
-    return list(zip([g for g in groups if g[0] in seen], media, strict=True))
+    kept = [group for group in groups if group[0] in seen]
+    return list(zip(kept, media, strict=True))
 
 
 def make_packs(model, seen: list[tuple], config: SFTConfig) -> tuple[list, int]:

@@ -55,7 +55,8 @@ class Actors:
 
 def make_actors(run: Run, method: Method, kind: str) -> Actors:
     """Policy, reference and sampler (of this kind, see rollout.engine_kind); all ranks."""
-    s, dtype = run.settings, getattr(torch, run.settings.ranks.dtype)
+    s = run.settings
+    dtype = getattr(torch, s.ranks.dtype)
     model = run.load_policy(s.run.model, whole=not s.ranks.fsdp)
     if dtype != torch.float32 and (s.sft.train == "llm" or not s.run.sft_data):
         model.cast_encoder(dtype)  # it is not trained
@@ -89,5 +90,4 @@ def begin_grpo(a: Actors) -> None:
     if a.config.lora_rank:
         a.model.add_adapters(a.config.lora_rank, a.config.lora_alpha, a.seed)
     trained = [p for p in a.model.parameters() if p.requires_grad]
-    betas, decay = (0.9, 0.999), a.config.weight_decay
-    a.optimizer = torch.optim.AdamW(trained, a.config.lr, betas=betas, weight_decay=decay)
+    a.optimizer = torch.optim.AdamW(trained, a.config.lr, weight_decay=a.config.weight_decay)

@@ -253,7 +253,8 @@ def make_plan(s: Settings, world: int, sampler: str, dry: bool = False) -> Plan:
 
 def check_rows(s: Settings, found: Plan) -> list[Example]:
     """All rows that are named; what is wrong with them, or which media are missing, in found."""
-    skip, rows = s.media.on_bad_video == "skip", []
+    skip = s.media.on_bad_video == "skip"
+    rows = []
     if s.run.data is None and not s.makes_toy:
         found.lacking.append(
             "no rows: give --data FILE.jsonl, with --video_dir DIR, or take --preset toy"
@@ -311,7 +312,8 @@ def check_memory(s: Settings, model, world: int, sampler: str, found: Plan) -> N
     """memory() of a GRPO step on a 640 x 360 video of 2 seconds a frame (with its sound, where that
     is heard; or 1,000 words of text), and whether this machine has it."""
     config, recipe = model.policy.config, s.recipe
-    question, media = data.stand_in(""), []
+    question = data.stand_in("")
+    media = []
     frames = recipe.max_frames if recipe.fps else recipe.num_frames
     if "video" in model.takes:
         question = replace(question, problem="why " * 100)
@@ -369,9 +371,12 @@ def check_host_memory(s, model, world: int, sampler: str, each: int, have: int, 
     dp = max(1, world // s.ranks.sp)
     prompts = math.ceil(s.grpo.prompts / dp)  # of a sequence
     engines = s.ranks.sp // s.rollout.tp  # that sample for them
-    held, how = world * prompts * each, "on each rank of a sequence: --cache_dir makes it one copy"
     if s.media.cache_dir:
-        held, how = 0, f"mapped from --cache_dir, {dp * prompts * each / GIB:.1f} GiB in all"
+        held = 0
+        how = f"mapped from --cache_dir, {dp * prompts * each / GIB:.1f} GiB in all"
+    else:
+        held = world * prompts * each
+        how = "on each rank of a sequence: --cache_dir makes it one copy"
     vllm = 0
     if sampler == "vllm":
         vllm = world * max(min(math.ceil(prompts / engines) * each, AT_ONCE), each)
@@ -390,16 +395,19 @@ def check_host_memory(s, model, world: int, sampler: str, each: int, have: int, 
 
 def check_prompt(s: Settings, model, rows: list[Example], sampler: str, found: Plan) -> None:
     """The first prompt as the model would get it, from its file's shape alone."""
-    named, blank = "first prompt", replace(data.stand_in(""), problem="What happens?")
     if rows:
+        named = "first prompt"
         first = rows[0]
         media = [model.measure(m, s.recipe.frames, first.id) for m in first.media]
     else:
-        named, first, frames = "a prompt (no rows are given)", blank, s.recipe.num_frames
+        named = "a prompt (no rows are given)"
+        first = replace(data.stand_in(""), problem="What happens?")
+        frames = s.recipe.num_frames
         seen = "video" in model.takes
         media = [model.blank("video", frames, 360, 640, np.arange(frames))] if seen else []
     prompt = model.build_prompt(first, media, s.recipe.thinking)
-    length, most = len(prompt.ids) + s.recipe.max_tokens, s.rollout.max_len
+    length = len(prompt.ids) + s.recipe.max_tokens
+    most = s.rollout.max_len
     if sampler == "vllm" and most and length > most:
         found.wrong.append(
             f"the first prompt and its answer of {s.recipe.max_tokens} have {length} tokens: more "
