@@ -3,7 +3,7 @@
     a prompt    text alone, no media      positions   1-D, one after the other
 
 Answers share a packed prompt here, which not every decoder can: one with linear attention or with
-windows is refused, and each is tried when its checkpoint is loaded.
+windows is refused, and those that no test has tried are tried when their checkpoint is loaded.
 
 Check this file alone:  pytest tests/test_families.py -k "text or qwen3 or llama"
 """
@@ -16,8 +16,10 @@ import transformers
 from torch import nn
 
 import mrsp
-from families.files import load_part, load_tokenizer, write_part
+from families.files import holds, load_part, load_tokenizer, write_part
 from model import ModelError, MultiModal, Prompt
+
+TRIED = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")  # by tests/test_families.py
 
 
 def text_class(root: Path):
@@ -53,10 +55,16 @@ class Text(MultiModal):
 
     @classmethod
     def from_pretrained(cls, root: Path, dtype, weights: bool = True, decoder=True) -> "Text":
-        """decoder=False is not heeded: packing is tried with all weights, on every rank."""
-        llm = load_part(text_class(root), root, dtype, weights)
+        """decoder=False is for those in TRIED: it takes all weights to try packing."""
+        kind = text_class(root)
+        later = weights and not decoder and kind.__name__ in TRIED
+        llm = load_part(kind, root, dtype, weights and not later)
         model = cls(llm, load_tokenizer(root))
-        if weights:
+        if later:
+            model.folder = root
+            if not holds(root, dict(model.policy.named_parameters())):
+                return cls.from_pretrained(root, dtype)  # which says what is wrong
+        elif weights:
             model.try_packing(llm)
         return model
 
