@@ -19,11 +19,11 @@ import train
 from families import load
 from families.vila import VILA
 from grpo import Config
-from kit.actors import Actors
+from kit.actors import Actors, begin_grpo
 from kit.method import Method
 from kit.run import METRICS
 from model import ModelError
-from rollout import Response, Sampling, TorchEngine
+from rollout import Response, Sampling, TorchEngine, copy_policy
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -199,6 +199,36 @@ def test_groups_of_equal_reward_are_skipped_and_counted_and_change_nothing(toy):
     assert packed == [2, 4]  # one pass each: none for the old log-probs
     for name, value in after[0].items():
         assert (value - after[1][name]).abs().max() < 1e-9, name
+
+
+def test_a_batch_that_teaches_nothing_changes_nothing(toy):
+    """Nor does momentum, or weight decay."""
+    model, rows = untrained(toy), rows_of(toy, 2)
+    optimizer = torch.optim.AdamW(model.policy.parameters(), lr=0.1, weight_decay=0.5)
+    before = {k: v.clone() for k, v in model.policy.state_dict().items()}
+    for wrong in (0, 2):  # of 2 rows: the first step moves, the second has no advantage
+        engine = FixedEngine(untrained(toy), gold_of(model, rows, wrong))
+        config = at_most(2, mean_mismatch=99, max_mismatch=99)
+        metrics = step_of(model, None, engine, optimizer, rows, 0, config)
+        now = {k: v.clone() for k, v in model.policy.state_dict().items()}
+        same = all(torch.equal(now[name], before[name]) for name in now)
+        assert same == (wrong == 2) == (metrics["grad_norm"] == 0)
+        before = now
+
+
+def test_grpo_begins_with_sampler_and_reference_as_the_policy_is_then(toy):
+    model = untrained(toy, torch.float32)
+    engine, reference = TorchEngine(model, dtype=torch.float32), copy_policy(model, torch.float32)
+    with torch.no_grad():
+        model.policy.model.norm.weight.mul_(1.5)  # as SFT would
+    actors = Actors(model, reference, engine, None, Method(), CONFIG)
+    begin_grpo(actors)
+    for other in (engine.model, reference):
+        assert other.policy.model.norm.weight.equal(model.policy.model.norm.weight)
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in model.policy.parameters()}
+    assert {id(p) for p in actors.optimizer.param_groups[0]["params"]} == trained
+    assert not any(p.requires_grad for p in reference.policy.parameters())
 
 
 def test_two_updates_with_kl_equal_the_loss_written_out(toy):
