@@ -19,9 +19,11 @@ import train
 from families import load
 from families.vila import VILA
 from grpo import Config
-from kit.actors import Actors, begin_grpo
+from kit.actors import Actors, begin_grpo, make_actors
 from kit.method import Method
-from kit.run import METRICS
+from kit.presets import read_settings
+from kit.ranks import Ranks
+from kit.run import METRICS, Run
 from model import ModelError
 from rollout import Response, Sampling, TorchEngine, copy_policy
 
@@ -214,6 +216,24 @@ def test_a_batch_that_teaches_nothing_changes_nothing(toy):
         same = all(torch.equal(now[name], before[name]) for name in now)
         assert same == (wrong == 2) == (metrics["grad_norm"] == 0)
         before = now
+
+
+@pytest.mark.parametrize("kl, lora, copied", [(0.1, 0, True), (0.0, 0, False), (0.1, 2, False)])
+def test_a_reference_of_its_own_is_made_where_it_is_needed(toy, tmp_path, kl, lora, copied):
+    line = f"--preset small --model {toy}/init --output_dir {tmp_path} --checkpointing false "
+    line += f"--grpo.kl_coef {kl} --grpo.lora_rank {lora}"
+    settings, method, _ = read_settings(line.split())
+    with Run(settings, Ranks()) as run:
+        actors = make_actors(run, method, "torch")
+    assert (actors.reference is not None) == copied
+    assert isinstance(actors.engine, TorchEngine) and actors.engine.model is actors.model
+    if copied:
+        own = {id(p) for p in actors.model.policy.parameters()}
+        assert not own & {id(p) for p in actors.reference.policy.parameters()}
+        assert actors.reference.tower is actors.model.tower  # nothing else is copied
+    begin_grpo(actors)
+    with actors.referring() as reference:
+        assert reference is (actors.model if lora else actors.reference)
 
 
 def test_grpo_begins_with_sampler_and_reference_as_the_policy_is_then(toy):
