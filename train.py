@@ -45,8 +45,9 @@ from kit.method import Method
 from kit.presets import read_settings
 from kit.ranks import find_ranks, reported
 from kit.run import EMPTY, Meter, Run, check_mismatch
+from kit.vllm_engine import engine_kind
 from model import Prompt
-from rollout import Response, engine_kind, sample
+from rollout import Response, sample
 
 # ------------------------------------------------------------------------------ one GRPO step
 

@@ -20,8 +20,9 @@ import torch
 import grpo
 from kit.method import Method
 from kit.run import Run
+from kit.vllm_engine import make_engine
 from model import MultiModal
-from rollout import Sampling, copy_policy, make_engine
+from rollout import Sampling, copy_policy
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Actors:
 
 
 def make_actors(run: Run, method: Method, kind: str) -> Actors:
-    """Policy, reference and sampler (of this kind, see rollout.engine_kind); all ranks."""
+    """Policy, reference and sampler (of this kind, see vllm_engine.engine_kind); all ranks."""
     s = run.settings
     dtype = getattr(torch, s.ranks.dtype)
     model = run.load_policy(s.run.model, whole=not s.ranks.fsdp)

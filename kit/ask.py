@@ -38,10 +38,11 @@ from kit import benchmarks
 from kit.decode import Loader
 from kit.method import Method
 from kit.ranks import find_ranks
+from kit.vllm_engine import RolloutConfig, engine_kind, make_engine
 from kit.work import Folder
 from model import ModelError, MultiModal
 from mrsp import EmbeddingCache
-from rollout import RolloutConfig, RolloutError, engine_kind, make_engine
+from rollout import RolloutError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,16 +64,9 @@ from kit.plan import CONFIGS, QWEN_7B, memory, parameters, widths
 from kit.ranks import find_ranks, reported
 from kit.run import Meter
 from kit.toy import write_mp4
+from kit.vllm_engine import RolloutConfig, VLLMEngine
 from model import Media, Policy, Prompt
-from rollout import (
-    RolloutConfig,
-    RolloutError,
-    Sampling,
-    TorchEngine,
-    VLLMEngine,
-    copy_policy,
-    sample,
-)
+from rollout import RolloutError, Sampling, TorchEngine, copy_policy, sample
 
 QUESTION = Example("", "user", (), "", "", (), "video", "")
 WORDS = 512  # in the vocabulary of the small models

@@ -48,8 +48,9 @@ from kit import toy
 from kit.decode import Loader
 from kit.presets import PRESETS, Settings
 from kit.ranks import Ranks
+from kit.vllm_engine import AT_ONCE, engine_kind
 from model import ModelError
-from rollout import AT_ONCE, RolloutError, engine_kind
+from rollout import RolloutError
 
 # -------------------------------------------------------------------------- memory of a step
 

@@ -24,8 +24,8 @@ from grpo import Config as GRPOConfig
 from kit.method import Method
 from kit.options import OptionError, parse
 from kit.toy import ToyConfig
+from kit.vllm_engine import RolloutConfig
 from model import THINKING, Recipe, read_recipe
-from rollout import RolloutConfig
 from sft import SFTConfig
 
 

@@ -20,6 +20,7 @@ FLOORS = [
 # Copied alone, a file needs these; rollout, families and kit take vllm, av, PIL ... where they use
 # them (heavy or optional packages are imported inside functions).
 COPYABLE = {"grpo": set(), "mrsp": set(), "rollout": {"mrsp"}, "data": set()}
+COPYABLE["kit.vllm_engine"] = {"rollout"}
 HEAVY = {"vllm", "flash_attn", "decord", "av", "PIL", "matplotlib", "datasets", "pyarrow", "peft"}
 
 

@@ -24,8 +24,8 @@ import sft
 import train
 from kit.actors import Actors
 from kit.method import Method
+from kit.vllm_engine import RolloutConfig, make_engine
 from model import ModelError
-from rollout import RolloutConfig, make_engine
 
 MODALITIES = {  # fields of a row
     "text": {},

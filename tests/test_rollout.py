@@ -21,9 +21,11 @@ import mrsp
 import rollout
 import train
 from families import load
+from kit import vllm_engine
 from kit.actors import Actors
 from kit.method import Method
-from rollout import RolloutConfig, RolloutError, Sampling, TorchEngine, VLLMEngine, make_engine
+from kit.vllm_engine import RolloutConfig, VLLMEngine, make_engine
+from rollout import RolloutError, Sampling, TorchEngine
 
 CONFIG = RolloutConfig(kv_gb=0.25)
 KINDS = ("vila", "vila untied", "qwen", "qwen untied", "deep", "deep untied")
@@ -492,14 +494,14 @@ def refuse(message, name, value):
 def test_a_salt_tells_positions_apart_and_leaves_text_at_the_end_out(model):
     deepstack(model)
     short, long = (wide_prompt(model, 7, 20, n, 30).positions for n in (4, 90))
-    assert rollout.salt(short) == rollout.salt(long)
-    seen = {rollout.salt(short), rollout.salt(torch.arange(40).expand(3, -1))}
-    assert rollout.salt(torch.arange(9).expand(3, -1)) in seen and len(seen) == 2
+    assert vllm_engine.salt(short) == vllm_engine.salt(long)
+    seen = {vllm_engine.salt(short), vllm_engine.salt(torch.arange(40).expand(3, -1))}
+    assert vllm_engine.salt(torch.arange(9).expand(3, -1)) in seen and len(seen) == 2
     places = ((0, 9, 1), (1, 26, -2), (2, 7, 1), (0, 30, 1), (slice(3), slice(27, 99), 1))
     for row, at, by in places:
         moved = short.clone()
         moved[row, at] += by
-        seen.add(rollout.salt(moved))
+        seen.add(vllm_engine.salt(moved))
     assert len(seen) == 7
 
 
@@ -519,7 +521,7 @@ def test_what_is_meant_for_gpus_never_starts_without_them_by_itself(
 ):
     """A 7B would start on the CPUs, or sample for hours: unless --rollout torch asks for it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(rollout.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda name: None)
     line = ["--preset", "hour", "--output_dir", str(tmp_path / "out")]
     with pytest.raises(
         SystemExit, match=f"error: these settings are for GPUs.*{said}.*--rollout torch"
@@ -528,7 +530,9 @@ def test_what_is_meant_for_gpus_never_starts_without_them_by_itself(
     assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit, match="missing for this run"):  # rows, for instance
         train.main([*line, "--rollout", "torch"])
-    assert rollout.engine_kind(None) == "torch" == rollout.engine_kind("torch", sharded=True)
+    assert (
+        vllm_engine.engine_kind(None) == "torch" == vllm_engine.engine_kind("torch", sharded=True)
+    )
 
 
 def test_without_the_package_vllm_says_what_to_install(model, monkeypatch, tmp_path):

@@ -32,7 +32,9 @@ import data
 import rollout
 from families import load
 from families.text import Text
-from rollout import RolloutConfig, RolloutError, Sampling, VLLMEngine, make_engine
+from kit import vllm_engine
+from kit.vllm_engine import RolloutConfig, VLLMEngine, make_engine
+from rollout import RolloutError, Sampling
 
 pytest.importorskip("vllm")
 
@@ -72,7 +74,7 @@ def test_prompts_given_in_parts_get_the_same_answers(stand, monkeypatch):
     whole = stand.out()
     bytes_of = [0 if p.media is None else len(p.ids) * p.media[0].nbytes for p in stand.prompts]
     for limit in (0, max(bytes_of), sum(bytes_of) - 1, 2**40):
-        monkeypatch.setattr(rollout, "AT_ONCE", limit)
+        monkeypatch.setattr(vllm_engine, "AT_ONCE", limit)
         parts = rollout.in_parts(bytes_of, limit)
         held = [sum(bytes_of[x]) for x in parts]
         assert sum((stand.prompts[x] for x in parts), []) == stand.prompts
