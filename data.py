@@ -105,19 +105,39 @@ def wrong(row: dict, field: str) -> DataError:
     return DataError(f"field {field!r} {found} {FIELDS[field][1]}")
 
 
-def parse_options(problem: str) -> tuple[str, ...]:
-    """The texts of the option lines of a problem, in the order A, B, C ...
+# A line that begins an option: "A. red", "(A) red", "- A) red", "**A.** red", "[A] red", "A:".
+OPTION = re.compile(r"\s*(?:[-*•]\s+)?(?:\*\*)?[(\[]?([A-Z])[.):\]]+(?:\*\*)?\s*(.*)")
 
-    >>> parse_options("Which?\\nA. red\\n(B) blue sky")
-    ('red', 'blue sky')
+
+def parse_options(problem: str) -> tuple[str, ...]:
+    """The texts of the options at the end of a problem, by their letters A, B, C ..., in whatever
+    order they stand there. Each begins a line and may go on in the next (the last one only if
+    another does); one may have no text. What begins alike further up, such as statements I. and II.
+    or a dialogue, is no option.
+
+    >>> parse_options("A: Hi.\\nB: Hi.\\nWho is first?\\nC.\\n(B) the\\nother\\nA. one")
+    ('one', 'the\\nother', '')
     """
-    lines = problem.split("\n")[1:]  # splitlines() would cut a text at characters like U+2028
-    matches = [re.match(r"\s*\(?([A-Z])[.):]\s+(.*\S)", line) for line in lines]
-    options = [match for match in matches if match]
-    letters = "".join(match[1] for match in options)
-    if not ascii_uppercase.startswith(letters):
-        raise DataError(f"field 'problem': option letters {list(letters)} are not A, B, C ...")
-    return tuple(match[2] for match in options)
+    lines = problem.split("\n")  # splitlines() would cut a text at characters like U+2028
+    marked = [i for i in range(1, len(lines)) if OPTION.match(lines[i])]
+    for first in range(max(len(marked) - 26, 0), len(marked) - 1):
+        starts = marked[first:]
+        found = [OPTION.match(lines[i]) for i in starts]
+        letters = sorted(match[1] for match in found)
+        if letters == list(ascii_uppercase[: len(letters)]):
+            break
+    else:
+        if len(marked) > 1:
+            letters = [OPTION.match(lines[i])[1] for i in marked]
+            raise DataError(f"field 'problem': option letters {letters} are not A, B, C ...")
+        return ()
+    ends = [*starts[1:], starts[-1] + 1]
+    if starts[-1] - starts[0] >= len(starts):  # some have more than a line
+        ends[-1] = len(lines)
+    texts = {}
+    for match, start, end in zip(found, starts, ends):
+        texts[match[1]] = "\n".join([match[2], *lines[start + 1 : end]]).strip()
+    return tuple(texts[letter] for letter in letters)
 
 
 def paths_of(row: dict, field: str, video_dir: str) -> list[str]:
@@ -178,6 +198,11 @@ def parse_answer(row: dict, options: tuple[str, ...]) -> str:
     answer = span[1].strip()
     if options and answer not in list(ascii_uppercase[: len(options)]):
         raise DataError(f"answer {answer!r} is no letter of its {len(options)} options")
+    if not options and answer in list(ascii_uppercase):
+        raise DataError(
+            f"answer {answer!r} is a letter, but field 'problem' has no options that can be read: "
+            "write each on a line of its own behind the question, such as 'A. red'"
+        )
     return answer
 
 
@@ -203,6 +228,12 @@ def parse_row(row: dict, video_dir: str, where: str = "row") -> Example:
         if thought and "<think>" not in thought:
             thought = f"<think> {thought} </think>"
         response = f"{thought} <answer> {answer} </answer>" if thought else ""
+        tags = re.findall("</?(?:think|answer)>", response)
+        if tags not in ([], ["<think>", "</think>", "<answer>", "</answer>"]):
+            raise DataError(
+                f"{where} (problem_id {row['problem_id']!r}): field 'reasoning' has {tags[:-2]}: "
+                "one <think> ... </think>, or no such tags, is what a reward takes"
+            )
     return Example(
         id=str(row["problem_id"]),
         problem=row["problem"],

@@ -140,7 +140,7 @@ def chosen_letter(answer: str, options: tuple[str, ...]) -> str | None:
         letter = full[1] or full[2]
         if same_text(full[3], options[letters.index(letter)]):
             return letter
-    named = [x for x, text in zip(letters, options) if same_text(answer, text)]
+    named = [x for x, text in zip(letters, options) if text and same_text(answer, text)]
     return named[0] if len(named) == 1 else None
 
 

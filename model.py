@@ -206,6 +206,7 @@ class MultiModal(nn.Module):
         if tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer has no eos_token: which token ends an answer?")
         self.controls = {*self.ids, *tokenizer.all_special_tokens, "<|im_start|>", "<|im_end|>"}
+        self.controls -= {"<think>", "</think>", "<answer>", "</answer>"}  # answers have these
         self.media_tokens = tuple(self.ids[token] for token in media)  # never to be sampled
         self.eos = tokenizer.eos_token_id
         self._tower_hash = None
@@ -268,11 +269,11 @@ class MultiModal(nn.Module):
     # -- media
 
     def check_question(self, example: Example) -> None:
-        """ModelError, naming the question, if it cannot be asked."""
+        """ModelError, naming the question, if it cannot be asked, or its response not be learned."""
         for m in example.media:
             self.check_taken(m, example.id)
         for token in self.controls:
-            if token in example.problem:
+            if token in example.problem or token in example.response:
                 raise ModelError(f"question {example.id} contains the control token {token}")
 
     def check_taken(self, medium: Medium, name: str) -> None:

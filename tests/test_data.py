@@ -191,6 +191,26 @@ def test_a_row_becomes_an_example(tmp_path):
         ({"problem": "Why, A or B?", "answer": " <answer> 1,000 </answer>\n"}, "answer", "1,000"),
         ({"problem": "Why, A or B?", "answer": "<answer>x</answer>"}, "options", ()),
         ({"problem": "Q: Which?\nA. red\nB. blue"}, "options", ("red", "blue")),
+        ({"problem": "Q?\nC. c\nA. a\nB. b"}, "options", ("a", "b", "c")),  # as published
+        ({"problem": "Q?\nA. a\nB. "}, "options", ("a", "")),  # as published
+        ({"problem": "Q?\nA.red\nB.blue"}, "options", ("red", "blue")),
+        ({"problem": "Q?\n(A)red\n(B)blue"}, "options", ("red", "blue")),
+        ({"problem": "Q?\n- A. red\n- B. blue"}, "options", ("red", "blue")),
+        ({"problem": "Q?\n**A.** red\n**B.** blue"}, "options", ("red", "blue")),
+        ({"problem": "Q?\n[A] red\n[B] blue"}, "options", ("red", "blue")),
+        ({"problem": "Q?\nI. x\nII. y\nA. I only\nB. II"}, "options", ("I only", "II")),
+        ({"problem": "A: Hi\nB: Ho\nQ?\nA. hi\nB. ho"}, "options", ("hi", "ho")),
+        (
+            {"problem": "Q?\nA. one\n two\nB. three\n four"},
+            "options",
+            ("one\n two", "three\n four"),
+        ),
+        ({"problem": "Q?\nA. one\nB. two\nBe brief."}, "options", ("one", "two")),
+        (
+            {"problem": "Why, A or B?\nA. Smith asks.", "answer": "<answer>x</answer>"},
+            "options",
+            (),
+        ),
         # Options may be indented and hold any character.
         ({"problem": "Q\n  A. x\u2028B. y\r\n\t(B) z\x0bz"}, "options", ("x\u2028B. y", "z\x0bz")),
         ({"data_type": "image"}, "data_type", "image"),
@@ -262,7 +282,7 @@ WRONG = {
     + ["<answer> </answer>", "<answer>A</answer><answer>B</answer>"]
     + [f"<answer>{x}</answer>" for x in ("D", "b", "B.", "red")],
     "problem": [f"Which?\n{x}" for x in ("B. red\nC. blue", "A. red\nC. blue", "A. red\nA. blue")]
-    + ["Which?\nB. red\nA. blue", "Which?\nA.\nB. red"],
+    + ["Which?\nB. red\nD. blue\nA. green", "Which? A. red B. blue"],
 }
 WRONG = [(field, value, {}) for field, values in WRONG.items() for value in values]
 WRONG += [(field, x, {}) for field in data.FIELDS for x in (2.5, {"x": 1})]
@@ -297,6 +317,14 @@ def test_a_wrong_field_is_refused_by_row_and_field(tmp_path, field, value, other
         ({"answer": "B"}, "field 'answer' is 'B', not <answer>...</answer>"),
         ({"answer": "<answer>D</answer>"}, "answer 'D' is no letter of its 3 options"),
         ({"problem": "Why?\nB. x\nC. y"}, "option letters ['B', 'C'] are not A, B, C ..."),
+        (
+            {"problem": "Which? A. red B. blue"},
+            "answer 'B' is a letter, but field 'problem' has no",
+        ),
+        ({"problem": r"Which?\nA. red\nB. blue"}, "has no options that can be read"),
+        ({"reasoning": "so</think>"}, "field 'reasoning' has ['<think>', '</think>', '</think>']"),
+        ({"reasoning": "not <answer>A</answer>"}, "one <think> ... </think>, or no such tags"),
+        ({"reasoning": "<think>so"}, "field 'reasoning' has ['<think>']"),
     ],
 )
 def test_an_error_says_what_is_wrong_and_what_is_wanted(tmp_path, change, said):

@@ -743,6 +743,8 @@ def test_a_question_holds_no_control_token(ask, family):
     for token in sorted(model.controls):
         with pytest.raises(ModelError, match=f"question q contains .*{re.escape(token)}"):
             model.build_prompt(ask("", f"Which {token}?"), [])
+        with pytest.raises(ModelError, match=f"question q contains .*{re.escape(token)}"):
+            model.build_prompt(ask("", "Which?", f"<think> so{token}"), [])
     assert {*model.media_tokens} <= {*model.tokenizer.convert_tokens_to_ids([*model.controls])}
 
 

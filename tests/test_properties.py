@@ -6,6 +6,7 @@ The inputs are the same in each run; one that breaks a property is shrunk to a s
 
 import json
 import re
+from string import ascii_uppercase
 
 import numpy as np
 import pytest
@@ -121,7 +122,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 lines = texts.map(lambda s: re.sub(r"[\r\n]", "", s).strip()).filter(bool)
 names = st.text("ab.-_ é", min_size=1, max_size=9).filter(lambda s: s.strip(".") == s)
 files = st.lists(names, min_size=1, max_size=3).map("/".join)
-options = st.lists(lines, max_size=5)
+options = st.lists(lines, min_size=2, max_size=5) | st.just([])
 
 
 @st.composite
@@ -132,7 +133,7 @@ def rows(draw):
     form = draw(st.sampled_from(["{}. {}", "({}) {}", "{}) {}", " {}: {}"]))
     marks = [form.format(letter, text) for letter, text in zip("ABCDE", found)]
     answer = draw(st.sampled_from("ABCDE"[: len(found)]) if found else lines)
-    assume("answer>" not in answer)
+    assume("answer>" not in answer and (found or answer not in list(ascii_uppercase)))
     row = {
         "problem_id": draw(texts | st.integers(0, 2**63 - 1)),
         "problem": "\n".join([re.sub(r"[\r\n]", "", draw(texts)), *marks]),
@@ -156,9 +157,7 @@ def test_a_good_row_becomes_what_it_says(good):
         assert one.response == ""
         return
     assert f"<answer> {answer} </answer>" in one.response
-    assert accuracy_reward(one.response, one.answer, one.options) == 1 or "<answer>" in (
-        row["reasoning"] or ""
-    )
+    assert accuracy_reward(one.response, one.answer, one.options) == 1
 
 
 anything = st.recursive(
