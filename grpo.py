@@ -66,7 +66,7 @@ class Config:
     average: Literal["token", "sequence"] = "token"  # mean over tokens, or over answers' means
     lr: float = 1e-6  # AdamW, constant
     weight_decay: float = 1e-2  # decoupled weight decay
-    grad_clip: float = 1.0  # largest norm of the gradient
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: it is not clipped
     mean_mismatch: float = 0.1  # stop if log-probs of sampler and trainer differ by more on average
     max_mismatch: float = 20.0  # stop if those of a single token differ by more
     lora_rank: int = 0  # rank of adapters (LoRA) trained in place of the decoder's weights; 0: none
@@ -74,12 +74,12 @@ class Config:
 
     def __post_init__(self):
         least = {"steps": 1, "prompts": 1, "update_prompts": 1, "micro_prompts": 1, "group": 2}
-        least |= {"top_k": 0, "tis_cap": 0, "kl_coef": 0, "lora_rank": 0, "weight_decay": 0}
+        least |= dict.fromkeys("top_k tis_cap kl_coef lora_rank weight_decay grad_clip".split(), 0)
         for name, smallest in least.items():
             value = getattr(self, name)
             if not value >= smallest:  # nan fails too
                 raise ValueError(f"{name} must be at least {smallest}, not {value}")
-        for name in "temperature lr grad_clip mean_mismatch max_mismatch lora_alpha".split():
+        for name in "temperature lr mean_mismatch max_mismatch lora_alpha".split():
             value = getattr(self, name)
             if not value > 0:
                 raise ValueError(f"{name} must be above 0, not {value}")

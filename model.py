@@ -269,7 +269,7 @@ class MultiModal(nn.Module):
     # -- media
 
     def check_question(self, example: Example) -> None:
-        """ModelError, naming the question, if it cannot be asked, or its response not be learned."""
+        """ModelError, naming the question, if it cannot be asked, or its response not learned."""
         for m in example.media:
             self.check_taken(m, example.id)
         for token in self.controls:

@@ -1052,7 +1052,7 @@ def whole(tensor: Tensor) -> Tensor:
 def join_gradients(trained: list, max_norm: float) -> float:
     """Sum the gradients of trained parameters over all ranks, in place, in one message (those of
     sharded ones FSDP has added up); then scale them so that their norm over all parameters is at
-    most max_norm. Returns the norm before that; RuntimeError if it is not finite.
+    most max_norm (0: they stay). Returns the norm before that; RuntimeError if it is not finite.
     The gradient of a rank is that of (sum over ITS tokens) / (number of tokens on ALL ranks), so
     that the sum belongs to the global mean, however uneven the ranks' shares. A parameter without
     gradient on this rank takes part with zeros."""
@@ -1070,7 +1070,7 @@ def join_gradients(trained: list, max_norm: float) -> float:
     norm = torch.stack(norms).norm() if len(norms) > 1 else norms[0]
     if not norm.isfinite():
         raise RuntimeError(f"the norm of the gradient is {norm.item()}; nothing was changed")
-    for kind in kinds:
+    for kind in kinds if max_norm else ():
         torch.nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
     return norm.item()
 

@@ -49,17 +49,17 @@ class SFTConfig:
     muon_lr: float = 0.03  # peak learning rate of Muon
     warmup: float = 0.03  # share of the steps with rising learning rate; then cosine to 0
     weight_decay: float = 0.0  # decoupled weight decay
-    grad_clip: float = 1.0  # largest norm of the gradient
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: it is not clipped
     lora_rank: int = 0  # rank of adapters (LoRA) trained in place of the decoder's weights; 0: none
     lora_alpha: float = 32.0  # what adapters add to a layer is scaled by lora_alpha / lora_rank
 
     def __post_init__(self):
         least = dict.fromkeys(("steps", "groups", "texts", "micro_batches"), 1)
-        least |= dict.fromkeys(("warmup", "weight_decay", "lora_rank"), 0)
+        least |= dict.fromkeys(("warmup", "weight_decay", "lora_rank", "grad_clip"), 0)
         for name, smallest in least.items():
             if not getattr(self, name) >= smallest:  # nan fails too
                 raise ValueError(f"{name} must be at least {smallest}, not {getattr(self, name)}")
-        for name in ("lr", "muon_lr", "grad_clip", "lora_alpha"):
+        for name in ("lr", "muon_lr", "lora_alpha"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.train not in ("all", "llm", "projector"):
@@ -205,6 +205,7 @@ def train(model, rows, config: SFTConfig, seed=0, bar=iter, log=None, lost=None)
     warm = round(config.steps * config.warmup)
     schedules = [get_cosine_schedule_with_warmup(opt, warm, config.steps) for opt in opts]
     model.train()
+    learned = 0  # tokens
     plan = [*batches(group_rows(rows, config.texts), config.groups, config.steps, seed), []]
     for step in bar(range(config.steps)):
         # 1. See the media; meanwhile the first files of the next batch are opened.
@@ -216,6 +217,7 @@ def train(model, rows, config: SFTConfig, seed=0, bar=iter, log=None, lost=None)
 
         # 2. Log-probs of the answers, their mean over all ranks, backward.
         packs, tokens = make_packs(model, seen, config)
+        learned += tokens
         own = 0.0
         for pack in packs:
             logp, _ = model(pack or model.idle())
@@ -235,6 +237,8 @@ def train(model, rows, config: SFTConfig, seed=0, bar=iter, log=None, lost=None)
                 optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
+    if not learned:
+        raise DataError("SFT had no row to learn from: all were left out, as said above")
     model.merge_adapters()
     if config.train != "llm":
         model.forget_encoder()

@@ -539,5 +539,7 @@ def test_a_run_whose_rows_are_all_left_out_is_an_error(directory, toy, tmp_path,
     gone, rows = (medium(folder / "cut.mp4"),), data.load_rows(str(toy / "sft.jsonl"))
     rows = [replace(r, media=gone) for r in rows]
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    sft.train(model, rows, sft.SFTConfig(steps=2, groups=1, train="llm", weight_decay=0.1), lost={})
+    config = sft.SFTConfig(steps=2, groups=1, train="llm", weight_decay=0.1)
+    with pytest.raises(DataError, match="SFT had no row to learn from"):
+        sft.train(model, rows, config, lost={})
     assert all(v.equal(before[k]) for k, v in model.state_dict().items())

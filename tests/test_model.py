@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import data
+import mrsp
 from families import load
 from model import THINKING, Media, ModelError, Recipe, read_recipe
 
@@ -102,3 +103,11 @@ def test_broken_checkpoints_are_refused_by_name(toy, tmp_path):
     (folder / "llm/tokenizer.json").unlink()
     with pytest.raises(ModelError, match="tokenizer.json is missing"):
         load(folder)
+
+
+@pytest.mark.parametrize("limit, kept", [(1.0, 0.2), (10.0, 1.0), (0.0, 1.0)])
+def test_gradients_are_clipped_above_the_limit_and_never_by_zero(limit, kept):
+    p, q = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))
+    p.grad, q.grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+    assert mrsp.join_gradients([p, q], limit) == 5.0  # before it
+    assert torch.allclose(torch.cat([p.grad, q.grad]), kept * torch.tensor([3.0, 0.0, 4.0]))

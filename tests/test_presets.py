@@ -111,6 +111,8 @@ def test_options_override_a_preset_and_each_value_can_be_unset():
         ("--grpo.average x", "'x' for argument '--grpo.average'"),
         ("--grpo.update_prompts 0", "update_prompts must be at least 1"),
         ("--grpo.temperature 0", "temperature must be above 0"),
+        ("--grpo.grad_clip -1", "grad_clip must be at least 0, not -1"),
+        ("--sft.grad_clip nan", "grad_clip must be at least 0, not nan"),
         ("--eval.frames a", "--eval.frames"),
         ("--eval.frames 0", "frames must be at least 1"),
         ("--sft.train x", "'x' for argument '--sft.train'"),
