@@ -133,6 +133,8 @@ def read_parameters(module: nn.Module, folder: Path, published_name, device="cpu
     whatever precision those have: of a DTensor this rank's part alone, a tensor at a time.
     published_name: (name of a parameter) -> its name in the files."""
     module._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x)
+    if isinstance(module, Policy) and module.config.tie_word_embeddings:  # still one matrix
+        module.lm_head.weight = module.model.get_input_embeddings().weight
     wanted = {published_name(name): p for name, p in module.named_parameters()}
     dcp.load(wanted, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
 
@@ -208,7 +210,9 @@ class MultiModal(nn.Module):
         self.controls = {*self.ids, *tokenizer.all_special_tokens, "<|im_start|>", "<|im_end|>"}
         self.controls -= {"<think>", "</think>", "<answer>", "</answer>"}  # answers have these
         self.media_tokens = tuple(self.ids[token] for token in media)  # never to be sampled
-        self.eos = tokenizer.eos_token_id
+        self.eos = tokenizer.eos_token_id  # which SFT teaches behind an answer
+        more = self.generation_config.eos_token_id  # None, one or several, as published
+        self.ends = {self.eos, *(more if isinstance(more, list) else [more])} - {None}
         self._tower_hash = None
 
     @property

@@ -22,7 +22,7 @@ TorchEngine wants a model, a torch.nn.Module (such as model.MultiModal) that has
     policy               .model, a decoder of transformers with attention "mrsp"; .lm_head, .config,
                          and .inputs(ids, media, media_at), keywords of .model: inputs_embeds
                          (B, L, D), or more
-    tokenizer, eos       decode(ids) -> text; id of the token that ends an answer, or -1
+    tokenizer, ends      decode(ids) -> text; ids of the tokens that end an answer
     media_tokens         ids that are never sampled, or ()
     media_width          W, width of the features of prompts
     sharded              are the parameters sharded (FSDP2)? Then the engine needs a dtype
@@ -103,7 +103,7 @@ def check_request(model, prompts, n: int, sampling: Sampling, seeds) -> list[int
 
 def response(model, ids: Tensor, logps: Tensor, finished: bool) -> Response:
     """ids (R,) and logps (R,) with their text, without the end token."""
-    ended = len(ids) > 0 and ids[-1] == model.eos
+    ended = len(ids) > 0 and ids[-1].item() in model.ends
     return Response(ids, logps, model.tokenizer.decode(ids[:-1] if ended else ids), finished)
 
 
@@ -210,6 +210,7 @@ class TorchEngine:
 
         # Decode, a token of all answers at a time, until all have ended.
         after = torch.stack([prompt.positions.max() + 1 for prompt in prompts]).to(device)
+        ends = torch.tensor(list(self.model.ends), dtype=torch.long, device=device)
         columns = torch.arange(1, n + 1, device=device).repeat(len(prompts), 1)  # segments (B, G)
         alive = torch.ones_like(columns, dtype=torch.bool)
         tokens, logps, lives = [], [], []
@@ -219,7 +220,7 @@ class TorchEngine:
             tokens.append(token)
             logps.append(logp)
             lives.append(alive)
-            alive = alive & (token != self.model.eos)
+            alive = alive & ~torch.isin(token, ends)
             if sampling.stop:
                 alive = alive & ~self._at_stop(torch.stack(tokens, -1), alive, sampling.stop)
             if not alive.any() or t + 1 == sampling.max_tokens:

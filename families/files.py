@@ -13,7 +13,7 @@ from pathlib import Path
 from accelerate import init_empty_weights
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from model import ModelError
 
@@ -55,6 +55,8 @@ def load_part(kind, folder: Path, dtype, weights: bool = True, skip: str = "$"):
         with init_empty_weights():  # buffers, such as RoPE's frequencies, have their values
             part = kind._from_config(kind.config_class.from_pretrained(folder), dtype=dtype)
         part.tie_weights()
+        if (folder / "generation_config.json").exists():
+            part.generation_config = GenerationConfig.from_pretrained(folder)
         return part
     part, info = kind.from_pretrained(
         folder,

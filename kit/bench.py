@@ -201,7 +201,7 @@ def small_vila(hidden: int, layers: int) -> VILA:
         tokenizer=PreTrainedTokenizerFast(tokenizer_object=core, eos_token=special[2]),
         preprocess={"image_mean": [0.5] * 3, "image_std": [0.5] * 3},
     )
-    model.eos = -1  # no token has this id
+    model.ends = set()
     model.requires_grad_(False).policy.requires_grad_(True)  # RL trains the decoder
     return model
 

@@ -411,7 +411,7 @@ class VLLMEngine:
         """vLLM's settings of each prompt."""
         from vllm import SamplingParams
 
-        ends = [self.model.eos] if self.model.eos >= 0 else []
+        ends = list(self.model.ends)
         stop = [sampling.stop] if sampling.stop else []
         shared = dict(n=n, max_tokens=sampling.max_tokens, stop_token_ids=ends, ignore_eos=True)
         shared |= dict(top_p=sampling.top_p, top_k=sampling.top_k, stop=stop, detokenize=bool(stop))

@@ -68,7 +68,7 @@ class Model(torch.nn.Module):
     media_tokens, media_width, sharded = (), 0, False
     def __init__(self, llm, tokenizer):
         super().__init__()
-        self.policy, self.tokenizer, self.eos = llm, tokenizer, tokenizer.eos_token_id
+        self.policy, self.tokenizer, self.ends = llm, tokenizer, {tokenizer.eos_token_id}
         llm.inputs = self.inputs
     def inputs(self, ids, media=None, media_at=None):
         return {"inputs_embeds": self.policy.get_input_embeddings()(ids)}

@@ -614,6 +614,10 @@ def _ranks_shard(rank, root):
     """FSDP2 on two ranks: log-probs, gradients and what is saved are those of one process."""
     model, alone = load(root / "a", decoder=False), load(root / "a")
     assert next(model.policy.parameters()).is_meta
+    whole = TorchEngine(model, dtype=torch.float32).model.policy  # a sampler's copy
+    assert same(whole.state_dict(), alone.policy.state_dict())
+    tie = alone.policy.config.tie_word_embeddings
+    assert (whole.lm_head.weight is whole.model.get_input_embeddings().weight) == tie
     reference = copy_policy(model, torch.bfloat16)  # of a decoder without values
     model.shard_parameters(torch.float32)
     assert same(dict(model.decoder_weights()), dict(alone.decoder_weights()))
@@ -660,6 +664,28 @@ def test_a_checkpoint_with_the_names_of_a_later_transformers_is_loaded_whole(tmp
     save_file(named, path, {"format": "pt"})
     for again in (load(tmp_path), load(tmp_path, decoder=False)):
         assert same(again.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("decoder", [True, False])
+@pytest.mark.parametrize("family", SOME)
+def test_every_end_token_of_a_checkpoint_ends_an_answer_and_is_kept(tmp_path, family, decoder):
+    zoo.build(family).save_pretrained(tmp_path / "a")
+    path = "llm/generation_config.json" if "vila" in family else "generation_config.json"
+    said = {"eos_token_id": [2, 0], "temperature": 0.5, "do_sample": True}
+    (tmp_path / "a" / path).write_text(json.dumps(said))
+    model = load(tmp_path / "a", decoder=decoder)
+    assert model.ends == {2, 0} and model.eos == 2
+    model.read_decoder()
+    model.save_pretrained(tmp_path / "b")
+    assert json.loads((tmp_path / "b" / path).read_text()).items() >= said.items()
+    with torch.no_grad():  # whatever is asked, the answer is <|endoftext|>
+        head = torch.nn.Linear(128, model.policy.config.vocab_size)
+        head.weight.zero_()
+        head.bias.zero_()[0] = 1e3
+    model.policy.lm_head = head
+    question = Example("q", "Why?", (), "x", "", (), "text", "")
+    ((answer,),) = TorchEngine(model).generate([model.prompt(question)], 1, Sampling(max_tokens=5))
+    assert (answer.ids.tolist(), answer.finished, answer.text) == ([0], True, "")
 
 
 class Read(Exception):
