@@ -136,9 +136,8 @@ def grpo_step(a: Actors, batch: list, step: int, soon: list = ()) -> tuple[dict,
 
 
 def look(a: Actors, batch: list, soon: list, step: int, meter: Meter) -> list[Group]:
-    """Stage 1 of MR-SP: the prompts that this rank's sequence trains, from the embeddings of their
-    media. Of each update the sequence takes every dp-th row of the batch. Rows whose media do not
-    decode are left out, and counted; `a.lost` None: they end the run."""
+    """Stage 1 of MR-SP: the prompts that this rank's sequence trains, every dp-th row of an update.
+    Rows whose media do not decode are left out, and counted; `a.lost` None: they end the run."""
     model, mesh, size = a.model, a.model.mesh, a.config.update_prompts
 
     def deal(rows: list) -> list[tuple[int, Example]]:
