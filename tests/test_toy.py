@@ -200,7 +200,7 @@ def test_a_clip_row_selects_the_frames_it_was_written_from(tmp_path, first, last
     write_mp4(str(tmp_path / "v.mp4"), numbered_frames(256))
     rng = np.random.default_rng(0)
     (row, *_) = toy.toy_clip_rows(toy.toy_scene(rng), rng, (first, last, n), texts=2)
-    one = data.parse_row(ROW | row | {"videos": "v.mp4"}, str(tmp_path))
+    one = data.parse_row(ROW | {"answer": ""} | row | {"videos": "v.mp4"}, str(tmp_path))
     frames, times = load_media(one.media[0], 5)
     assert numbers_of(frames).tolist() == frame_indices(256, n, first, last).tolist()
     assert (times * 4).tolist() == numbers_of(frames).tolist()
