@@ -237,9 +237,10 @@ class MultiModal(nn.Module):
             read_parameters(self.policy, self.folder, self.published_name, device)
 
     def decoder_weights(self):
-        """The decoder's tensors by their published names, one after the other, a tied head once:
-        what is saved, and what samplers get. Sharded ones are gathered: every rank goes through it.
-        Those of layers with an adapter (add_adapters) are what merging it would make them."""
+        """The decoder's tensors by the policy's names (those of a causal language model), one after
+        the other, without a tied head: what is saved, and what samplers get. Sharded ones are
+        gathered: every rank goes through it. Those of layers with an adapter (add_adapters) are
+        what merging it would make them."""
         tied = self.policy.config.tie_word_embeddings
         for name, value in self.policy.state_dict().items():
             if (tied and name == "lm_head.weight") or ".lora_" in name:
@@ -270,7 +271,8 @@ class MultiModal(nn.Module):
         config |= {"architectures": [name], "model_type": kind}
         Path(folder, "config.json").write_text(json.dumps(config))
 
-    # -- media
+    # -- media: features (of an example) -> perceive (a medium; the cache) -> look (this rank's
+    #    share of its frames) -> encode (passes that fit) -> see (through tower and projector)
 
     def check_question(self, example: Example) -> None:
         """ModelError, naming the question, if it cannot be asked, or its response not learned."""
@@ -331,9 +333,9 @@ class MultiModal(nn.Module):
         return torch.cat([self.see(pixels, size, kind) for pixels in pieces])
 
     def passes(self, shape, at: range, at_once: int = 64) -> list[slice]:
-        """The parts of frames (F, H, W, 3) that go through decoder and tower together: at_once of
-        them (or a group), fewer of large ones: 512 MiB of pixels, and the hidden states of all
-        layers of the tower, are held at a time."""
+        """The parts of frames (F, H, W, 3) that are decoded, and go through the tower, together:
+        at_once of them (or a group), fewer of large ones: 512 MiB of pixels, and the hidden states
+        of all layers of the tower, are held at a time."""
         most = min(at_once, 2**29 // math.prod(shape[1:]))
         step = max(most // self.unit, 1) * self.unit
         return [slice(i, min(i + step, at.stop)) for i in at[::step]]
@@ -448,14 +450,14 @@ class MultiModal(nn.Module):
 
         self.loader.ahead(plan())
 
-    def usable(self, examples: list, see, lost: dict | None) -> tuple[list, list]:
-        """see(examples), a list, without the examples whose media do not decode: what is left of
-        examples, and what see() gave for it. lost: takes {example: message} of the others, the same
-        on all ranks of a sequence; None: the DataError is raised."""
+    def usable(self, examples: list, make, lost: dict | None) -> tuple[list, list]:
+        """make(examples), a list, without the examples whose media do not decode: what is left of
+        examples, and what make() gave for it. lost: takes {example: message} of the others, the
+        same on all ranks of a sequence; None: the DataError is raised."""
         examples = [e for e in examples if not lost or e not in lost]
         while True:
             try:
-                return examples, see(examples)
+                return examples, make(examples)
             except DataError as error:
                 failed = [e for e in examples if e.id == error.question]
                 if lost is None or not failed:
@@ -593,8 +595,9 @@ class MultiModal(nn.Module):
         vars(body).pop("peft_config", None)
 
     def shard_parameters(self, dtype=torch.bfloat16) -> None:
-        """Policy.shard(), and values for what was loaded without. Tower and projector stay whole:
-        small beside the decoder, frozen in RL (mrsp.join_gradients adds theirs up)."""
+        """FSDP2 (Policy.shard); then the decoder is read, if load() left that for later. Tower and
+        projector stay whole: small beside the decoder, frozen in RL (mrsp.join_gradients adds
+        theirs up)."""
         self.policy.shard(dtype)
         self.sharded = True
         self.read_decoder()
@@ -646,7 +649,7 @@ class Policy(nn.Module):
             flat = x.reshape(-1, x.shape[-1])  # (B L, D)
             main, *levels = media.to(flat.device, flat.dtype).split(x.shape[-1], -1)  # (n, D) each
             x = flat.index_copy(0, media_at, main).view_as(x)
-            if levels:  # by a mask, so in the order of positions; a share's may be another
+            if levels:  # by a mask, so in the order of the tokens; media_at of a share may differ
                 order = media_at.argsort()
                 mask = torch.zeros_like(ids, dtype=torch.bool)
                 mask.view(-1)[media_at] = True

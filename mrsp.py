@@ -1,4 +1,5 @@
-"""MR-SP: one packed sequence for a prompt and its G answers, over many ranks; media encoded once.
+"""Multi-modal reinforcement sequence parallelism: a prompt and its G answers as one packed
+sequence over many ranks, media encoded once.
 
 GRPO trains G sampled answers to ONE prompt, and the prompt of a long video is long: P = 256,000
 tokens against R = 1,000 of an answer. Nothing in it depends on the answers: one copy is enough.
@@ -39,9 +40,10 @@ DEVIATION 3: the paper shards in order; here the prompt is dealt to outer ranks 
     parts to inner ones token by token, so that each has its share of the answers (see shard).
 
 Glossary: B prompts, G answers a prompt, P prompt tokens, R answer tokens, L packed length, Ls
-tokens on a rank, M predicted tokens of a batch, H heads (Hkv of keys), D width of a head or of an
-embedding, F frames. A process group of None is this rank alone; some collectives take CPU tensors:
-on GPUs start with init_process_group("cpu:gloo,cuda:nccl"). Copied alone it needs no other file.
+tokens on a rank, Lo on an outer one, M predicted tokens of a batch (m of them a rank's), H heads
+(Hkv of keys) of width D, W width of media features, F frames. A process group of None is this rank
+alone; some collectives take CPU tensors: on GPUs start with init_process_group
+("cpu:gloo,cuda:nccl"). Copied alone it needs no other file.
 Check this file alone:  pytest tests/test_mrsp.py tests/test_sp.py tests/test_cache.py
 """
 
@@ -119,7 +121,8 @@ class Mesh:
 def choose_method(method: str, sp: int, heads: int, kv_heads: int) -> tuple[int, str, str]:
     """--sp_attention -> (U, how K/V travel, a sentence that says which and why).
     auto takes the largest U that divides the ranks and both kinds of heads (it splits the work
-    exactly and moves the least), and gather for the rest: simplest, and indifferent to heads.
+    exactly and moves the least); for the rest K/V are gathered, or travel in a ring if they are
+    large (use_ring): indifferent to heads.
 
     >>> [choose_method("auto", 8, *heads)[:2] for heads in ((32, 8), (28, 4), (14, 2), (9, 3))]
     [(8, 'auto'), (4, 'auto'), (2, 'auto'), (1, 'auto')]
@@ -208,7 +211,7 @@ def plan_blocks(queries: list[Span], keys: list[Span]) -> list[Block]:
     are left out: the kernels crash on them. Queries and keys of one span each, by their orders:
 
                      k0 ....... low ....... high ....... k1
-        q0 .. low    before      .                            (if the queries begin sooner)
+        q0 .. low    .           .                            (if the queries begin sooner)
         low .. high  before      diagonal    .
         high .. q1   before      behind                       (if the keys end sooner)
 
@@ -249,12 +252,12 @@ class Layout:
     order, which is what the dense form needs: while training both are the tokens of this outer
     rank, while sampling the keys are the whole cache.
 
-    plan: what the block form needs (None while sampling). For each outer rank `source`, the blocks
-    of this rank's queries and the keys that come from there: its prompt tokens (they precede its
-    answers), and if that is this rank, all it has. (queries, keys, causal), with the first two as
-    indices into (B, H, L, D) or (B, H, L).
-    travels: the most prompt tokens that an outer rank has in a row. The K/V of so many columns are
-    sent, of every row; what else is among them, behind a shorter prompt, no block reads."""
+    plan: what the block form needs (None while tokens are sampled). For each outer rank `source`,
+    the blocks of this rank's queries and the keys that come from there: its prompt tokens (they
+    precede its answers), and if that is this rank, all it has. (queries, keys, causal), with the
+    first two as indices into (B, H, L, D) or (B, H, L).
+    travels: the most prompt tokens that an outer rank has of any row. The K/V of so many columns
+    are sent, of every row; what else is among them, behind a shorter prompt, no block reads."""
 
     q_segment: Tensor
     q_order: Tensor
@@ -299,10 +302,11 @@ def make_layout(segment: Tensor, order: Tensor, mesh: Mesh | None = None) -> Lay
 @dataclass
 class Pack:
     """B groups, one a row, right-padded to the same L; of each group the prompt, then its answers.
-    ids, segment, order (B, L); positions (B, L), or (3, B, L) for M-RoPE; media (N, D): features
+    ids, segment, order (B, L); positions (B, L), or (3, B, L) for M-RoPE; media (N, W): features
     that replace the token embeddings at media_at (N,), an index into the B * L flattened tokens.
     hidden_at (M,): index into B * L of the hidden state that predicts targets (M,).
-    row, branch, step (M,): a target is token `step` of answer `branch` to prompt `row`."""
+    row, branch, step (M,): a target is token `step` of answer `branch` to prompt `row`, counted
+    behind what is given of the answer (context in pack())."""
 
     ids: Tensor
     segment: Tensor
@@ -333,7 +337,7 @@ class Pack:
 
 def pack(prompts, branches, context=None) -> Pack:
     """Pack B prompts with their answers: [prompt | r_1 | ... | r_G] in each row (DEVIATION 1).
-    prompts: B objects with ids (P,), positions (P,) or (3, P), media (N, D) or None, media_at (N,)
+    prompts: B objects with ids (P,), positions (P,) or (3, P), media (N, W) or None, media_at (N,)
     branches: B lists of token ids (R,), every R >= 1. The lists may differ in length.
     context: B lists of ints; the first `context` tokens of a branch are given, not predicted (the
     question, in SFT). Default 0: every token of a branch is a target."""
@@ -359,7 +363,7 @@ def pack(prompts, branches, context=None) -> Pack:
             media.append(prompt.media)
             media_at.append(prompt.media_at.cpu() + b * length)
     ids = stack(ids, length, 0)
-    segment = stack(segments, length, -1)  # padding, which no token sees
+    segment = stack(segments, length, -1)  # padding, which no token of a row sees
     order = stack(orders, length, 0)
     # Token t of an answer is predicted by the token before; token 0 by the prompt's last.
     p = torch.tensor([row[0] for row in lengths])[:, None]  # (B, 1)
@@ -663,16 +667,15 @@ def block_backward(grad, q, out, lse, k, v, causal: bool, scale: float):
     group = q.shape[1] // k.shape[1]
     k_all = k.repeat_interleave(group, 1)
     v_all = v.repeat_interleave(group, 1)
-    wide = (block_score(q, k, causal, scale) - lse[..., None]).exp()  # (1, H, Lq, Lk)
-    d_weight = (grad @ v_all.mT).to(wide.dtype)
+    weight = (block_score(q, k, causal, scale) - lse[..., None]).exp()  # (1, H, Lq, Lk), float32
+    d_weight = (grad @ v_all.mT).to(weight.dtype)
     # Of a softmax: weight * (d_weight - sum of weight * d_weight). That sum is grad . out: with the
     # FINAL out over the keys of all blocks.
-    d_score = wide * (d_weight - (grad * out).sum(-1, keepdim=True).to(wide.dtype)) * scale
+    d_score = weight * (d_weight - (grad * out).sum(-1, keepdim=True).to(weight.dtype)) * scale
     d_score = d_score.to(q.dtype)
-    weight = wide.to(q.dtype)
     # A K/V head has the gradients of all query heads that use it: (1, H, Lk, D) -> (1, Hkv, Lk, D)
     dk = (d_score.mT @ q).unflatten(1, (-1, group)).sum(2)
-    dv = (weight.mT @ grad).unflatten(1, (-1, group)).sum(2)
+    dv = (weight.to(q.dtype).mT @ grad).unflatten(1, (-1, group)).sum(2)
     return d_score @ k_all, dk, dv
 
 
@@ -818,11 +821,11 @@ class BlockAttention(torch.autograd.Function):
 
 def encode_parallel(encode, frames, group=None, together: int = 1) -> Tensor:
     """Encode a video's frames, split evenly over the ranks of `group` (None: this process alone).
-    frames (F, H, W, 3), the same on every rank: anything that has a length and can be sliced (a
-    lazy decoder then decodes only this rank's share). encode maps (f, H, W, 3) to (f / together,
-    K, D), each `together` frames by themselves (1: frame by frame, 2: temporal patches, 8: TSP
-    pooling); the last few may be fewer. Returns (ceil(F / together), K, D) on every rank, equal to
-    encode(frames). Communication: one all-gather of ceil(units / n) units a rank, the last ranks
+    frames (F, ...), the same on every rank: anything that has a length and can be sliced, such as
+    pixels, a spectrogram, or the numbers of frames that encode then decodes. encode maps (f, ...)
+    to (f / together, K, W), each `together` frames by themselves (1: frame by frame, 2: temporal
+    patches, 8: TSP pooling); the last few may be fewer. Returns (ceil(F / together), K, W) on every
+    rank, equal to encode(frames). Communication: one all-gather of ceil(units / n) units a rank, the last ranks
     padded with zeros; backward, if the tower is trained, a reduce-scatter: every rank gets the
     gradient of the frames it encoded, summed over what all ranks did with them."""
     if len(frames) == 0:
@@ -830,7 +833,7 @@ def encode_parallel(encode, frames, group=None, together: int = 1) -> Tensor:
     share, kept, most = encoder_share(len(frames), group, together)
     mine = encode(frames[share])
     if len(mine) != math.ceil((share.stop - share.start) / together):
-        raise ValueError(f"encode gave {len(mine)} features for every {together} of the frames")
+        raise ValueError(f"encode gave {len(mine)} units for {share}, {together} frames a unit")
     if group is None or dist.get_world_size(group) == 1:
         return mine
     padding = mine.new_zeros(most - kept, *mine.shape[1:])
@@ -883,8 +886,8 @@ def agreed(group=None):
 
 class EmbeddingCache:
     """Entries by key, in memory and, with a folder, on disk (DEVIATION 2). An entry is a dict of
-    tensors, such as {"features": (N, D), "times": (F,)}; its key names everything that it depends
-    on (media_key). Least recently used ones go first when max_bytes (memory) or max_disk_bytes
+    tensors, such as {"features": (T, h, w, W), "times": (F,)}; its key names all that it depends on
+    (media_key). Least recently used ones go first when max_bytes (memory) or max_disk_bytes
     (folder) is exceeded. On disk they are safetensors files with a checksum, memory-mapped when
     read, written under another name and renamed: ranks and runs may share a folder. A damaged one
     is reported and computed again."""

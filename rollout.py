@@ -6,7 +6,9 @@ embeddings that were computed once, and their log-probs are compared with the tr
     generate(prompts, n, sampling, seeds) -> B lists of n Response
     sync(model)    take over new weights; what was cached with the old ones is dropped
     sleep()        give memory back, so that engine and trainer share a GPU; the next call wakes it
+    check_fits(prompt, sampling, name)   RolloutError if the prompt is too long
     close()        the end
+    tp, prefilled  how many ranks share an engine; prompt tokens that were computed so far
 
 sample() deals prompts to the engines of the ranks that train a sequence together. VLLMEngine
 (kit/vllm_engine.py), for GPUs, has vLLM run the decoder. TorchEngine is plain PyTorch, here.
@@ -14,7 +16,7 @@ The G answers of a prompt grow side by side behind ONE copy of its keys and valu
 mrsp.py says who sees whom, so no cache is ever copied G times:
 
     cache of a row:   [ prompt, P keys | step 0: r_1 .. r_G | step 1: r_1 .. r_G | ... ]
-    queries:            r_1 .. r_G   each sees the prompt and its own column
+    queries:            r_1 .. r_G   each sees the prompt and its own earlier tokens
 
 Copied alone it needs mrsp.py, and AttentionInterface.register("mrsp", mrsp_attention) to be called.
 TorchEngine wants a model, a torch.nn.Module (such as model.MultiModal) that has
@@ -26,8 +28,8 @@ TorchEngine wants a model, a torch.nn.Module (such as model.MultiModal) that has
     media_tokens         ids that are never sampled, or ()
     media_width          W, width of the features of prompts
     sharded              are the parameters sharded (FSDP2)? Then the engine needs a dtype
-    only with a dtype    decoder_weights(): (name, whole tensor) of all in policy.state_dict();
-                         read_decoder(); tower, projector, cache, mesh: what the copy shares
+    only with a dtype    decoder_weights(): (name, whole tensor) as in policy.state_dict(), without
+                         a tied head; read_decoder(); tower, projector, cache, mesh: are shared
 and prompts with ids (P,), positions (P,) or (3, P), media (N, W) or None, media_at (N,).
 
 DEVIATION 1: the log-prob that is kept is that of the full softmax at the given temperature, also
@@ -73,8 +75,8 @@ class Sampling:
 @dataclass
 class Response:
     """One sampled answer. ids (R,) with the end token if it was reached; logps (R,) float32, of
-    the sampler, at its temperature; finished: ended by itself (end token, or a stop text), not cut
-    at max_tokens."""
+    the sampler, at its temperature (greedy: at 1); finished: ended by itself (end token, or a stop
+    text), not cut at max_tokens."""
 
     ids: Tensor
     logps: Tensor

@@ -1,13 +1,13 @@
 """Families of models, a file each: how one sees, hears and places media, and reads its checkpoints.
 
 load() tells them apart by config.json and layout, never by name. A new family is a subclass of
-model.MultiModal, an entry of load(), and a tiny model in tests/zoo.py. It defines
+model.MultiModal, an entry of FAMILIES, and a tiny model in tests/zoo.py. It defines
 
     takes mrope unit levels decoder_kind      attributes, explained in MultiModal
     tower, projector                          modules, empty if there are none
     from_pretrained(root, dtype, weights, decoder)   read the published layout, as load() says
     write(root, weights)                      write it: the decoder's tensors are given
-    published_name(name) -> name              of those, if it is another one there
+    published_name(name) -> name              of a tensor in its files, if the policy's is another
     encoder_config() -> list                  what features depend on, besides weights
 and, unless it takes no media,
     image_size(kind, F, height, width)        (height, width) to which frames are resized
@@ -37,11 +37,11 @@ FAMILIES = {"qwen2_5_vl": QwenVL, "qwen3_vl": Qwen3VL, "qwen2_5_omni": Omni}  # 
 
 
 def load(name: str, dtype=torch.float32, weights=True, decoder=True) -> MultiModal:
-    """The model in a folder or on the hub, whatever its family. weights=False: without them, on the
-    device "meta", to look at shapes and prompts. decoder=False: those of the decoder come by
-    shard_parameters(), of which each rank reads its own part (if the files have the published
-    names). ModelError if it is none, not
-    supported, or damaged."""
+    """The model in a folder or on the hub, whatever its family. weights=False: parameters stay on
+    the device "meta", to look at shapes and prompts. decoder=False: the decoder's stay there until
+    shard_parameters(), in which each rank reads its own part (if the files have the published
+    names; else it is read whole now). ModelError for a folder that is no checkpoint, is not
+    supported, or is damaged."""
     root = folder_of(name, weights)
     if not (root / "config.json").exists():
         raise ModelError(

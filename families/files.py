@@ -48,7 +48,7 @@ def read_json(root: Path, name: str) -> dict:
         raise ModelError(f"{root / name}: {error}") from None
 
 
-def load_part(kind, folder: Path, dtype, weights: bool = True, skip: str = "$"):
+def load_part(kind, folder: Path, dtype, weights: bool = True, skip: str | None = None):
     """A transformers model of class `kind` from its folder; ModelError as check_tensors'. skip: a
     pattern of tensors that are not needed. weights=False: parameters on the device "meta"."""
     if not weights:
@@ -65,19 +65,19 @@ def load_part(kind, folder: Path, dtype, weights: bool = True, skip: str = "$"):
         use_safetensors=True,
         ignore_mismatched_sizes=True,
     )
-    extra = [name for name in info["unexpected_keys"] if not re.match(skip, name)]
+    extra = [name for name in info["unexpected_keys"] if not (skip and re.match(skip, name))]
     check_tensors(folder, [*info["missing_keys"], *map(str, info["mismatched_keys"])], extra)
     return part
 
 
-def holds(folder: Path, wanted: dict, skip: str = "$") -> bool:
-    """Are these tensors, {name: one of its shape}, just those of the folder's safetensors files, by
-    their headers? skip: a pattern of others that may be there."""
+def holds(folder: Path, wanted: dict, skip: str | None = None) -> bool:
+    """Do the safetensors files of a folder hold exactly the names and shapes of these tensors
+    {name: tensor}? Only their headers are read. skip: a pattern of others that may be there."""
     found = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():
-                if not re.match(skip, name):
+                if not (skip and re.match(skip, name)):
                     found[name] = tensors.get_slice(name).get_shape()
     return found == {name: list(tensor.shape) for name, tensor in wanted.items()}
 
@@ -104,8 +104,8 @@ def check_tensors(where: Path, bad: list[str], extra: list[str]) -> None:
 
 
 def load_tokenizer(root: Path):
-    """Not AutoTokenizer: for a Qwen2 folder that puts Qwen2's splitting rules over those of
-    tokenizer.json, silently (transformers 5)."""
+    """The tokenizer of tokenizer.json as it is: for a Qwen2 folder AutoTokenizer would silently put
+    Qwen2's splitting rules in place of the file's (transformers 5)."""
     if not (root / "tokenizer.json").exists():
         raise ModelError(f"{root} is no checkpoint: tokenizer.json is missing")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(root)

@@ -99,11 +99,11 @@ class QwenVL(MultiModal):
     kind = transformers.Qwen2_5_VLForConditionalGeneration
     decoder_kind = "Qwen2ForCausalLM", "qwen2"
     published = ("model.", "", "")  # prefixes of the decoder's, the towers' and the head's tensors
-    skip = "$"  # a pattern: tensors of the checkpoint that are not needed
+    skip = None  # a pattern: tensors of the checkpoint that are not needed
     pads = {"video": "<|video_pad|>", "image": "<|image_pad|>"}
     marks = {"video": ("<|vision_start|>", "<|vision_end|>")}  # around features; images too
     towers = ("visual",)
-    video_limits = None  # pixels of a video's frame, if the checkpoint does not say
+    video_limits = None  # pixels of a video's frame, whatever the checkpoint says
     positions = staticmethod(mrope_positions)
 
     def __init__(self, whole, tokenizer, preprocess: dict, video: dict | None = None):
@@ -112,7 +112,7 @@ class QwenVL(MultiModal):
         towers = nn.ModuleDict({name: parts[name] for name in self.towers})
         controls = [token for pair in self.marks.values() for token in pair]
         super().__init__(whole, towers, tokenizer, preprocess, tuple(self.pads.values()), controls)
-        # Often at the root alone.
+        # In published files it often stands at the root alone.
         self.policy.config.tie_word_embeddings = whole.config.tie_word_embeddings
         self.config = copy.deepcopy(whole.config)  # as published
         for part in self.tower.values():  # (its own method would look for a package of this name)
@@ -185,7 +185,7 @@ class QwenVL(MultiModal):
         return [self.preprocess, self.video, towers]
 
     def limits(self, kind: str) -> tuple[int, int]:
-        """The least and the most pixels of an image, or of a frame, that the checkpoint says."""
+        """The least and the most pixels of an image, or of a frame."""
         if kind == "video" and self.video_limits:
             return self.video_limits
         p = self.video if kind == "video" else self.preprocess
@@ -294,8 +294,8 @@ class Qwen3VL(QwenVL):
 
 
 class Omni(QwenVL):
-    """Qwen2.5-Omni's Thinker: Qwen2.5-VL's eyes, Whisper's ears. 25 positions are a second, and one
-    audio token: a video and its sound run side by side."""
+    """Qwen2.5-Omni's Thinker: Qwen2.5-VL's eyes, Whisper's ears. A second is 25 positions, and 25
+    tokens of sound: a video and its sound run side by side."""
 
     takes = ("video", "image", "audio")
     kind = transformers.Qwen2_5OmniThinkerForConditionalGeneration

@@ -3,7 +3,7 @@
     a prompt    text alone, no media      positions   1-D, one after the other
 
 Answers share a packed prompt here, which not every decoder can: one with linear attention or with
-windows is refused, and those that no test has tried are tried when their checkpoint is loaded.
+windows is refused, and each is tried when its weights are loaded.
 
 Check this file alone:  pytest tests/test_families.py -k "text or qwen3 or llama"
 """
@@ -55,7 +55,7 @@ class Text(MultiModal):
 
     @classmethod
     def from_pretrained(cls, root: Path, dtype, weights: bool = True, decoder=True) -> "Text":
-        """decoder=False is for those in TRIED: it takes all weights to try packing."""
+        """decoder=False counts for those in TRIED alone: others are tried, with all weights."""
         kind = text_class(root)
         later = weights and not decoder and kind.__name__ in TRIED
         llm = load_part(kind, root, dtype, weights and not later)

@@ -8,7 +8,7 @@
     folder      config.json, llm/ (Qwen2), vision_tower/ (SigLIP), mm_projector/
 
 config.json says which tokens stand before and behind a frame (the newline, if it says nothing), and
-whether frames and tokens are pooled (TSP).
+whether frames and tokens are pooled (TSP, temporal and spatial pooling).
 
 Differences from VILA's own processor:
     DEVIATION 1: TSP averages what is left where the frames do not divide; VILA fails there.
@@ -60,7 +60,7 @@ class BlockDownsample(nn.Module):
 
 
 def fill(projector: nn.Module, path: Path) -> None:
-    """Load the projector's tensors; ModelError if there are others."""
+    """Load the projector's tensors; ModelError unless the file has just their names and shapes."""
     if not path.exists():
         raise ModelError(f"{path.parent.parent} is no VILA checkpoint: {path} is missing")
     found = load_file(path)
@@ -217,9 +217,10 @@ class VILA(MultiModal):
         return x if t == 1 else torch.stack([g.mean(0) for g in x.split(t)])  # DEVIATION 1
 
     def features_trainable(self, examples: list, num_frames: int) -> list[list[Media]]:
-        """As of all families; where no frames are pooled, all media go through the tower as one row
-        of frames: many small images a pass."""
-        if max(self.encoders["video"][:3]) > 1 or not any(e.media for e in examples):
+        """As of all families; where nothing is pooled, all media go through the tower as one row of
+        frames, whose pixels are all held at once: many small images a pass."""
+        pooled = any(max(encoder[:3]) > 1 for encoder in self.encoders.values())
+        if pooled or not any(e.media for e in examples):
             return super().features_trainable(examples, num_frames)
         size = self.image_size("video", 0, 0, 0)  # that of all frames and images
         pixels = []  # of each medium, (F, 3, S, S): whole, on every rank

@@ -116,6 +116,18 @@ def test_vila_pools_frames_rows_and_columns_of_a_video_alone(ask, tmp_path, pool
     assert [m.features.shape for m in trained] == shapes
 
 
+def test_images_that_are_pooled_alone_are_pooled_in_training_too(ask):
+    model = zoo.build("vila")
+    pooled = {"_target_": "llava.TSPVideoEncoder", "pool_sizes": [[1, 2, 2]]}
+    model.config["image_encoder"] = pooled
+    model.encoders["image"] = model.read_encoder("image")
+    example = ask("vi")
+    plain, trained = model.features(example, 5), model.features_trainable([example], 5)[0]
+    assert plain[1].features.shape[1] * 4 == plain[0].features.shape[1]
+    for a, b in zip(plain, trained):
+        assert torch.allclose(a.features, b.features, atol=1e-5)
+
+
 def test_tsp_pools_eight_frames_if_the_config_does_not_say(model):
     config = model.config | {"video_encoder": {"_target_": "llava.TSPVideoEncoder"}}
     llm = transformers.Qwen2ForCausalLM(model.policy.config)
