@@ -825,9 +825,9 @@ def encode_parallel(encode, frames, group=None, together: int = 1) -> Tensor:
     pixels, a spectrogram, or the numbers of frames that encode then decodes. encode maps (f, ...)
     to (f / together, K, W), each `together` frames by themselves (1: frame by frame, 2: temporal
     patches, 8: TSP pooling); the last few may be fewer. Returns (ceil(F / together), K, W) on every
-    rank, equal to encode(frames). Communication: one all-gather of ceil(units / n) units a rank, the last ranks
-    padded with zeros; backward, if the tower is trained, a reduce-scatter: every rank gets the
-    gradient of the frames it encoded, summed over what all ranks did with them."""
+    rank, equal to encode(frames). Communication: one all-gather of ceil(units / n) units a rank,
+    the last ranks padded with zeros; backward, if the tower is trained, a reduce-scatter: every
+    rank gets the gradient of the frames it encoded, summed over what all ranks did with them."""
     if len(frames) == 0:
         return encode(frames[:])
     share, kept, most = encoder_share(len(frames), group, together)
