@@ -87,7 +87,8 @@ def write_part(folder: Path, weights: dict, config, generation_config, tokenizer
     folder.mkdir(exist_ok=True)
     save_torch_state_dict(weights, folder)
     config.save_pretrained(folder)
-    generation_config.save_pretrained(folder)
+    # Not its save_pretrained: that refuses settings which published files have.
+    generation_config.to_json_file(folder / "generation_config.json")
     tokenizer.save_pretrained(folder)
 
 
