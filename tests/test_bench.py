@@ -150,7 +150,7 @@ def test_commands_print_json_lines(command, names, tmp_path, capsys):
 
 def _gpu_parts(rank, folder):
     found = bench.sharded_row("cpu")
-    assert 0 < found["logp_gap"] < 0.1 and 0 < found["gradient_gap"] < 0.1
+    assert 0 < found["logp_gap"] < 0.1 and 0 < found["gradient_gap"] < 0.3  # bfloat16
     row = bench.packed_row(shape(), 60, 3, 4, "cpu")
     assert row["seconds"] > 0 and row["tflops"] > 0
     assert bench.tower_row(folder, (4, 56, 84), "cpu", torch.float32)["frames_per_second"] > 0
