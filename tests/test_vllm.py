@@ -297,7 +297,7 @@ def test_on_a_gpu_memory_comes_back_in_order(stand, monkeypatch):
     assert engine.config.sleep_level == 2
     does("sleep", 2)
     does("sleep")
-    with pytest.raises(RolloutError, match=r"no weights.*sync\(policy\)"):  # they were dropped
+    with pytest.raises(RolloutError, match=r"no weights.*sync\(model\)"):  # they were dropped
         stand.out()
     does("sync", "weights")
     does("sample", "kv_cache")
@@ -333,7 +333,7 @@ def test_an_engine_that_failed_wants_a_restart(stand, monkeypatch):
         stand.engine.sync(stand.model)
     monkeypatch.undo()
     stand.engine.restart()
-    with pytest.raises(RolloutError, match=r"no weights.*sync\(policy\)"):
+    with pytest.raises(RolloutError, match=r"no weights.*sync\(model\)"):
         stand.out()
     stand.engine.sync(stand.model)
     assert stand.gap() < 1e-4
@@ -345,7 +345,7 @@ def test_weights_that_came_in_part_are_not_sampled_from(stand, monkeypatch):
         patch.setattr(stand.engine.llm, "collective_rpc", None)
         with pytest.raises(TypeError):
             stand.engine.sync(stand.model)
-    with pytest.raises(RolloutError, match=r"only a part.*sync\(policy\)"):
+    with pytest.raises(RolloutError, match=r"only a part.*sync\(model\)"):
         stand.out()
     stand.engine.sync(stand.model)
     assert stand.gap() < 1e-4
